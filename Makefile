@@ -1,0 +1,64 @@
+# `make help` lists the targets. Nothing is needed but Python 3.11 or newer, git and make.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICKSTART := examples/quickstart
+SOURCES := src tests examples
+RUN_OFFLINE := HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo model test check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     fine-tune a real small model on the CPU: about 5 minutes, then a table and a loss curve"
+	@echo "make check    lint, format, types, quick tests: about 2 minutes"
+	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
+	@echo "make install  only make the environment in $(VENV)"
+	@echo "make format   format the code"
+	@echo "make clean    remove what make made: $(VENV), the demo's model, data and runs, caches"
+	@echo
+	@echo "PYTHON=python3.12 chooses another Python for $(VENV)."
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  printf 'error: `%s` is not installed\n\nhint: install Python 3.11 or newer, or say PYTHON=/path/to/python\n' \
+	    '$(PYTHON)' >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  printf 'error: tunesmith needs Python 3.11 or newer, and `%s` is %s\n\nhint: say PYTHON=python3.12, or whichever you have\n' \
+	    '$(PYTHON)' "$$($(PYTHON) --version 2>&1)" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV): 1 to 5 minutes, once"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -e '.[dev]' -c constraints.txt
+	@touch $@
+
+model: $(INSTALLED)
+	@$(BIN)/python $(QUICKSTART)/fetch_model.py
+
+demo: model
+	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+	@$(BIN)/python $(QUICKSTART)/demo.py
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q -m "not slow"
+
+test: model
+	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+clean:
+	@rm -rf $(VENV) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rmdir runs 2>/dev/null || true

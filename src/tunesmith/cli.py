@@ -1,0 +1,227 @@
+"""The command `tunesmith`: reads words, calls the verb, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from tunesmith.errors import ConfigError, TunesmithError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `run` takes the words after it."""
+
+    usage: str
+    summary: str
+    run: Callable[[list[str]], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's by default) and return the exit code.
+
+    0: done. 1: a failure at work. 2: bad input. 130: interrupted. 141: the reader of stdout is gone.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except TunesmithError as error:
+        _print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # A socket's is a failure; only `tunesmith … | head` ends quietly.
+        if not _stdout_is_broken():
+            raise
+        return BROKEN_PIPE
+    return 0
+
+
+def configure_logging() -> None:
+    """Log to stderr: our own events from INFO up, other libraries' from WARNING up.
+
+    A program that has configured logging keeps its own handlers.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tunesmith").setLevel(logging.INFO)
+    for name in ("transformers", "datasets", "peft", "filelock", "fsspec", "urllib3", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers and datasets set their own loggers' levels when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_short_help(), end="")
+    elif words[0] == "--version":
+        from tunesmith import __version__
+
+        print(f"tunesmith {__version__}")
+    elif words[0] in _VERBS:
+        _VERBS[words[0]].run(words[1:])
+    else:
+        raise _unknown_verb(words)
+
+
+def _train(words: list[str]) -> None:
+    _run_with_settings("train", words)
+
+
+def _inspect(words: list[str]) -> None:
+    _run_with_settings("inspect", words)
+
+
+def _run_with_settings(verb: str, words: list[str]) -> None:
+    from tunesmith.config import TrainConfig
+    from tunesmith.settings import format_help, load_settings, parse_flags
+
+    if _asks_help(words):
+        print(format_help(TrainConfig, _describe_verb(verb)), end="")
+        return
+    flags = parse_flags(TrainConfig, words)
+    config = load_settings(TrainConfig, flags.yaml_path, flags.values, os.environ)
+    configure_logging()
+    if verb == "train":
+        from tunesmith.cluster.ray_train import fine_tune
+
+        fine_tune(config)
+    else:
+        from tunesmith.data.inspect import inspect
+
+        inspect(config)
+
+
+def _watch(words: list[str]) -> None:
+    if _asks_help(words):
+        print(f"{_describe_verb('watch')}\n\n  --once    print the run's state and end")
+        return
+    (run,), options = _read_words("watch", words, ["RUN"], {"--once"})
+    configure_logging()
+    from tunesmith.watch import watch
+
+    watch(run, once="--once" in options)
+
+
+def _schema(words: list[str]) -> None:
+    from tunesmith.config import TrainConfig
+    from tunesmith.settings import format_markdown, json_schema
+
+    if _asks_help(words):
+        print(
+            f"{_describe_verb('schema')}\n\n  --format json|markdown    JSON schema (default) or reference page"
+        )
+        return
+    output_format, words = _take_format(words)
+    (verb,), _ = _read_words("schema", words, ["train"], set())
+    if verb != "train":
+        raise ConfigError(f"there is no schema `{verb}`", "write `tunesmith schema train`")
+    if output_format == "json":
+        print(json.dumps(json_schema(TrainConfig), indent=2, ensure_ascii=False))
+    else:
+        print(format_markdown(TrainConfig, verb), end="")
+
+
+_VERBS = {
+    "train": Verb("train [run.yaml] [flags]", "fine-tune a model; the same command again resumes it", _train),
+    "inspect": Verb("inspect [run.yaml] [flags]", "show the examples a run would train on", _inspect),
+    "watch": Verb("watch RUN [--once]", "draw a run's progress from its folder", _watch),
+    "schema": Verb(
+        "schema train [--format json|markdown]", "print the settings' schema or reference page", _schema
+    ),
+}
+
+
+def _asks_help(words: list[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def _take_format(words: list[str]) -> tuple[str, list[str]]:
+    """Return the value of `--format` and the other words."""
+    rest: list[str] = []
+    output_format = "json"
+    remaining = iter(words)
+    for word in remaining:
+        option, equals, value = word.partition("=")
+        if option != "--format":
+            rest.append(word)
+            continue
+        output_format = value if equals else next(remaining, "")
+        if output_format not in ("json", "markdown"):
+            raise ConfigError(f"`--format` is `{output_format}`", "it must be json or markdown")
+    return output_format, rest
+
+
+def _read_words(
+    verb: str, words: list[str], wanted: list[str], options: set[str]
+) -> tuple[list[str], set[str]]:
+    """Return as many plain words as are `wanted` (their names), and which of `options` are given."""
+    plain = [word for word in words if not word.startswith("-")]
+    given = {word for word in words if word.startswith("-")}
+    usage = f"write `tunesmith {_VERBS[verb].usage}`"
+    for option in sorted(given - options):
+        raise ConfigError(f"unknown flag `{option}`", _did_you_mean(option, options) or usage)
+    if len(plain) < len(wanted):
+        raise ConfigError(f"`tunesmith {verb}` needs `{wanted[len(plain)]}`", usage)
+    if len(plain) > len(wanted):
+        raise ConfigError(f"`tunesmith {verb}` doesn't take `{plain[len(wanted)]}`", usage)
+    return plain, given
+
+
+def _unknown_verb(words: list[str]) -> ConfigError:
+    word = words[0]
+    rest = " ".join(words)
+    if word.startswith("-") or word.endswith((".yaml", ".yml")):
+        return ConfigError(f"`{word}` stands before the verb", f"write `tunesmith train {rest}`")
+    hint = _did_you_mean(word, _VERBS, "tunesmith ")
+    return ConfigError(f"unknown verb `{word}`", hint or f"the verbs are {', '.join(_VERBS)}")
+
+
+def _did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str | None:
+    from tunesmith.fields import nearest_name
+
+    near = nearest_name(word, names)
+    return f"did you mean `{prefix}{near}`?" if near else None
+
+
+def _describe_verb(verb: str) -> str:
+    summary = _VERBS[verb].summary
+    return f"usage: tunesmith {_VERBS[verb].usage}\n\n{summary[0].upper()}{summary[1:]}."
+
+
+def _short_help() -> str:
+    width = max(len(verb.usage) for verb in _VERBS.values())
+    lines = ["Fine-tune any Hugging Face causal language model on Ray.", ""]
+    lines += [f"  tunesmith {verb.usage.ljust(width)}  {verb.summary}" for verb in _VERBS.values()]
+    lines += ["", "`tunesmith train --help` lists the settings; `tunesmith --version` prints the version."]
+    return "\n".join(lines) + "\n"
+
+
+def _print_error(error: TunesmithError) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint is not None:
+        print(f"\nhint: {error.hint}", file=sys.stderr)
+
+
+def _stdout_is_broken() -> bool:
+    """Return whether stdout's reader is gone, and if so silence the interpreter's last flush."""
+    import select
+
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return broken

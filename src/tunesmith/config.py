@@ -1,0 +1,273 @@
+"""Every setting of the program, declared once: type, unit, default, check.
+
+The command line, the environment variables, the YAML file, the JSON schema, the reference page and
+`params.json` all follow from these declarations (`settings.py` reads them).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Scope = Literal["data", "model", "training", "run"]
+"""What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
+another run by default; `run` never shapes the result."""
+
+SEED_DATASET = "cognitivecomputations/dolphin"
+SEED_DATASET_CONFIG = "flan1m-alpaca-uncensored"
+SEED_FIELD_MAPPING = {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+def setting(default: Any, help: str, *, group: str, scope: Scope, **checks: Any) -> Any:
+    """Declare one setting; `help` is one sentence with the unit and what the extremes mean."""
+    extra = {"group": group, "scope": scope}
+    if callable(default):
+        return Field(default_factory=default, description=help, json_schema_extra=extra, **checks)
+    return Field(default=default, description=help, json_schema_extra=extra, **checks)
+
+
+def _unescape(value: Any) -> Any:
+    # A shell or an unquoted YAML scalar can't hold a newline, so people write backslash-n.
+    if isinstance(value, str):
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    return value
+
+
+def _parse_mapping(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if "=" in value and not value.lstrip().startswith("{"):
+        pairs = (pair.split("=", 1) for pair in value.split(",") if "=" in pair)
+        return {name.strip(): column.strip() for name, column in pairs}
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _parse_list(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _parse_unset(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
+
+
+Template = Annotated[str, BeforeValidator(_unescape)]
+Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
+Names = Annotated[list[str] | None, BeforeValidator(_parse_list), BeforeValidator(_parse_unset)]
+AutoBool = Annotated[bool | None, BeforeValidator(_parse_unset)]
+AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_parse_unset)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_parse_unset)]
+OptionalStr = Annotated[str | None, BeforeValidator(_parse_unset)]
+
+
+class Settings(BaseModel):
+    """A group of settings that can be read from a YAML file, the environment and flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class HFDatasetConfig(Settings):
+    """Which rows to train on, and how a row becomes text."""
+
+    dataset_name: str = setting(
+        SEED_DATASET,
+        "Hub id, or a local JSONL, JSON, CSV or Parquet file, a folder of them, or a saved data set.",
+        group="data",
+        scope="data",
+        min_length=1,
+    )
+    dataset_config: OptionalStr = setting(
+        lambda data: SEED_DATASET_CONFIG if data.get("dataset_name") == SEED_DATASET else None,
+        f"Configuration (subset) of a hub data set; for {SEED_DATASET} {SEED_DATASET_CONFIG}, else none.",
+        group="data",
+        scope="data",
+    )
+    split: str = setting("train", "Split of the data set to read.", group="data", scope="data", min_length=1)
+    train_split_ratio: float = setting(
+        0.9,
+        "Share of the rows that trains; 1.0 trains on everything and turns evaluation off.",
+        group="data",
+        scope="data",
+        gt=0,
+        le=1,
+    )
+    val_test_split_ratio: float = setting(
+        0.5,
+        "Share of the held-out rows kept for the test set; the others are the validation set.",
+        group="data",
+        scope="data",
+        ge=0,
+        le=1,
+    )
+    input_template: Template = setting(
+        "### Instruction:\n{instruction}\n ### Input:\n{input}\n",
+        "Text of the prompt, with {placeholders} for columns; not trained.",
+        group="data",
+        scope="data",
+    )
+    output_template: Template = setting(
+        "### Response:\n{output}",
+        "Text of the completion, with {placeholders} for columns; trained, and the end token after it.",
+        group="data",
+        scope="data",
+        min_length=1,
+    )
+    field_mapping: Mapping = setting(
+        lambda data: dict(SEED_FIELD_MAPPING) if data.get("dataset_name") == SEED_DATASET else {},
+        'Placeholder → column, as {"instruction": "question"} or instruction=question,output=answer; '
+        "a placeholder that is not named means the column of its own name.",
+        group="data",
+        scope="data",
+    )
+    num_proc: int = setting(8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1)
+
+
+class TrainConfig(HFDatasetConfig):
+    """Everything `tunesmith train` can be told; each field is a flag, a YAML key and an environment variable."""
+
+    hf_model_id: str = setting(
+        "Qwen/Qwen3-8B", "Hugging Face model id.", group="model", scope="model", min_length=1
+    )
+    model_path: OptionalPath = setting(
+        None, "Local folder with the model's weights and tokenizer, in place of the hub.", group="model", scope="model"
+    )
+    model_revision: OptionalStr = setting(
+        None, "Branch, tag or commit of the model on the hub; unset: its main branch.", group="model", scope="model"
+    )
+    dataset_revision: OptionalStr = setting(
+        None, "Branch, tag or commit of the data set on the hub; unset: its main branch.", group="data", scope="data"
+    )
+    trust_remote_code: bool = setting(
+        False, "Run Python code that comes with the model or tokenizer.", group="model", scope="model"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto",
+        "Compute type; auto is bfloat16 where the processor or GPU has instructions for it, else float32.",
+        group="model",
+        scope="model",
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = setting(
+        "auto",
+        "Attention backend of transformers; auto is FlashAttention 2 where it is installed, else SDPA.",
+        group="model",
+        scope="training",
+    )
+
+    full_ft: bool = setting(False, "Train every weight instead of LoRA adapters.", group="adapter", scope="model")
+    lora_rank: int = setting(32, "Rank of the LoRA adapters.", group="adapter", scope="model", ge=1)
+    lora_alpha: float = setting(32, "LoRA scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.", group="adapter", scope="model", gt=0)
+    lora_dropout: float = setting(0.1, "Dropout before the adapters; 0 is none.", group="adapter", scope="model", ge=0, lt=1)
+    lora_target_modules: Names = setting(
+        None,
+        "Modules to adapt, by name (q_proj,v_proj); unset: every linear layer but the head, routers and fused experts.",
+        group="adapter",
+        scope="model",
+    )
+    use_rslora: bool = setting(False, "Scale adapters by alpha / sqrt(rank).", group="adapter", scope="model")
+
+    max_seq_length: int = setting(2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2)
+    packing: bool = setting(True, "Put several examples in one sequence; attention never crosses them.", group="data", scope="data")
+    data_dir: OptionalPath = setting(
+        None,
+        "Folder for training.jsonl, validation.jsonl and test.jsonl; unset: by fingerprint under {home}/datasets.",
+        group="data",
+        scope="run",
+    )
+
+    max_steps: int = setting(10000, "Optimizer steps at most.", group="training", scope="run", ge=1)
+    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_unset)] = setting(
+        None, "Passes over the training set at most; unset: max_steps alone decides.", group="training", scope="training"
+    )
+    per_device_train_batch_size: int = setting(2, "Sequences in a microbatch.", group="training", scope="data", ge=1)
+    gradient_accumulation_steps: int = setting(4, "Microbatches of one worker in a step.", group="training", scope="data", ge=1)
+    learning_rate: float = setting(5e-5, "Highest learning rate, after warm-up.", group="training", scope="training", gt=0)
+    min_learning_rate: float = setting(1e-6, "Learning rate at the last step.", group="training", scope="training", ge=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "Shape of the way from learning_rate down to min_learning_rate.", group="training", scope="training"
+    )
+    warmup_ratio: float = setting(0.03, "Share of the steps that warms up; 0 is none.", group="training", scope="training", ge=0, le=1)
+    weight_decay: float = setting(0.01, "AdamW's weight decay; 0 is none.", group="training", scope="training", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradient norm to clip to; 0 never clips.", group="training", scope="training", ge=0)
+    seed: int = setting(16257, "Seed of the split, the order, the adapters and the dropout.", group="training", scope="data", ge=0, lt=2**31)
+
+    per_device_eval_batch_size: int = setting(2, "Sequences in a microbatch of the evaluation.", group="evaluation", scope="run", ge=1)
+    eval_steps: int = setting(100, "Steps between evaluations; 0 evaluates at the end alone.", group="evaluation", scope="training", ge=0)
+    max_eval_samples: int = setting(640, "Validation examples at most; 0 takes them all.", group="evaluation", scope="training", ge=0)
+    early_stopping_patience: int = setting(
+        3, "Evaluations without improvement before stopping; 0 never stops.", group="evaluation", scope="training", ge=0
+    )
+    early_stopping_threshold: float = setting(
+        0.001, "Smallest fall of the validation loss that counts as improvement, in nats.", group="evaluation", scope="training", ge=0
+    )
+
+    gradient_checkpointing: AutoBool = setting(
+        None, "Recompute activations in the backward pass; auto: on with GPUs, off without.", group="memory", scope="run"
+    )
+    cpu_offload: bool = setting(
+        False, "Keep weights and optimizer state in host memory between uses (GPUs).", group="memory", scope="run"
+    )
+
+    num_workers: AutoInt = setting(None, "Training processes; auto: one per GPU of the cluster, or one on CPUs.", group="cluster", scope="run")
+    use_gpu: AutoBool = setting(None, "Train on GPUs; auto: if the cluster has any.", group="cluster", scope="run")
+    max_failures: int = setting(2, "Restarts after a failed worker; 0 is none.", group="cluster", scope="run", ge=0)
+
+    home: OptionalPath = setting(None, "Folder of everything a run writes; unset: runs/{run_name}.", group="output", scope="run")
+    results_dir: str = setting("results", "Folder of the results under home.", group="output", scope="run", min_length=1)
+    run_name: OptionalStr = setting(
+        None, "Name of the run; unset: the model's name and a digest of the settings that shape the result.", group="output", scope="run"
+    )
+    save_steps: int = setting(100, "Steps between checkpoints; 0 saves at the end alone.", group="output", scope="run", ge=0)
+    save_total_limit: int = setting(2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1)
+    logging_steps: int = setting(10, "Steps between lines of metrics.", group="output", scope="run", ge=1)
+    use_wandb: bool = setting(False, "Log to Weights & Biases too (needs tunesmith[wandb]).", group="output", scope="run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten_dataset_config(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "hf_dataset_config" in data:
+            nested = data["hf_dataset_config"]
+            nested = nested.model_dump(exclude_unset=True) if isinstance(nested, HFDatasetConfig) else nested
+            if not isinstance(nested, dict):
+                raise ValueError("hf_dataset_config must be a mapping of data-set settings")
+            return {**nested, **{k: v for k, v in data.items() if k != "hf_dataset_config"}}
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate:g}) is above learning_rate ({self.learning_rate:g})"
+            )
+        if self.run_name is not None and ("/" in self.run_name or self.run_name.startswith(".")):
+            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
+        return self
+
+    @property
+    def model_source(self) -> str:
+        """Path or hub id that the weights are loaded from."""
+        return str(self.model_path) if self.model_path is not None else self.hf_model_id
+
+    @property
+    def model_name(self) -> str:
+        """Last part of `hf_model_id` when that was given, else of `model_path`."""
+        if self.model_path is not None and "hf_model_id" not in self.model_fields_set:
+            return self.model_path.resolve().name
+        return self.hf_model_id.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def gives_template(self) -> bool:
+        """True if the user chose a template or a field mapping, so that rows must fill it."""
+        return bool({"input_template", "output_template", "field_mapping"} & self.model_fields_set)

@@ -1,0 +1,180 @@
+"""The batch of step k, as a pure function of the seed and k.
+
+Shapes: B sequences, T tokens of the longest, N trained positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tunesmith.data.prepare import TokenSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch.
+
+    `positions_N` index the flattened (B·T) positions whose next token is trained; `targets_N` are those
+    next tokens. There is no attention mask: position ids that restart mark the examples of a pack, and
+    padding comes last, where nothing sees it.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    positions_N: Tensor
+    targets_N: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids_BT.to(device, non_blocking=True),
+            self.position_ids_BT.to(device, non_blocking=True),
+            self.positions_N.to(device, non_blocking=True),
+            self.targets_N.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one optimizer step takes, fixed when a run first starts."""
+
+    microbatches: int
+    sequences_per_microbatch: int
+
+    @property
+    def sequences(self) -> int:
+        return self.microbatches * self.sequences_per_microbatch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which sequences each step trains on. Steps count from 1.
+
+    An epoch is a seeded permutation of the sequences; its last step is smaller where they don't divide.
+    """
+
+    num_sequences: int
+    global_batch: GlobalBatch
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_sequences / self.global_batch.sequences)
+
+    def microbatches(self, step: int) -> list[np.ndarray]:
+        """Return the step's microbatches, each the int64 indices of its sequences."""
+        epoch, step_in_epoch = divmod(step - 1, self.steps_per_epoch)
+        order = _permutation(self.num_sequences, self.seed, epoch)
+        start = step_in_epoch * self.global_batch.sequences
+        rows = order[start : start + self.global_batch.sequences]
+        size = self.global_batch.sequences_per_microbatch
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs are done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def total_steps(self, max_steps: int, num_train_epochs: float | None) -> int:
+        """Return the steps of the run: `max_steps` or the epochs, whichever ends first."""
+        if num_train_epochs is None:
+            return max_steps
+        return min(max_steps, math.ceil(num_train_epochs * self.steps_per_epoch))
+
+
+class Sequences:
+    """The rows that are trained on: packs of a token set, or its examples one by one (padded)."""
+
+    def __init__(self, tokens: TokenSet, packing: bool, pad_token_id: int, flatten: bool = False) -> None:
+        self.tokens = tokens
+        self.packing = packing
+        self.pad_token_id = pad_token_id
+        # FlashAttention tells packed examples apart only in a batch of one row.
+        self._flatten = flatten and packing
+
+    def __len__(self) -> int:
+        return len(self.tokens.packs) if self.packing else self.tokens.num_examples
+
+    def examples(self, sequences: np.ndarray) -> list[int]:
+        """Return the indices of the examples in these sequences."""
+        if not self.packing:
+            return [int(i) for i in sequences]
+        return [int(example) for i in sequences for example in self.tokens.packs[int(i)]]
+
+    def source_rows(self, sequences: np.ndarray) -> list[int]:
+        """Return the lines of the `.jsonl` (from 0) that these sequences come from."""
+        return sorted({int(self.tokens.rows[example]) for example in self.examples(sequences)})
+
+    def count_tokens(self, sequences: np.ndarray) -> tuple[int, int]:
+        """Return the tokens and the trained tokens in these sequences; padding is not counted."""
+        examples = self.examples(sequences)
+        return int(self.tokens.lengths[examples].sum()), int(self.tokens.num_trained[examples].sum())
+
+    def collate(self, sequences: np.ndarray) -> Batch:
+        """Return the microbatch of these sequences, padded to the longest."""
+        rows = [self.examples(sequences[i : i + 1]) for i in range(len(sequences))]
+        if self._flatten:
+            rows = [[example for row in rows for example in row]]
+        return collate(self.tokens, rows, self.pad_token_id)
+
+
+def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
+    """Put each row's examples behind one another, positions restarting, and pad to the longest row."""
+    num_tokens = max(sum(int(tokens.lengths[example]) for example in row) for row in rows)
+    input_ids_BT = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
+    position_ids_BT = np.zeros((len(rows), num_tokens), dtype=np.int64)
+    positions, targets = [], []
+    for b, row in enumerate(rows):
+        end = 0
+        for example in row:
+            ids_T, trained_T = tokens.example(example)
+            start, end = end, end + len(ids_T)
+            input_ids_BT[b, start:end] = ids_T
+            position_ids_BT[b, start:end] = np.arange(end - start)
+            # Position t predicts token t + 1 of the same example; a first token has no predecessor.
+            predictors = np.flatnonzero(trained_T[1:])
+            positions.append(predictors + start + b * num_tokens)
+            targets.append(ids_T[1:][predictors])
+        # A lone example's padding continues its positions: no second example, no mask to build.
+        first = end if len(row) == 1 else 0
+        position_ids_BT[b, end:] = np.arange(first, first + num_tokens - end)
+    return Batch(
+        torch.from_numpy(input_ids_BT),
+        torch.from_numpy(position_ids_BT),
+        torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    )
+
+
+def empty_batch(pad_token_id: int) -> Batch:
+    """Return a batch without a trained token: what a rank runs when the others have one more than it."""
+    ids_12 = torch.full((1, 2), pad_token_id)
+    none_0 = torch.empty(0, dtype=torch.int64)
+    return Batch(ids_12, torch.arange(2).unsqueeze(0), none_0, none_0)
+
+
+def share_of_rank(num_microbatches: int, rank: int, world_size: int) -> list[int | None]:
+    """Return the numbers of the microbatches that `rank` runs; None where it runs an empty one.
+
+    Every rank gets equally many: FSDP hangs otherwise.
+    """
+    num_forwards = math.ceil(num_microbatches / world_size)
+    numbers = range(rank, num_forwards * world_size, world_size)
+    return [number if number < num_microbatches else None for number in numbers]
+
+
+def microbatch_seed(seed: int, step: int, number: int) -> int:
+    """Return the random seed of a microbatch: from the step and its number in the global batch, not the rank."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_sequences)

@@ -1,0 +1,267 @@
+"""Stage two: a set's JSON lines → a memory-mapped Arrow file of labelled examples.
+
+Run as a program it encodes one shard: that way the work needs neither the caller's `__main__` nor a fork
+of a process that may hold threads and a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from tunesmith.data.encode import Encoded, Encoder, RowError
+from tunesmith.data.split import with_progress
+from tunesmith.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+_BATCH_ROWS = 512
+_BATCH_BYTES = 1 << 22
+_ROWS_PER_PROCESS = 4000
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("row", pa.int64())])
+
+
+@dataclass
+class Counts:
+    """What became of the rows: examples cut at the right, and rows or examples dropped.
+
+    Of the `dropped`, the `untrained` had nothing to train whatever their length.
+    """
+
+    truncated: int = 0
+    dropped: int = 0
+    untrained: int = 0
+
+    def __iadd__(self, other: Counts) -> Counts:
+        self.truncated += other.truncated
+        self.dropped += other.dropped
+        self.untrained += other.untrained
+        return self
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of whole lines of a JSON lines file, by bytes; `first_row` is the line it begins at."""
+
+    rows_file: str
+    start: int
+    end: int
+    first_row: int
+    arrow_file: str
+
+
+def write_tokens(
+    rows_file: Path,
+    arrow_file: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: Encoder,
+    max_seq_length: int,
+    num_proc: int,
+) -> Counts:
+    """Encode every row of `rows_file` into `arrow_file`, with several processes if there are many rows.
+
+    Raises:
+        RowError: the chat template can't render a row; `index` is its line, from 0.
+    """
+    with rows_file.open("rb") as stream:
+        num_rows = sum(1 for _ in stream)
+    processes = min(num_proc, len(os.sched_getaffinity(0)), num_rows // _ROWS_PER_PROCESS)
+    if processes < 2:
+        whole = Shard(str(rows_file), 0, rows_file.stat().st_size, 0, str(arrow_file))
+        return encode_shard(encoder, whole, max_seq_length)
+    shards = _cut_shards(rows_file, arrow_file, num_rows, processes)
+    pickled = arrow_file.with_suffix(".tokenizer")
+    pickled.write_bytes(pickle.dumps(tokenizer))
+    counts = _run_processes(shards, pickled, encoder.kind, max_seq_length)
+    with pa.OSFile(str(arrow_file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for shard in shards:
+            with pa.memory_map(shard.arrow_file) as source, pa.ipc.open_file(source) as reader:
+                for i in range(reader.num_record_batches):
+                    writer.write_batch(reader.get_batch(i))
+            Path(shard.arrow_file).unlink()
+    pickled.unlink()
+    return counts
+
+
+def _cut_shards(rows_file: Path, arrow_file: Path, num_rows: int, number: int) -> list[Shard]:
+    starts = [num_rows * i // number for i in range(number)]
+    borders, position = [], 0
+    with rows_file.open("rb") as stream:
+        for row, line in enumerate(stream):
+            if len(borders) < number and row == starts[len(borders)]:
+                borders.append(position)
+            position += len(line)
+    ends = [*borders[1:], position]
+    return [
+        Shard(str(rows_file), start, end, row, f"{arrow_file}.{i}")
+        for i, (start, end, row) in enumerate(zip(borders, ends, starts, strict=True))
+    ]
+
+
+def encode_shard(
+    encoder: Encoder, shard: Shard, max_seq_length: int, progress: Callable[[int], None] | None = None
+) -> Counts:
+    """Encode the rows of one shard into its Arrow file; `progress` gets the rows of each batch."""
+    counts = Counts()
+    row = shard.first_row
+    with (
+        open(shard.rows_file, "rb") as stream,
+        pa.OSFile(shard.arrow_file, "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as writer,
+    ):
+        for batch in _read_batches(stream, shard.start, shard.end):
+            try:
+                encoded = encoder.encode_batch(batch)
+            except RowError as error:
+                raise RowError(error.message, error.hint, row + error.index) from error
+            fitted = _fit(encoded, row, max_seq_length, counts)
+            if fitted:
+                writer.write_batch(_to_arrow(fitted))
+            row += len(batch)
+            if progress is not None:
+                progress(len(batch))
+    return counts
+
+
+def _read_batches(stream: BinaryIO, start: int, end: int) -> Iterator[list[dict[str, Any]]]:
+    stream.seek(start)
+    batch: list[dict[str, Any]] = []
+    size = 0
+    while start < end:
+        line = stream.readline()
+        start += len(line)
+        size += len(line)
+        batch.append(json.loads(line))
+        if len(batch) == _BATCH_ROWS or size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _fit(
+    encoded: list[list[Encoded]], first_row: int, max_seq_length: int, counts: Counts
+) -> list[tuple[int, Encoded]]:
+    """Cut each example to its last trained token within the limit; leave out those without one."""
+    fitted = []
+    for row, examples in enumerate(encoded, start=first_row):
+        if not examples:
+            counts.dropped += 1
+            counts.untrained += 1
+        for example in examples:
+            trained = example.trained[:max_seq_length]
+            if True not in trained:
+                counts.dropped += 1
+                counts.untrained += True not in example.trained
+                continue
+            counts.truncated += len(example.trained) > max_seq_length
+            end = len(trained) - trained[::-1].index(True)
+            fitted.append((row, Encoded(example.input_ids[:end], trained[:end])))
+    return fitted
+
+
+def _to_arrow(fitted: list[tuple[int, Encoded]]) -> pa.RecordBatch:
+    lengths = [len(example.input_ids) for _, example in fitted]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    ids = np.concatenate([np.array(example.input_ids, dtype=np.int32) for _, example in fitted])
+    trained = np.concatenate([np.array(example.trained, dtype=np.bool_) for _, example in fitted])
+    columns = [
+        pa.ListArray.from_arrays(offsets, pa.array(ids)),
+        pa.ListArray.from_arrays(offsets, pa.array(trained)),
+        pa.array([row for row, _ in fitted], pa.int64()),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _run_processes(shards: list[Shard], pickled: Path, kind: str, max_seq_length: int) -> Counts:
+    """Encode each shard in a process of its own. Its answers are JSON lines: rows done, counts or an error."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    jobs = [
+        json.dumps({"shard": asdict(shard), "tokenizer": str(pickled), "kind": kind, "max_seq_length": max_seq_length})
+        for shard in shards
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, job], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environ
+        )
+        for job in jobs
+    ]
+    progress = _Progress()
+    try:
+        with ThreadPoolExecutor(len(processes)) as threads:
+            answers = list(threads.map(lambda process: _follow(process, progress), processes))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    counts = Counts()
+    for answer in answers:
+        if "error" in answer:
+            raise RowError(answer["error"], answer["hint"], answer["row"])
+        counts += Counts(**answer)
+    return counts
+
+
+class _Progress:
+    """Adds up the rows that several threads hear of, and logs them now and then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ticks = with_progress(iter(int, 1), "tokenized")
+
+    def add(self, rows: int) -> None:
+        with self._lock:
+            for _ in range(rows):
+                next(self._ticks)
+
+
+def _follow(process: subprocess.Popen[str], progress: _Progress) -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        answer: dict[str, Any] = json.loads(line)
+        if "done" not in answer:
+            return answer
+        progress.add(answer["done"])
+    raise TrainingError(
+        f"a process that tokenizes ended with exit code {process.wait()}",
+        "its own message stands above; with num_proc 1 the work stays in one process",
+    )
+
+
+def _answer(content: dict[str, Any]) -> None:
+    print(json.dumps(content), flush=True)
+
+
+def main(job_text: str) -> None:
+    """Encode the shard of one job."""
+    job = json.loads(job_text)
+    encoder = Encoder(pickle.loads(Path(job["tokenizer"]).read_bytes()), job["kind"])
+    shard = Shard(**job["shard"])
+    try:
+        counts = encode_shard(encoder, shard, job["max_seq_length"], lambda rows: _answer({"done": rows}))
+    except RowError as error:
+        _answer({"error": error.message, "hint": error.hint, "row": error.index})
+        return
+    _answer(asdict(counts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,28 @@
+"""Where log lines go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def log_to_file(path: Path, rank: int = 0) -> Iterator[None]:
+    """Append this process's log to `path` while inside: events on rank 0, failures on every rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    root, package = logging.getLogger(), logging.getLogger("tunesmith")
+    root.addHandler(handler)
+    package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    except BaseException:
+        logging.getLogger(__name__).exception("rank %d failed", rank)
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,1 @@
+"""Models: load them with bounded memory, adapt, shard, and compute the loss."""

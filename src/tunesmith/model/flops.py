@@ -1,0 +1,44 @@
+"""Floating-point operations of training, for the share of the GPU's peak that is used."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# Dense bfloat16 FLOP/s from the makers' data sheets, by a part of torch's device name; longest match wins.
+_PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the GPU's peak FLOP/s for dense bfloat16 products, or None for one that isn't known."""
+    matches = [name for name in _PEAK_FLOPS if name in device_name]
+    return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
+    """Return the FLOP that training must spend on one token: without recomputation, attention scores, dropout.
+
+    Each weight of a product costs 2 forward and 2 for the gradient of its input; a trained weight costs 2
+    more. Experts count as often as the router uses them. Counts whole weights, sharded or not.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    flops = 0.0
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or (id(parameter) in embeddings and parameter is not head.weight):
+            continue
+        share = active_share if parameter.dim() == 3 else 1.0
+        flops += share * parameter.numel() * (6 if full_ft or parameter.requires_grad else 4)
+    return flops

@@ -1,0 +1,178 @@
+"""Weights and tokenizer of any Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
+    """Return the model's tokenizer.
+
+    Raises:
+        ModelError: it is absent, gives no character offsets, or has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_path(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model_source, **_hub_options(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded("tokenizer", config, error) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of `{config.model_source}` gives no character offsets, so labels can't be found",
+            "convert it to a fast tokenizer (tokenizer.json)",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of `{config.model_source}` has no end token, so the model could never learn to stop",
+            'set "eos_token" in tokenizer_config.json',
+        )
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model_config(config: TrainConfig) -> PretrainedConfig:
+    """Return the model's own configuration.
+
+    Raises:
+        ModelError: it is absent or not a causal language model's.
+    """
+    from transformers import AutoConfig
+
+    check_model_path(config)
+    try:
+        return AutoConfig.from_pretrained(config.model_source, **_hub_options(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded("config", config, error) from error
+
+
+def build_meta_model(config: TrainConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model without weights: names and shapes alone, on the meta device.
+
+    Raises:
+        ModelError: the configuration is not a causal language model's.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise _not_loaded("model", config, error) from error
+
+
+def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """Return the model in its stored dtype on the CPU, its weights memory-mapped.
+
+    Mapped pages are shared by all processes of a machine; a cast here would make a private copy each,
+    so `shard_model` casts after sharding.
+
+    Raises:
+        ModelError: the model is absent, or transformers can't load it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    attention = resolve_attention(config, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_source, dtype="auto", attn_implementation=attention, **_hub_options(config)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loaded("model", config, error) from error
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        logger.info("Liger kernels replace the model's norms, rotations and activations.")
+    return model  # type: ignore[no-any-return]
+
+
+def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the compute type; `auto` is bfloat16 where there are instructions for it."""
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def resolve_attention(config: TrainConfig, device: torch.device) -> str:
+    """Return transformers' name of the attention backend; `auto` takes the fastest that is installed."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> str:
+    """Return the hub's commit of the model, or a digest of a local folder's config and weight files.
+
+    The digest takes each weight file's name, size and the head of its content (safetensors' table of
+    names, types and shapes), not all of its bytes: reading 100 GB to start a run would be absurd.
+    """
+    commit = getattr(model_config, "_commit_hash", None)
+    if config.model_path is None and commit is not None:
+        return str(commit)
+    digest = hashlib.sha256(json.dumps(model_config.to_dict(), sort_keys=True, default=str).encode())
+    folder = Path(config.model_source)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def check_model_path(config: TrainConfig) -> None:
+    """Refuse a `model_path` that is no folder of a model.
+
+    Raises:
+        ModelError: with what is missing.
+    """
+    if config.model_path is None:
+        return
+    if not config.model_path.is_dir():
+        raise ModelError(
+            f"`model_path` is `{config.model_path}`, which is not a folder",
+            "give the folder that holds config.json and the weights, or use --hf_model_id",
+        )
+    if not (config.model_path / "config.json").is_file():
+        raise ModelError(
+            f"`model_path` is `{config.model_path}`, which holds no config.json",
+            "give a Hugging Face model folder: config.json, weights, tokenizer",
+        )
+
+
+def _hub_options(config: TrainConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.model_path is None and config.model_revision is not None:
+        options["revision"] = config.model_revision
+    return options
+
+
+def _not_loaded(what: str, config: TrainConfig, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    if config.model_path is None:
+        hint = "check --hf_model_id, the network, and HF_TOKEN for a gated model; or give --model_path"
+    else:
+        hint = "check that the folder is complete; --trust_remote_code allows a model that brings its own code"
+    return ModelError(f"can't load the {what} of `{config.model_source}`: {reason}", hint)

@@ -1,0 +1,220 @@
+"""Checkpoints: whole or absent, written off the critical path, restored on any number of workers.
+
+    checkpoint_00000100/
+      state/                  torch.distributed.checkpoint: trained weights and optimizer, sharded
+      trainer_state.json      step, validation loss, early stopping
+      params.json             the run's resolved settings
+      adapter_config.json  adapter_model.safetensors      LoRA: what PEFT and vLLM load
+      tokenizer.json …
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from tunesmith.errors import CheckpointError
+from tunesmith.lease import holds
+from tunesmith.model.lora import write_adapter
+from tunesmith.runs import FORMAT_VERSION, STATE_FILE, read_versioned_json, remove_folder, write_json
+from tunesmith.train.optimizer import initialize_state
+from tunesmith.train.stopping import EarlyStopping
+from tunesmith.train.worker import TrainJob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+STATE_FOLDER = "state"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the little that isn't a tensor."""
+
+    step: int = 0
+    eval_loss: float | None = None
+    """Validation loss at this very step, in nats; None where it wasn't measured."""
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+
+    def observe(self, eval_loss: float, threshold: float) -> Progress:
+        """Return the progress after an evaluation at this step."""
+        return replace(self, eval_loss=eval_loss, stopping=self.stopping.observe(eval_loss, threshold))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Progress:
+        return Progress(content["step"], content["eval_loss"], EarlyStopping(**content["stopping"]))
+
+
+class Checkpointer:
+    """Saves and restores one run's model and optimizer. Made by every rank, together."""
+
+    def __init__(
+        self, job: TrainJob, rank: int, model: nn.Module, optimizer: Optimizer, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self._job = job
+        self._rank = rank
+        self._model = model
+        self._optimizer = optimizer
+        self._tokenizer = tokenizer
+        # Its own group: the background write must not mix its messages with the loop's.
+        self._group = dist.new_group(backend="gloo")
+        self._token = _shared_token(self._group)
+        self._writing: Future[Any] | None = None
+        self._outcome: Future[Path] | None = None
+        self._folder: Path | None = None
+
+    def restore(self, folder: Path) -> Progress:
+        """Load the checkpoint in `folder`, saved by any number of workers. Collective.
+
+        Raises:
+            CheckpointError: it can't be read.
+        """
+        progress = Progress.from_json(read_versioned_json(folder / STATE_FILE))
+        initialize_state(self._optimizer)
+        try:
+            # Reads each rank's slices into the very tensors that model and optimizer hold.
+            dcp.load(self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group)
+        except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
+            raise CheckpointError(
+                f"can't read the checkpoint `{folder}`: {_cause(error)}",
+                "remove that folder to go on from the one before it",
+            ) from error
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """Copy the state and start to write it in the background. Collective.
+
+        Waits for the write before it, if that is still going on.
+        """
+        self.wait()
+        folder = self._job.run.unfinished_path(progress.step, self._token)
+        writing = dcp.async_save(self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group)
+        assert isinstance(writing, Future)
+        self._writing = writing
+        if self._rank == 0:
+            self._folder = folder
+            self._outcome = _then(writing, lambda: self._publish(folder, progress))
+
+    def wait(self) -> None:
+        """Block until this rank's share of the last save is written (rank 0: published) or has failed."""
+        for future in (self._writing, self._outcome):
+            if future is not None:
+                future.exception()
+        self._writing = None
+
+    def take_outcome(self) -> Path | CheckpointError | None:
+        """Return, once, what became of the last save: its folder, an error, or None while it goes on.
+
+        Rank 0 knows; other ranks always get None.
+        """
+        outcome = self._outcome
+        if outcome is None or not outcome.done():
+            return None
+        self._outcome = None
+        error = outcome.exception()
+        if error is None:
+            return outcome.result()
+        if self._folder is not None:
+            # On a full disk the unfinished files would keep it full.
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return CheckpointError(f"a checkpoint could not be written: {_cause(error)}", "the one before it is kept")
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what is trained and its optimizer state, by name: `model.{name}`, `optimizer.{name}.{key}`."""
+        if isinstance(self._model, FSDPModule):
+            self._model.reshard()  # an evaluation leaves the outermost weights gathered
+        tensors = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"model.{name}"] = parameter.detach()
+                for key, value in self._optimizer.state[parameter].items():
+                    tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+    def _publish(self, folder: Path, progress: Progress) -> Path:
+        run = self._job.run
+        if not self._job.config.full_ft:
+            write_adapter(self._model, read_weights(folder), folder)  # type: ignore[arg-type]
+        self._tokenizer.save_pretrained(folder)
+        shutil.copyfile(run.params_path, folder / run.params_path.name)
+        write_json(folder / STATE_FILE, progress.to_json())
+        _sync_files(folder)
+        token = self._job.lease_token
+        if token is not None and not holds(run.lease_path, token):
+            raise CheckpointError("another driver has taken over this run")
+        published = run.checkpoint_path(progress.step)
+        if published.exists():
+            remove_folder(published)
+        folder.rename(published)
+        run.discard_checkpoints(self._job.config.save_total_limit)
+        return published
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the whole trained weights of a checkpoint, by name, in one process, on the CPU."""
+    reader = dcp.FileSystemReader(folder / STATE_FOLDER)
+    tensors: dict[str, Any] = {}
+    for name, item in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith("model."):
+            tensors[name] = torch.empty(item.size, dtype=item.properties.dtype)  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _shared_token(group: dist.ProcessGroup) -> str:
+    # One name for the unfinished folder on all ranks, that no other attempt uses.
+    token = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(token, src=0, group=group)
+    return token[0]
+
+
+def _then(first: Future[Any], work: Callable[[], Path]) -> Future[Path]:
+    """Return a future of `work`, run in the thread that ends `first`, or of the error of `first`."""
+    outcome: Future[Path] = Future()
+
+    def finish(done: Future[Any]) -> None:
+        try:
+            done.result()
+            outcome.set_result(work())
+        except BaseException as error:  # handed on whole: whoever takes the outcome sees it
+            outcome.set_exception(error)
+
+    first.add_done_callback(finish)
+    return outcome
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _sync_files(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

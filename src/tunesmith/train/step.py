@@ -1,0 +1,107 @@
+"""What one step and one evaluation compute, over all workers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from tunesmith.data.batches import Sequences, empty_batch, microbatch_seed, share_of_rank
+from tunesmith.model.loss import sum_cross_entropy
+from tunesmith.train.worker import Worker
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The result of a step's forward and backward passes.
+
+    Attributes:
+        loss_sum: this rank's share of the summed cross-entropy, in nats; float32 scalar.
+        data_wait_s: seconds that this rank waited for batches.
+    """
+
+    loss_sum: Tensor
+    data_wait_s: float
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    sequences: Sequences,
+    microbatches: Sequence[np.ndarray],
+    step: int,
+    seed: int,
+    worker: Worker,
+) -> Gradients:
+    """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
+
+    The gradient is that of the mean cross-entropy per trained token of the whole global batch.
+    Collective.
+    """
+    num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
+    numbers = share_of_rank(len(microbatches), worker.rank, worker.world_size)
+    loss_sum = torch.zeros((), device=worker.device)
+    data_wait_s = 0.0
+    for i, number in enumerate(numbers):
+        start = time.perf_counter()
+        batch = empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        batch = batch.to(worker.device)
+        data_wait_s += time.perf_counter() - start
+        if i == len(numbers) - 1 and isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
+        torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
+        loss = sum_cross_entropy(model, batch)
+        (loss / max(1, num_trained)).backward()
+        loss_sum += loss.detach()
+    return Gradients(loss_sum, data_wait_s)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients of all ranks down to `max_norm` (0: leave them) and return their norm before."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm.item()
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    sequences: Sequences,
+    microbatches: Sequence[np.ndarray],
+    worker: Worker,
+    group: dist.ProcessGroup,
+) -> float:
+    """Return the mean cross-entropy per trained token over all ranks, in nats; NaN if nothing is trained.
+
+    Collective: every rank must call it. Leaves the model in training mode.
+    """
+    model.eval()
+    loss_sum = torch.zeros((), device=worker.device)
+    for number in share_of_rank(len(microbatches), worker.rank, worker.world_size):
+        batch = empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        loss_sum += sum_cross_entropy(model, batch.to(worker.device))
+    model.train()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward pass the outermost weights would stay gathered
+    num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
+    (total,) = sum_over_ranks([loss_sum.item()], group)
+    return total / num_trained if num_trained else math.nan
+
+
+def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]:
+    """Return the sums of the values over all ranks, in float64. Collective; `group` works on the CPU."""
+    totals = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(totals, group=group)
+    return totals.tolist()

@@ -1,0 +1,32 @@
+"""Early stopping by the validation loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """What the evaluations so far have shown; part of every checkpoint.
+
+    Attributes:
+        best_loss: the lowest validation loss so far, in nats, or None before the first.
+        num_without_improvement: evaluations in a row that didn't fall by more than the threshold.
+    """
+
+    best_loss: float | None = None
+    num_without_improvement: int = 0
+
+    def observe(self, eval_loss: float, threshold: float) -> EarlyStopping:
+        """Return the state after one more evaluation."""
+        if self.best_loss is None or eval_loss < self.best_loss - threshold:
+            return EarlyStopping(eval_loss, 0)
+        return replace(
+            self,
+            best_loss=min(eval_loss, self.best_loss),
+            num_without_improvement=self.num_without_improvement + 1,
+        )
+
+    def is_over(self, patience: int) -> bool:
+        """Return whether to stop; a patience of 0 never stops."""
+        return patience > 0 and self.num_without_improvement >= patience
