@@ -1,4 +1,4 @@
-"""What the tests share: an offline hub, and worker processes that are started once."""
+"""What the tests share: an offline hub, tiny models, and worker processes that are started once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
+
 from workers import WorkerGroup
 
 
@@ -19,3 +22,32 @@ def two_workers() -> Iterator[WorkerGroup]:
     group = WorkerGroup(2)
     yield group
     group.close()
+
+
+@pytest.fixture(scope="session")
+def alone() -> None:
+    """This process is a gloo group of its own and computes with one thread."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_of(family)` is the folder of a tiny model, made once."""
+    from tiny_models import save_model
+    from tokenizers_at_hand import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    return lru_cache(lambda family: save_model(folder / family, build_tokenizer("byte_bpe"), family))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 60 rows, of which 54 train, 3 validate and 3 test."""
+    from runs_at_hand import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")

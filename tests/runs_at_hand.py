@@ -25,7 +25,10 @@ def write_rows(path: Path, num_rows: int = 60, seed: int = 0) -> Path:
     with path.open("w") as file:
         for i in range(num_rows):
             a, b = numbers.randint(0, 99), numbers.randint(0, 99)
-            row = {"question": f"({i}) {a} plus {b}?" + " please" * numbers.randint(0, 4), "answer": str(a + b)}
+            row = {
+                "question": f"({i}) {a} plus {b}?" + " please" * numbers.randint(0, 4),
+                "answer": str(a + b),
+            }
             file.write(json.dumps(row) + "\n")
     return path
 

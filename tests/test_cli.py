@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -45,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
     return error.removeprefix("error: "), hint.removeprefix("hint: ")
 
 
-def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], None]) -> None:
+def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -> None:
     monkeypatch.setitem(cli._VERBS, "try", cli.Verb("try", "a verb of the test's own", run))
 
 
@@ -190,7 +191,7 @@ def test_watch_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_errors_end_with_message_hint_and_their_exit_code(
     error: DataError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(words: list[str]) -> None:
+    def fail(words: list[str]) -> NoReturn:
         raise error
 
     set_verb(monkeypatch, fail)
@@ -200,7 +201,7 @@ def test_errors_end_with_message_hint_and_their_exit_code(
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), BrokenPipeError("of a socket")])
 def test_any_other_exception_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(words: list[str]) -> None:
+    def fail(words: list[str]) -> NoReturn:
         raise error
 
     set_verb(monkeypatch, fail)
@@ -211,7 +212,7 @@ def test_any_other_exception_keeps_its_traceback(error: Exception, monkeypatch: 
 def test_an_interrupt_ends_quietly_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(words: list[str]) -> None:
+    def interrupt(words: list[str]) -> NoReturn:
         raise KeyboardInterrupt
 
     set_verb(monkeypatch, interrupt)

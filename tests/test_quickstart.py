@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tunesmith.config import TrainConfig
+from tunesmith.settings import load_settings
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
@@ -114,3 +118,15 @@ def test_model_folder_has_a_tokenizer_with_whole_special_tokens(quickstart_model
     text = "<|im_start|>user\n  Wörter, 日本語 and\n\tdef f(x): return x**2024<|im_end|>\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.chat_template is not None
+
+
+def test_run_file_and_readme_config_are_accepted(tmp_path):
+    config = load_settings(TrainConfig, QUICKSTART / "run.yaml", {}, {})
+    assert REPOSITORY / config.dataset_name == QUICKSTART / "build" / "python_questions.jsonl"
+    assert config.input_template.count("\n") == 3
+
+    [block] = re.findall(
+        r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
+    assert load_settings(TrainConfig, tmp_path / "run.yaml", {}, {}).max_steps == 1000

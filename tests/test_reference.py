@@ -8,7 +8,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from tunesmith.settings import (
     load_settings,
     settings_from_dump,
 )
+from tunesmith.yaml_file import write_yaml
 
 SCHEMA = json_schema(TrainConfig)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -71,7 +71,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 def load(data: dict[str, Any], folder: Path) -> TrainConfig:
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+    path.write_text(write_yaml(data), encoding="utf-8")
     return load_settings(TrainConfig, path, {}, {})
 
 

@@ -312,6 +312,58 @@ def test_the_view_on_a_terminal_draws_the_note_and_then_the_panel(tmp_path: Path
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor comes back"
 
 
+def test_a_note_during_the_run_stands_in_the_panel_until_the_end(tmp_path: Path) -> None:
+    run_dir = run_dir_in(tmp_path)
+    console = console_of(60, terminal=True)
+    view = LiveView(run_dir.metrics_path, console)
+    view.note("loading the model")
+    record(run_dir, 1, 0, 30)
+    view.update()
+    before = len(written_to(console))
+    view.note("stopping after this step")
+    view.update()
+    drawn = written_to(console)[before:]
+    assert "stopping after this step" in drawn
+    assert "loading the model" not in drawn
+    record(run_dir, 2, 30, 31, "finished")
+    before = len(written_to(console))
+    view.close()
+    last_drawn = written_to(console)[before:].rsplit("a-run", 1)[1]
+    assert "all steps are done" in last_drawn
+    assert "stopping after this step" not in last_drawn
+
+
+class SignallingStream(io.StringIO):
+    """Is interrupted by a signal in the first write after it is armed."""
+
+    armed = False
+
+    def write(self, text: str) -> int:
+        if self.armed:
+            self.armed = False
+            half = len(text) // 2
+            super().write(text[:half])
+            signal.raise_signal(signal.SIGUSR1)
+            return half + super().write(text[half:])
+        return super().write(text)
+
+
+def test_a_note_from_a_signal_handler_waits_for_the_line_to_end(tmp_path: Path) -> None:
+    stream = SignallingStream()
+    view = LiveView(run_dir_in(tmp_path).metrics_path, Console(file=stream, width=80))
+    record(run_dir_in(tmp_path), 1, 0, 5)
+    previous = signal.signal(signal.SIGUSR1, lambda *_: view.note("stopping"))
+    try:
+        stream.armed = True
+        view.update()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    lines = stream.getvalue().splitlines()
+    assert lines[1] == "start at step 0: fresh start"
+    assert lines[-1] == "stopping"
+    view.close()
+
+
 def test_a_stream_of_ascii_gets_ascii(tmp_path: Path) -> None:
     record(run_dir_in(tmp_path), 1, 0, 20, "finished")
     for once in (True, False):

@@ -50,7 +50,11 @@ def build_config(family: str, vocab_size: int, **changes: Any) -> PretrainedConf
 
 
 def save_model(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Path:
     """Write a tiny model and the tokenizer to `folder`, as a Hugging Face folder."""
     torch.manual_seed(0)

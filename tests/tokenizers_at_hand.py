@@ -1,10 +1,12 @@
-"""Real tokenizers of the kinds that language models ship with, trained on the spot on a few lines.
+"""Real tokenizers of the kinds that language models ship with, made on the spot from a few lines; always the same.
 
 `build_tokenizer(kind)` gives one of `TOKENIZER_KINDS`. `save_pretrained` writes one to a folder.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -45,23 +47,30 @@ def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return _BUILDERS[kind]()
 
 
-def _byte_bpe_backend(special: list[str]) -> Tokenizer:
+def _byte_bpe_backend(special: list[str], corpus: Iterable[str] = (), vocab_size: int = 512) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(_CORPUS * 4, trainer)
+    backend.train_from_iterator(corpus or _CORPUS * 4, trainer)
     return backend
 
 
 def _byte_bpe() -> PreTrainedTokenizerFast:
     """GPT-2's and SmolLM2's kind: bytes, no BOS, white space trimmed from offsets."""
-    backend = _byte_bpe_backend(["<|endoftext|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return train_byte_bpe(_CORPUS * 4, 512)
+
+
+def train_byte_bpe(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer trained on `corpus`."""
+    backend = _byte_bpe_backend(["<|endoftext|>"], corpus, vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
 
 
 def _llama2() -> PreTrainedTokenizerFast:
@@ -69,8 +78,9 @@ def _llama2() -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator([word for line in _CORPUS for word in line.split("\n")] * 4, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    ascii_words = [word for line in _CORPUS if line.isascii() for word in line.split("\n")]
+    trained.train_from_iterator(ascii_words * 4, trainer)
     # Training marks every special token as such; the bytes of a real model are ordinary tokens.
     backend = Tokenizer(trained.model)
     backend.normalizer = trained.normalizer
@@ -88,14 +98,17 @@ def _llama2() -> PreTrainedTokenizerFast:
 
 def _unigram() -> PreTrainedTokenizerFast:
     """SentencePiece's Unigram: NFKC, ▁ before the text, and an end token that the tokenizer adds itself."""
-    backend = Tokenizer(models.Unigram())
+    # Not trained: the trainer's sums depend on the order of its threads.
+    pieces = sorted({f"▁{word}" for line in _CORPUS for word in line.split()})
+    characters = sorted({"▁", *"".join(_CORPUS), *map(chr, range(32, 127))} - {" "})
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [(piece, -6.0) for piece in pieces] + [
+        (character, -9.0) for character in characters if character not in pieces
+    ]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=2))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=220, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator(_CORPUS * 4, trainer)
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
@@ -104,14 +117,15 @@ def _unigram() -> PreTrainedTokenizerFast:
 
 def _wordpiece() -> PreTrainedTokenizerFast:
     """BERT's kind: lower case, white space lost, tokens added on both sides."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # Not trained: the trainer numbers pieces in an order that changes from process to process.
+    lowered = "\n".join(_CORPUS).lower()
+    characters = sorted({*lowered, *map(chr, range(33, 127))} - {" ", "\n"})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(re.findall(r"[a-z]{2,}", lowered)))]
+    pieces += [*characters, *(f"##{character}" for character in characters)]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    )
-    backend.train_from_iterator(_CORPUS * 4, trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -53,7 +53,9 @@ def _serve(rank: int, world_size: int, store: Path, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size
+    )
     while (request := pipe.recv()) is not None:
         function, arguments = request
         try:

@@ -22,9 +22,8 @@ def run_demo() -> int:
     config = load_settings(TrainConfig, RUN_FILE, {}, os.environ)
     run = locate_run(config)
     if ending_of(run) == "finished" and config.max_steps <= run.read_params()["settings"]["max_steps"]:
-        print(
-            "training: finished already; this is its result. To train again, first remove runs/quickstart.\n"
-        )
+        again = f"remove {os.path.relpath(run.home)} to train again"
+        print(f"training: finished already, this is its result; {again}\n")
         Console().print(format_summary(run), soft_wrap=True)
         return 0
     command = ["train", os.path.relpath(RUN_FILE)]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import ConfigError, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.config import TrainConfig
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -21,7 +26,7 @@ class Verb:
 
     usage: str
     summary: str
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a failure at work. 2: bad input. 130: interrupted. 141: the reader of stdout is gone.
     """
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        exit_code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except TunesmithError as error:
         _print_error(error)
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_broken():
             raise
         return BROKEN_PIPE
-    return 0
+    return exit_code
 
 
 def configure_logging() -> None:
@@ -59,7 +64,7 @@ def configure_logging() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
 
 
-def _dispatch(words: list[str]) -> None:
+def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(_short_help(), end="")
     elif words[0] == "--version":
@@ -67,51 +72,65 @@ def _dispatch(words: list[str]) -> None:
 
         print(f"tunesmith {__version__}")
     elif words[0] in _VERBS:
-        _VERBS[words[0]].run(words[1:])
+        return _VERBS[words[0]].run(words[1:])
     else:
         raise _unknown_verb(words)
+    return 0
 
 
-def _train(words: list[str]) -> None:
-    _run_with_settings("train", words)
+def _train(words: list[str]) -> int:
+    config = _read_config("train", words)
+    if config is None:
+        return 0
+    from rich.console import Console
+
+    from tunesmith.cluster.ray_train import fine_tune
+    from tunesmith.summary import format_summary
+
+    result = fine_tune(config)
+    next_steps = []
+    if result.ending == "stopped":
+        next_steps = [("go on with", shlex.join(["tunesmith", "train", *words]))]
+    Console().print(format_summary(result.run, next_steps), soft_wrap=True)
+    return result.exit_code
 
 
-def _inspect(words: list[str]) -> None:
-    _run_with_settings("inspect", words)
+def _inspect(words: list[str]) -> int:
+    config = _read_config("inspect", words)
+    if config is not None:
+        from tunesmith.data.inspect import inspect
+
+        inspect(config)
+    return 0
 
 
-def _run_with_settings(verb: str, words: list[str]) -> None:
+def _read_config(verb: str, words: list[str]) -> TrainConfig | None:
+    """Return the settings of a verb that takes them all, or None where help was asked for and printed."""
     from tunesmith.config import TrainConfig
     from tunesmith.settings import format_help, load_settings, parse_flags
 
     if _asks_help(words):
         print(format_help(TrainConfig, _describe_verb(verb)), end="")
-        return
+        return None
     flags = parse_flags(TrainConfig, words)
     config = load_settings(TrainConfig, flags.yaml_path, flags.values, os.environ)
     configure_logging()
-    if verb == "train":
-        from tunesmith.cluster.ray_train import fine_tune
-
-        fine_tune(config)
-    else:
-        from tunesmith.data.inspect import inspect
-
-        inspect(config)
+    return config
 
 
-def _watch(words: list[str]) -> None:
+def _watch(words: list[str]) -> int:
     if _asks_help(words):
         print(f"{_describe_verb('watch')}\n\n  --once    print the run's state and end")
-        return
+        return 0
     (run,), options = _read_words("watch", words, ["RUN"], {"--once"})
     configure_logging()
     from tunesmith.watch import watch
 
     watch(run, once="--once" in options)
+    return 0
 
 
-def _schema(words: list[str]) -> None:
+def _schema(words: list[str]) -> int:
     from tunesmith.config import TrainConfig
     from tunesmith.settings import format_markdown, json_schema
 
@@ -119,7 +138,7 @@ def _schema(words: list[str]) -> None:
         print(
             f"{_describe_verb('schema')}\n\n  --format json|markdown    JSON schema (default) or reference page"
         )
-        return
+        return 0
     output_format, words = _take_format(words)
     (verb,), _ = _read_words("schema", words, ["train"], set())
     if verb != "train":
@@ -128,6 +147,7 @@ def _schema(words: list[str]) -> None:
         print(json.dumps(json_schema(TrainConfig), indent=2, ensure_ascii=False))
     else:
         print(format_markdown(TrainConfig, verb), end="")
+    return 0
 
 
 _VERBS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -24,7 +24,7 @@ SEED_FIELD_MAPPING = {"instruction": "instruction", "input": "input", "output": 
 
 def setting(default: Any, help: str, *, group: str, scope: Scope, **checks: Any) -> Any:
     """Declare one setting; `help` is one sentence with the unit and what the extremes mean."""
-    extra = {"group": group, "scope": scope}
+    extra: dict[str, JsonValue] = {"group": group, "scope": scope}
     if callable(default):
         return Field(default_factory=default, description=help, json_schema_extra=extra, **checks)
     return Field(default=default, description=help, json_schema_extra=extra, **checks)
@@ -132,7 +132,9 @@ class HFDatasetConfig(Settings):
         group="data",
         scope="data",
     )
-    num_proc: int = setting(8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1)
+    num_proc: int = setting(
+        8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1
+    )
 
 
 class TrainConfig(HFDatasetConfig):
@@ -142,13 +144,22 @@ class TrainConfig(HFDatasetConfig):
         "Qwen/Qwen3-8B", "Hugging Face model id.", group="model", scope="model", min_length=1
     )
     model_path: OptionalPath = setting(
-        None, "Local folder with the model's weights and tokenizer, in place of the hub.", group="model", scope="model"
+        None,
+        "Local folder with the model's weights and tokenizer, in place of the hub.",
+        group="model",
+        scope="model",
     )
     model_revision: OptionalStr = setting(
-        None, "Branch, tag or commit of the model on the hub; unset: its main branch.", group="model", scope="model"
+        None,
+        "Branch, tag or commit of the model on the hub; unset: its main branch.",
+        group="model",
+        scope="model",
     )
     dataset_revision: OptionalStr = setting(
-        None, "Branch, tag or commit of the data set on the hub; unset: its main branch.", group="data", scope="data"
+        None,
+        "Branch, tag or commit of the data set on the hub; unset: its main branch.",
+        group="data",
+        scope="data",
     )
     trust_remote_code: bool = setting(
         False, "Run Python code that comes with the model or tokenizer.", group="model", scope="model"
@@ -159,17 +170,29 @@ class TrainConfig(HFDatasetConfig):
         group="model",
         scope="model",
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = setting(
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = setting(
         "auto",
         "Attention backend of transformers; auto is FlashAttention 2 where it is installed, else SDPA.",
         group="model",
         scope="training",
     )
 
-    full_ft: bool = setting(False, "Train every weight instead of LoRA adapters.", group="adapter", scope="model")
+    full_ft: bool = setting(
+        False, "Train every weight instead of LoRA adapters.", group="adapter", scope="model"
+    )
     lora_rank: int = setting(32, "Rank of the LoRA adapters.", group="adapter", scope="model", ge=1)
-    lora_alpha: float = setting(32, "LoRA scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.", group="adapter", scope="model", gt=0)
-    lora_dropout: float = setting(0.1, "Dropout before the adapters; 0 is none.", group="adapter", scope="model", ge=0, lt=1)
+    lora_alpha: float = setting(
+        32,
+        "LoRA scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.",
+        group="adapter",
+        scope="model",
+        gt=0,
+    )
+    lora_dropout: float = setting(
+        0.1, "Dropout before the adapters; 0 is none.", group="adapter", scope="model", ge=0, lt=1
+    )
     lora_target_modules: Names = setting(
         None,
         "Modules to adapt, by name (q_proj,v_proj); unset: every linear layer but the head, routers and fused experts.",
@@ -178,8 +201,15 @@ class TrainConfig(HFDatasetConfig):
     )
     use_rslora: bool = setting(False, "Scale adapters by alpha / sqrt(rank).", group="adapter", scope="model")
 
-    max_seq_length: int = setting(2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2)
-    packing: bool = setting(True, "Put several examples in one sequence; attention never crosses them.", group="data", scope="data")
+    max_seq_length: int = setting(
+        2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2
+    )
+    packing: bool = setting(
+        True,
+        "Put several examples in one sequence; attention never crosses them.",
+        group="data",
+        scope="data",
+    )
     data_dir: OptionalPath = setting(
         None,
         "Folder for training.jsonl, validation.jsonl and test.jsonl; unset: by fingerprint under {home}/datasets.",
@@ -188,51 +218,126 @@ class TrainConfig(HFDatasetConfig):
     )
 
     max_steps: int = setting(10000, "Optimizer steps at most.", group="training", scope="run", ge=1)
-    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_unset)] = setting(
-        None, "Passes over the training set at most; unset: max_steps alone decides.", group="training", scope="training"
+    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_unset)] = (
+        setting(
+            None,
+            "Passes over the training set at most; unset: max_steps alone decides.",
+            group="training",
+            scope="training",
+        )
     )
-    per_device_train_batch_size: int = setting(2, "Sequences in a microbatch.", group="training", scope="data", ge=1)
-    gradient_accumulation_steps: int = setting(4, "Microbatches of one worker in a step.", group="training", scope="data", ge=1)
-    learning_rate: float = setting(5e-5, "Highest learning rate, after warm-up.", group="training", scope="training", gt=0)
-    min_learning_rate: float = setting(1e-6, "Learning rate at the last step.", group="training", scope="training", ge=0)
+    per_device_train_batch_size: int = setting(
+        2, "Sequences in a microbatch.", group="training", scope="data", ge=1
+    )
+    gradient_accumulation_steps: int = setting(
+        4, "Microbatches of one worker in a step.", group="training", scope="data", ge=1
+    )
+    learning_rate: float = setting(
+        5e-5, "Highest learning rate, after warm-up.", group="training", scope="training", gt=0
+    )
+    min_learning_rate: float = setting(
+        1e-6, "Learning rate at the last step.", group="training", scope="training", ge=0
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "Shape of the way from learning_rate down to min_learning_rate.", group="training", scope="training"
+        "cosine",
+        "Shape of the way from learning_rate down to min_learning_rate.",
+        group="training",
+        scope="training",
     )
-    warmup_ratio: float = setting(0.03, "Share of the steps that warms up; 0 is none.", group="training", scope="training", ge=0, le=1)
-    weight_decay: float = setting(0.01, "AdamW's weight decay; 0 is none.", group="training", scope="training", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradient norm to clip to; 0 never clips.", group="training", scope="training", ge=0)
-    seed: int = setting(16257, "Seed of the split, the order, the adapters and the dropout.", group="training", scope="data", ge=0, lt=2**31)
+    warmup_ratio: float = setting(
+        0.03, "Share of the steps that warms up; 0 is none.", group="training", scope="training", ge=0, le=1
+    )
+    weight_decay: float = setting(
+        0.01, "AdamW's weight decay; 0 is none.", group="training", scope="training", ge=0
+    )
+    max_grad_norm: float = setting(
+        1.0, "Gradient norm to clip to; 0 never clips.", group="training", scope="training", ge=0
+    )
+    seed: int = setting(
+        16257,
+        "Seed of the split, the order, the adapters and the dropout.",
+        group="training",
+        scope="data",
+        ge=0,
+        lt=2**31,
+    )
 
-    per_device_eval_batch_size: int = setting(2, "Sequences in a microbatch of the evaluation.", group="evaluation", scope="run", ge=1)
-    eval_steps: int = setting(100, "Steps between evaluations; 0 evaluates at the end alone.", group="evaluation", scope="training", ge=0)
-    max_eval_samples: int = setting(640, "Validation examples at most; 0 takes them all.", group="evaluation", scope="training", ge=0)
+    per_device_eval_batch_size: int = setting(
+        2, "Sequences in a microbatch of the evaluation.", group="evaluation", scope="run", ge=1
+    )
+    eval_steps: int = setting(
+        100,
+        "Steps between evaluations; 0 evaluates at the end alone.",
+        group="evaluation",
+        scope="training",
+        ge=0,
+    )
+    max_eval_samples: int = setting(
+        640, "Validation examples at most; 0 takes them all.", group="evaluation", scope="training", ge=0
+    )
     early_stopping_patience: int = setting(
-        3, "Evaluations without improvement before stopping; 0 never stops.", group="evaluation", scope="training", ge=0
+        3,
+        "Evaluations without improvement before stopping; 0 never stops.",
+        group="evaluation",
+        scope="training",
+        ge=0,
     )
     early_stopping_threshold: float = setting(
-        0.001, "Smallest fall of the validation loss that counts as improvement, in nats.", group="evaluation", scope="training", ge=0
+        0.001,
+        "Smallest fall of the validation loss that counts as improvement, in nats.",
+        group="evaluation",
+        scope="training",
+        ge=0,
     )
 
     gradient_checkpointing: AutoBool = setting(
-        None, "Recompute activations in the backward pass; auto: on with GPUs, off without.", group="memory", scope="run"
+        None,
+        "Recompute activations in the backward pass; auto: on with GPUs, off without.",
+        group="memory",
+        scope="run",
     )
     cpu_offload: bool = setting(
-        False, "Keep weights and optimizer state in host memory between uses (GPUs).", group="memory", scope="run"
+        False,
+        "Keep weights and optimizer state in host memory between uses (GPUs).",
+        group="memory",
+        scope="run",
     )
 
-    num_workers: AutoInt = setting(None, "Training processes; auto: one per GPU of the cluster, or one on CPUs.", group="cluster", scope="run")
-    use_gpu: AutoBool = setting(None, "Train on GPUs; auto: if the cluster has any.", group="cluster", scope="run")
-    max_failures: int = setting(2, "Restarts after a failed worker; 0 is none.", group="cluster", scope="run", ge=0)
+    num_workers: AutoInt = setting(
+        None,
+        "Training processes; auto: one per GPU of the cluster, or one on CPUs.",
+        group="cluster",
+        scope="run",
+    )
+    use_gpu: AutoBool = setting(
+        None, "Train on GPUs; auto: if the cluster has any.", group="cluster", scope="run"
+    )
+    max_failures: int = setting(
+        2, "Restarts after a failed worker; 0 is none.", group="cluster", scope="run", ge=0
+    )
 
-    home: OptionalPath = setting(None, "Folder of everything a run writes; unset: runs/{run_name}.", group="output", scope="run")
-    results_dir: str = setting("results", "Folder of the results under home.", group="output", scope="run", min_length=1)
+    home: OptionalPath = setting(
+        None, "Folder of everything a run writes; unset: runs/{run_name}.", group="output", scope="run"
+    )
+    results_dir: str = setting(
+        "results", "Folder of the results under home.", group="output", scope="run", min_length=1
+    )
     run_name: OptionalStr = setting(
-        None, "Name of the run; unset: the model's name and a digest of the settings that shape the result.", group="output", scope="run"
+        None,
+        "Name of the run; unset: the model's name and a digest of the settings that shape the result.",
+        group="output",
+        scope="run",
     )
-    save_steps: int = setting(100, "Steps between checkpoints; 0 saves at the end alone.", group="output", scope="run", ge=0)
-    save_total_limit: int = setting(2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1)
+    save_steps: int = setting(
+        100, "Steps between checkpoints; 0 saves at the end alone.", group="output", scope="run", ge=0
+    )
+    save_total_limit: int = setting(
+        2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1
+    )
     logging_steps: int = setting(10, "Steps between lines of metrics.", group="output", scope="run", ge=1)
-    use_wandb: bool = setting(False, "Log to Weights & Biases too (needs tunesmith[wandb]).", group="output", scope="run")
+    use_wandb: bool = setting(
+        False, "Log to Weights & Biases too (needs tunesmith[wandb]).", group="output", scope="run"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def smooth(values: Sequence[float] | np.ndarray, share: float = 0.05) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray, share: float = 0.08) -> np.ndarray:
     """Return the centred moving average [N] over `share` of the points, taken twice.
 
     The window narrows towards the first point, so that the steep start of a loss curve keeps its

@@ -45,9 +45,13 @@ class Lease:
         with FileLock(self.path.with_suffix(".lock")):
             holder = read_holder(self.path)
             if holder is not None and _is_alive(holder):
-                raise RunError(_describe(holder, self.path), "wait for it, stop it, or choose another --run_name")
+                raise RunError(
+                    _describe(holder, self.path), "wait for it, stop it, or choose another --run_name"
+                )
             if holder is not None:
-                logger.info("Replacing the lease of process %s on %s, which is gone.", holder["pid"], holder["host"])
+                logger.info(
+                    "Replacing the lease of process %s on %s, which is gone.", holder["pid"], holder["host"]
+                )
             self._write()
         self._thread.start()
         return self
@@ -72,7 +76,9 @@ class Lease:
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(RENEW_S):
             if not holds(self.path, self.token):
-                logger.error("Another driver has taken over `%s`; this one no longer writes to it.", self.path.parent)
+                logger.error(
+                    "Another driver has taken over `%s`; this one no longer writes to it.", self.path.parent
+                )
                 return
             try:
                 self._write()
@@ -96,7 +102,8 @@ def holds(path: Path, token: str) -> bool:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     if holder["host"] == socket.gethostname():
-        return _process_start(holder["pid"]) == holder["process_start"] is not None
+        start = _process_start(holder["pid"])
+        return start is not None and start == str(holder["process_start"])
     return bool(time.time() - holder["renewed_at"] < EXPIRE_S)
 
 

@@ -15,14 +15,12 @@ def log_to_file(path: Path, rank: int = 0) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler.addFilter(lambda record: record.name.startswith("tunesmith") or record.levelno >= logging.WARNING)
     root, package = logging.getLogger(), logging.getLogger("tunesmith")
     root.addHandler(handler)
     package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
     try:
         yield
-    except BaseException:
-        logging.getLogger(__name__).exception("rank %d failed", rank)
-        raise
     finally:
         root.removeHandler(handler)
         handler.close()

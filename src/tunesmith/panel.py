@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.curves import draw_bars, smooth
-from tunesmith.progress import EventPoint, RunProgress
+from tunesmith.progress import RunProgress
 from tunesmith.runs import RUN_PREFIX
 from tunesmith.units import format_bytes, format_duration, format_loss, format_step_time
 
 _MAX_WIDTH = 120
-_LABEL_WIDTH = 10
+_LABEL_WIDTH = 11
 _CHART_HEIGHT = 3
 _MIN_POINTS_TO_SMOOTH = 40
 _STATUS_STYLES = {"finished": "green", "stopped": "yellow", "failed": "bold red"}
@@ -28,8 +28,9 @@ Row = tuple[str, Text | ProgressBar]
 class RunPanel:
     """Draws a run's progress; made anew for each drawing, so that it shows the present."""
 
-    def __init__(self, progress: RunProgress, now: float | None = None) -> None:
+    def __init__(self, progress: RunProgress, note: str = "", now: float | None = None) -> None:
         self._progress = progress
+        self._note = note
         self._now = time.time() if now is None else now
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -160,11 +161,9 @@ class RunPanel:
             yield "attempt", Text(f"{self._progress.attempt}{since}", style="yellow")
         checkpoints = [event for event in self._progress.events if event.event == "checkpoint"]
         if checkpoints:
-            yield "saved", Text(_describe_checkpoint(checkpoints[-1]))
-
-
-def _describe_checkpoint(event: EventPoint) -> str:
-    return f"step {event.step:,}" + (f"  {event.message}" if event.message else "")
+            yield "checkpoint", Text(checkpoints[-1].message or f"step {checkpoints[-1].step:,}")
+        if self._note:
+            yield "", Text(self._note, style="yellow")
 
 
 def _filled(parts: Iterable[str], width: int) -> Text:

@@ -1,18 +1,19 @@
 """The run folder: the only code that knows its names, and how a checkpoint is chosen from it.
 
-    {home}/
-      logs/fine_tune.log
-      datasets/{fingerprint}/
-      results/{model_name}/
-        ray_results/TorchTrainer_{run_name}/
-          params.json  metrics.jsonl  lease.json  checkpoint_00000100/
-        final/
-      tensorboard_logs/{model_name}/{run_name}/
+{home}/
+  logs/fine_tune.log
+  datasets/{fingerprint}/
+  results/{model_name}/
+    ray_results/TorchTrainer_{run_name}/
+      params.json  metrics.jsonl  lease.json  checkpoint_00000100/
+    final/
+  tensorboard_logs/{model_name}/{run_name}/
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -115,7 +116,7 @@ class RunDir:
 
     def best_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint of the lowest validation loss; the latest where none was measured."""
-        measured = [c for c in self.checkpoints() if c.eval_loss is not None]
+        measured = [c for c in self.checkpoints() if c.eval_loss is not None and math.isfinite(c.eval_loss)]
         return min(measured, key=lambda c: (c.eval_loss, c.step)) if measured else self.latest_checkpoint()
 
     def discard_checkpoints(self, keep_newest: int) -> None:
@@ -162,7 +163,9 @@ def open_run(path: Path | str, home: Path | str | None = None) -> RunDir:
     if runs:
         names = ", ".join(f"`{run}`" for run in runs)
         raise RunError(f"`{path}` holds {len(runs)} runs", f"name one of {names}")
-    raise RunError(f"no run at `{path}`", f"give the folder `…/ray_results/{RUN_PREFIX}{{run_name}}` or its home")
+    raise RunError(
+        f"no run at `{path}`", f"give the folder `…/ray_results/{RUN_PREFIX}{{run_name}}` or its home"
+    )
 
 
 def _run_of_folder(folder: Path) -> RunDir:
@@ -219,7 +222,9 @@ def read_versioned_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"`{path}` does not exist", "is this a run folder of tunesmith?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"`{path}` is not valid JSON: {error}", "restore it from a checkpoint's copy") from None
+        raise RunError(
+            f"`{path}` is not valid JSON: {error}", "restore it from a checkpoint's copy"
+        ) from None
     check_format_version(content, path)
     return dict(content)
 

@@ -62,40 +62,59 @@ class LiveView:
         plain_interval_s: float = _PLAIN_INTERVAL_S,
     ) -> None:
         self.progress = RunProgress(metrics_path)
-        self._waiting = True
-        note = "waiting for the first step…"
         if new_attempt:
             self.progress.poll()
-            note = "starting workers…"
-        fits = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
-        self._screen = _Screen(console, note) if fits else _PlainLines(console, note, plain_interval_s)
+        self._waiting = True
         self._skip_history = not new_attempt
+        self._drawing = False
+        self._new_note: str | None = None
+        note = "starting workers…" if new_attempt else "waiting for the first step…"
+        fits = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
+        self._display = _Screen(console, note) if fits else _PlainLines(console, note, plain_interval_s)
 
     def note(self, text: str) -> None:
-        """Say what is being done before the first step: loading the model, preparing the data."""
-        self._screen.note(text)
+        """Say what is being done: loading the model, stopping. A signal handler may call it."""
+        self._new_note = text
+        if not self._drawing:
+            self._show_note()
+
+    def _show_note(self) -> None:
+        if self._new_note is not None:
+            self._display.note(self._new_note)
+            self._new_note = None
 
     def update(self) -> None:
         """Take in what the run has written since the last call, and show it."""
+        # A note from a signal handler must not break into a half-written line.
+        self._drawing = True
+        try:
+            self._draw()
+        finally:
+            self._drawing = False
+        self._show_note()
+
+    def _draw(self) -> None:
         points = self.progress.poll()
-        if points:
+        if points and self._waiting:
             self._waiting = False
-        if self._skip_history and points:
+            self._display.begin()
+        if points and self._skip_history:
             points = _last_of_each_kind(points)
             self._skip_history = False
         if not self._waiting:
-            self._screen.show(self.progress, points)
+            self._display.show(self.progress, points)
 
     def close(self) -> None:
         """Show the last state, which stays on the screen, and give the terminal back."""
         self.update()
-        self._screen.close(self.progress)
+        self._display.close(self.progress)
 
 
 class _Screen:
     """A panel that redraws in place."""
 
     def __init__(self, console: Console, note: str) -> None:
+        self._note = note
         self._spinner = Spinner("dots", Text(note))
         self._live = Live(
             self._spinner,
@@ -108,10 +127,15 @@ class _Screen:
         self._live.start()
 
     def note(self, text: str) -> None:
+        self._note = text
         self._spinner.update(text=Text(text))
 
+    def begin(self) -> None:
+        self._note = ""
+
     def show(self, progress: RunProgress, points: list[Point]) -> None:
-        self._live.update(RunPanel(progress), refresh=True)
+        note = "" if progress.ending else self._note
+        self._live.update(RunPanel(progress, note), refresh=True)
 
     def close(self, progress: RunProgress) -> None:
         self._live.stop()
@@ -133,6 +157,8 @@ class _PlainLines:
         text = text.encode(encoding, errors="replace").decode(encoding)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._shown_at = time.monotonic()
+
+    def begin(self) -> None: ...
 
     def show(self, progress: RunProgress, points: list[Point]) -> None:
         for point in points:
@@ -197,5 +223,7 @@ def _evaluation_line(point: EvaluationPoint, progress: RunProgress) -> str:
 
 
 def _event_line(point: EventPoint) -> str:
+    if point.event == "checkpoint" and point.message:
+        return f"checkpoint: {point.message}"
     what = f"restart {point.attempt - 1}" if point.event == "start" and point.attempt > 1 else point.event
     return f"{what} at step {point.step}" + (f": {point.message}" if point.message else "")

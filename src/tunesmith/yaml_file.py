@@ -9,13 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from tunesmith.errors import ConfigError
-
-_Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 
 # https://yaml.org/spec/1.2.2/#1032-tag-resolution; with each, the characters it can start with.
 _CORE_SCHEMA = (
@@ -32,8 +30,6 @@ _CORE_SCHEMA = (
 
 
 class _CoreLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[_Resolvers] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -57,9 +53,11 @@ class _CoreLoader(yaml.SafeLoader):
 
 
 class _CoreDumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[_Resolvers] = {}
+    pass
 
 
+# The dumper keeps 1.1's rules besides, and so quotes what either version would misread.
+_CoreLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _CORE_SCHEMA:
     _CoreLoader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
     _CoreDumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
@@ -116,7 +114,7 @@ def _read_text(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(f"`{path}` can't be read: {reason}", "give the path of a YAML file") from None
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(
@@ -137,4 +135,6 @@ def _describe_problem(error: Exception) -> str:
         return ", ".join(part for part in (error.problem, error.context) if part)
     if isinstance(error, yaml.reader.ReaderError):
         return f"character U+{int(error.character):04X} isn't allowed"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else "a `!!tag` doesn't fit its value"
+    return (
+        "it is nested too deeply" if isinstance(error, RecursionError) else "a `!!tag` doesn't fit its value"
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from tunesmith.cluster.resources import Allocation, allocate
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
-from tunesmith.errors import TrainingError, TunesmithError
+from tunesmith.errors import RunError, TrainingError, TunesmithError
 from tunesmith.figures import draw_loss_curve
 from tunesmith.lease import Lease
 from tunesmith.logs import log_to_file
@@ -80,7 +81,9 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
         run.clean()
         record_params(run, config, model_config, prepared, allocation.num_workers)
-        job = TrainJob(_with_absolute_paths(config), run, prepared.folder, allocation.num_threads, lease.token)
+        job = TrainJob(
+            _with_absolute_paths(config), run, prepared.folder, allocation.num_threads, lease.token
+        )
         signal_number = _train_on_ray(job, allocation)
         return _conclude(job, allocation, signal_number)
 
@@ -88,15 +91,17 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
 def _train_on_ray(job: TrainJob, allocation: Allocation) -> int | None:
     """Run the job to its end; return the signal that ended it early, if one did."""
     import ray
+    from rich.console import Console
 
     # Ray's own list of checkpoints: it refuses to start when one of them was rotated away. Ours is the folder.
     (job.run.path / _RAY_SNAPSHOT).unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    view = LiveView(job.run.metrics_path)
+    view = LiveView(job.run.metrics_path, Console(stderr=True))
     starts_ray = not ray.is_initialized()
     try:
         if starts_ray:
             view.note("starting Ray")
+            logging.getLogger("ray").setLevel(logging.ERROR)
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         view.note(f"starting {allocation.describe()}")
         with _stop_on_signals(job.run, view) as received:
@@ -182,7 +187,11 @@ def _train_on_worker(loop_config: dict[str, Any]) -> None:
     with log_to_file(job.run.log_path(), rank=worker.rank):
         from tunesmith.train.loop import train
 
-        train(job, worker)
+        try:
+            train(job, worker)
+        except BaseException:
+            logger.exception("rank %d failed", worker.rank)
+            raise
 
 
 @contextmanager
@@ -211,7 +220,8 @@ def _stop_on_signals(run: RunDir, view: LiveView) -> Iterator[list[int]]:
 def _conclude(job: TrainJob, allocation: Allocation, signal_number: int | None) -> FineTuneResult:
     run = job.run
     ending = ending_of(run)
-    draw_loss_curve(run, run.loss_curve_path)
+    with contextlib.suppress(RunError):  # it ended before there was a loss to draw
+        draw_loss_curve(run, run.loss_curve_path)
     if ending == "failed":
         latest = run.latest_checkpoint()
         kept = f"`{latest.path.name}` is kept" if latest else "there is no checkpoint yet"
@@ -233,7 +243,9 @@ def _explain(failure: BaseException, run: RunDir) -> TunesmithError:
         return cause
     latest = run.latest_checkpoint()
     hint = f"the same command goes on from step {latest.step}" if latest else "no checkpoint was written yet"
-    return TrainingError(f"training failed: {type(cause).__name__}: {cause}", f"{hint}; the log is `{run.log_path()}`")
+    return TrainingError(
+        f"training failed: {type(cause).__name__}: {cause}", f"{hint}; the log is `{run.log_path()}`"
+    )
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -19,7 +19,7 @@ class Allocation:
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
-        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {})
+        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.use_gpu else {})
 
     @property
     def num_threads(self) -> int | None:
@@ -42,7 +42,9 @@ def allocate(config: TrainConfig) -> Allocation:
     num_cpus, num_gpus, place = _cluster_resources()
     use_gpu = num_gpus > 0 if config.use_gpu is None else config.use_gpu
     if use_gpu and num_gpus == 0:
-        raise ResourceError(f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs")
+        raise ResourceError(
+            f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs"
+        )
     available = num_gpus if use_gpu else num_cpus
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers > available:

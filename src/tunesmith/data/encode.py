@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -166,13 +167,17 @@ class RowError(DataError):
 def _label_tokens(spans: Sequence[Span], encoding: Encoding) -> list[bool]:
     """Return for each token whether it ends after a span's start and starts before that span's end."""
     trained = [False] * len(encoding.ids)
-    span = iter(spans)
-    start, end = next(span)
     added = encoding.special_tokens_mask
-    for index, (token_start, token_end) in enumerate(encoding.offsets):
-        while token_start >= end:
-            start, end = next(span, (1 << 62, 1 << 62))
-        trained[index] = token_end > start and not added[index]
+    # The tokens that the tokenizer added around the text have no place in it.
+    first = next((i for i, is_added in enumerate(added) if not is_added), len(added))
+    beyond = len(added) - next((i for i, is_added in enumerate(reversed(added)) if not is_added), 0)
+    offsets = encoding.offsets
+    starts = [start for start, _ in offsets]
+    ends = [end for _, end in offsets]
+    for start, end in spans:
+        begin = bisect_right(ends, start, first, max(first, beyond))
+        stop = bisect_left(starts, end, begin, max(begin, beyond))
+        trained[begin:stop] = [True] * (stop - begin)
     return trained
 
 

@@ -124,7 +124,9 @@ def _cannot_write(path: Path, error: OSError) -> DataError:
 
 def _entries(path: Path) -> list[str]:
     """What a person would see in the folder; file systems and shells put dot files where they like."""
-    return sorted(entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.name != "lost+found")
+    return sorted(
+        entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.name != "lost+found"
+    )
 
 
 def _clear_torn(folder: DataFolder) -> None:

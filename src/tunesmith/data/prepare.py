@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +24,7 @@ from tunesmith.data.sources import describe_source, source_fingerprint
 from tunesmith.data.split import SETS, check_source, locate, write_split
 from tunesmith.data.templates import Kind, RowFormat
 from tunesmith.data.token_files import Counts, write_tokens
+from tunesmith.data.token_set import ARRAYS, TokenSet, open_set
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_ARRAYS = ("lengths", "rows", "num_trained", "pack_examples", "pack_bounds")
 
 
 @dataclass(frozen=True)
@@ -64,71 +62,6 @@ class PrepareStats:
     train: SetStats
     validation: SetStats | None
     test_rows: int
-
-
-class Packs(Sequence[np.ndarray]):
-    """The packs of a token set: `packs[i]` are the int64 indices of its examples."""
-
-    def __init__(self, examples: np.ndarray, bounds: np.ndarray) -> None:
-        self._examples = examples
-        self._bounds = bounds
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start, end = self._bounds[index]
-        return np.asarray(self._examples[start:end])
-
-
-@dataclass(frozen=True, eq=False)
-class TokenSet:
-    """The labelled examples of one set, memory-mapped.
-
-    lengths: int32 [num_examples], tokens of each example.
-    rows: int64 [num_examples], the example's line in its .jsonl, from 0.
-    num_trained: int32 [num_examples], trained tokens of each example.
-    """
-
-    path: Path
-    lengths: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
-    num_trained: np.ndarray = field(repr=False)
-    packs: Packs = field(repr=False)
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.lengths)
-
-    @cached_property
-    def _batches(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, pa.BooleanArray]]]:
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        firsts = np.cumsum([0] + [batch.num_rows for batch in batches])
-        return firsts, [
-            (batch[0].offsets.to_numpy(), batch[0].values.to_numpy(), batch[1].values) for batch in batches
-        ]
-
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the example's token ids, int32 [T], and for each whether it is trained, bool [T].
-
-        The first token is never trained: nothing precedes it.
-        """
-        if not 0 <= index < self.num_examples:
-            raise IndexError(f"example {index} of {self.num_examples}")
-        firsts, batches = self._batches
-        at = int(np.searchsorted(firsts, index, "right")) - 1
-        offsets, ids, trained = batches[at]
-        start, end = (int(offset) for offset in offsets[index - firsts[at] : index - firsts[at] + 2])
-        return ids[start:end], trained.slice(start, end - start).to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +141,12 @@ def _fill(
         rows_file = rows_dir / f"{name}.jsonl"
         try:
             counts = write_tokens(
-                rows_file, tokens / f"{name}.arrow", tokenizer, encoder, config.max_seq_length, config.num_proc
+                rows_file,
+                tokens / f"{name}.arrow",
+                tokenizer,
+                encoder,
+                config.max_seq_length,
+                config.num_proc,
             )
         except RowError as error:
             raise _at_source(error, rows_file, config, row_format) from error
@@ -249,7 +187,7 @@ def _write_arrays(tokens: Path, name: str, num_rows: int, counts: Counts, config
     """Write the per-example arrays and the packs of one set beside its Arrow file."""
     lengths, rows, num_trained = _measure(tokens / f"{name}.arrow")
     examples, bounds = pack_examples(lengths, config.max_seq_length, config.seed)
-    for array_name, values in zip(_ARRAYS, (lengths, rows, num_trained, examples, bounds), strict=True):
+    for array_name, values in zip(ARRAYS, (lengths, rows, num_trained, examples, bounds), strict=True):
         np.save(tokens / f"{name}-{array_name}.npy", values)
     total = int(lengths.sum(dtype=np.int64))
     return SetStats(
@@ -304,17 +242,12 @@ def open_prepared(folder: Path) -> Prepared:
         data_dir=folder.parent,
         fingerprint=manifest["fingerprint"],
         row_format=manifest["row_format"],
-        train=_open_set(folder, "training"),
-        validation=_open_set(folder, "validation") if held_out else None,
-        stats=PrepareStats(stats["training"], stats["validation"] if held_out else None, manifest["test_rows"]),
+        train=open_set(folder, "training"),
+        validation=open_set(folder, "validation") if held_out else None,
+        stats=PrepareStats(
+            stats["training"], stats["validation"] if held_out else None, manifest["test_rows"]
+        ),
     )
-
-
-def _open_set(folder: Path, name: str) -> TokenSet:
-    lengths, rows, num_trained, examples, bounds = (
-        np.load(folder / f"{name}-{array_name}.npy", mmap_mode="r") for array_name in _ARRAYS
-    )
-    return TokenSet(folder / f"{name}.arrow", lengths, rows, num_trained, Packs(examples, bounds))
 
 
 def _log(prepared: Prepared, max_seq_length: int) -> None:

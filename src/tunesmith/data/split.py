@@ -107,7 +107,9 @@ def _dump(rendered: dict[str, Any], where: str, sort_keys: bool) -> bytes:
             f"{where} holds half a surrogate pair, which is no character", "mend the row's text"
         ) from error
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} holds what JSON can't: {error}", "keep text, numbers, lists and objects") from error
+        raise DataError(
+            f"{where} holds what JSON can't: {error}", "keep text, numbers, lists and objects"
+        ) from error
 
 
 def _cut(ordered: np.ndarray, config: HFDatasetConfig) -> tuple[int, int]:

@@ -97,7 +97,9 @@ class RowFormat:
             return {"input": "", "output": _to_text(_column(row, "text", where), "text", where)}
         assert self.input_template is not None and self.output_template is not None
         columns = dict(self.columns)
-        values = {name: _to_text(_column(row, column, where), column, where) for name, column in columns.items()}
+        values = {
+            name: _to_text(_column(row, column, where), column, where) for name, column in columns.items()
+        }
         return {"input": _fill(self.input_template, values), "output": _fill(self.output_template, values)}
 
 
@@ -118,7 +120,9 @@ def choose_format(config: HFDatasetConfig, columns: Iterable[str], source: str, 
         raise _absent_column(absent[0], used[absent[0]], config.field_mapping, present, source)
     if not absent:
         why = "templates were given" if given else "the columns fill the default templates"
-        return RowFormat("template", why, source, input_template, output_template, tuple(sorted(mapped.items())))
+        return RowFormat(
+            "template", why, source, input_template, output_template, tuple(sorted(mapped.items()))
+        )
     if "messages" in present:
         return RowFormat("messages", "there is a column `messages`", source)
     if "text" in present:
@@ -179,7 +183,9 @@ def _render_messages(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise DataError(f"`tools` of {where} is not valid JSON: {error}", "give a list of tools") from error
+            raise DataError(
+                f"`tools` of {where} is not valid JSON: {error}", "give a list of tools"
+            ) from error
     if tools:
         if not isinstance(tools, list):
             raise DataError(f"`tools` of {where} is a {type(tools).__name__}", "give a list of tools")
@@ -199,7 +205,9 @@ def _check_message(message: Any, index: int, where: str) -> dict[str, Any]:
     # Arrow gives every message every key of any message, as null: a template may test for their presence.
     kept = {key: value for key, value in message.items() if value is not None}
     if not isinstance(kept.setdefault("content", ""), str):
-        raise DataError(f"`content` of {place} is a {type(kept['content']).__name__}, not text", _MESSAGE_HINT)
+        raise DataError(
+            f"`content` of {place} is a {type(kept['content']).__name__}, not text", _MESSAGE_HINT
+        )
     if "content" not in message and "tool_calls" not in message:
         raise DataError(f"{place} has no `content`", _MESSAGE_HINT)
     return kept

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 _BATCH_ROWS = 512
 _BATCH_BYTES = 1 << 22
 _ROWS_PER_PROCESS = 4000
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("row", pa.int64())])
+_SCHEMA = pa.schema(
+    [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("row", pa.int64())]
+)
 
 
 @dataclass
@@ -101,7 +103,8 @@ def write_tokens(
 
 def _cut_shards(rows_file: Path, arrow_file: Path, num_rows: int, number: int) -> list[Shard]:
     starts = [num_rows * i // number for i in range(number)]
-    borders, position = [], 0
+    borders: list[int] = []
+    position = 0
     with rows_file.open("rb") as stream:
         for row, line in enumerate(stream):
             if len(borders) < number and row == starts[len(borders)]:
@@ -195,12 +198,23 @@ def _run_processes(shards: list[Shard], pickled: Path, kind: str, max_seq_length
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     jobs = [
-        json.dumps({"shard": asdict(shard), "tokenizer": str(pickled), "kind": kind, "max_seq_length": max_seq_length})
+        json.dumps(
+            {
+                "shard": asdict(shard),
+                "tokenizer": str(pickled),
+                "kind": kind,
+                "max_seq_length": max_seq_length,
+            }
+        )
         for shard in shards
     ]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, job], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environ
+            [sys.executable, "-m", __name__, job],
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environ,
         )
         for job in jobs
     ]

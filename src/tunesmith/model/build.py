@@ -18,7 +18,7 @@ def build_model(config: TrainConfig, device: torch.device, world_size: int) -> n
     for parameter in model.parameters():
         parameter.requires_grad_(config.full_ft)
     if not config.full_ft:
-        model = add_adapters(model, config)  # type: ignore[arg-type]
+        model = add_adapters(model, config)
     if uses_gradient_checkpointing(config, device):
         # After PEFT: before, it would make the embeddings' output need a gradient that nothing uses.
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -42,7 +42,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
             f"the tokenizer of `{config.model_source}` has no end token, so the model could never learn to stop",
             'set "eos_token" in tokenizer_config.json',
         )
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_model_config(config: TrainConfig) -> PretrainedConfig:
@@ -101,7 +101,7 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
 
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
         logger.info("Liger kernels replace the model's norms, rotations and activations.")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -109,7 +109,8 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     import torch
 
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -174,5 +175,7 @@ def _not_loaded(what: str, config: TrainConfig, error: Exception) -> ModelError:
     if config.model_path is None:
         hint = "check --hf_model_id, the network, and HF_TOKEN for a gated model; or give --model_path"
     else:
-        hint = "check that the folder is complete; --trust_remote_code allows a model that brings its own code"
+        hint = (
+            "check that the folder is complete; --trust_remote_code allows a model that brings its own code"
+        )
     return ModelError(f"can't load the {what} of `{config.model_source}`: {reason}", hint)

@@ -39,7 +39,9 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
         chosen = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and name.rsplit(".", 1)[-1] not in _ROUTERS
+            if isinstance(module, nn.Linear)
+            and module is not head
+            and name.rsplit(".", 1)[-1] not in _ROUTERS
         ]
         return _shorten(chosen, linear), []
     modules, parameters = [], []
@@ -49,7 +51,9 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
         elif any(_names(target, name) for name in fused):
             parameters.append(target)
         else:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear} | {".".join(n.split(".")[-2:]) for n in fused})
+            known = sorted(
+                {name.rsplit(".", 1)[-1] for name in linear} | {".".join(n.split(".")[-2:]) for n in fused}
+            )
             raise ConfigError(
                 f"`lora_target_modules` names `{target}`, which matches nothing in `{config.model_source}`",
                 f"the model has {', '.join(f'`{name}`' for name in known)}",
@@ -73,11 +77,13 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     modules, parameters = choose_targets(model, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        adapted = get_peft_model(model, _lora_config(config, modules, parameters), autocast_adapter_dtype=False)
+        adapted = get_peft_model(
+            model, _lora_config(config, modules, parameters), autocast_adapter_dtype=False
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapted  # type: ignore[no-any-return]
+    return adapted
 
 
 def write_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -95,7 +101,11 @@ def write_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pa
     tensors = get_peft_model_state_dict(
         model, state_dict=weights, adapter_name=_ADAPTER_NAME, save_embedding_layers=False
     )
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / ADAPTER_WEIGHTS,
+        {"format": "pt"},
+    )
     content: dict[str, Any] = peft_config.to_dict() | {"inference_mode": True}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
@@ -106,7 +116,7 @@ def _lora_config(config: TrainConfig, modules: list[str], parameters: list[str])
 
     return LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float as well
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=modules,

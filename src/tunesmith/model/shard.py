@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, full_ft: bool, cpu_offload: bool) -> None:
+def shard_model(
+    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, full_ft: bool, cpu_offload: bool
+) -> None:
     """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
 
     Frozen weights are kept in `dtype`. Trained ones are kept in float32, as are their gradients; they are
@@ -23,7 +31,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, full_ft:
     for block in find_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    _cast_slices(model, {name: dtype if name in frozen else torch.float32 for name, _ in model.named_parameters()})
+    _cast_slices(
+        model, {name: dtype if name in frozen else torch.float32 for name, _ in model.named_parameters()}
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no averaging; sums also keep the loss independent of the number of workers.

@@ -1,11 +1,11 @@
 """Checkpoints: whole or absent, written off the critical path, restored on any number of workers.
 
-    checkpoint_00000100/
-      state/                  torch.distributed.checkpoint: trained weights and optimizer, sharded
-      trainer_state.json      step, validation loss, early stopping
-      params.json             the run's resolved settings
-      adapter_config.json  adapter_model.safetensors      LoRA: what PEFT and vLLM load
-      tokenizer.json …
+checkpoint_00000100/
+  state/                  torch.distributed.checkpoint: trained weights and optimizer, sharded
+  trainer_state.json      step, validation loss, early stopping
+  params.json             the run's resolved settings
+  adapter_config.json  adapter_model.safetensors      LoRA: what PEFT and vLLM load
+  tokenizer.json …
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from torch.optim import Optimizer
 from tunesmith.errors import CheckpointError
 from tunesmith.lease import holds
 from tunesmith.model.lora import write_adapter
-from tunesmith.runs import FORMAT_VERSION, STATE_FILE, read_versioned_json, remove_folder, write_json
+from tunesmith.runs import (
+    FORMAT_VERSION,
+    STATE_FILE,
+    Checkpoint,
+    read_versioned_json,
+    remove_folder,
+    write_json,
+)
 from tunesmith.train.optimizer import initialize_state
 from tunesmith.train.stopping import EarlyStopping
 from tunesmith.train.worker import TrainJob
@@ -69,7 +76,12 @@ class Checkpointer:
     """Saves and restores one run's model and optimizer. Made by every rank, together."""
 
     def __init__(
-        self, job: TrainJob, rank: int, model: nn.Module, optimizer: Optimizer, tokenizer: PreTrainedTokenizerFast
+        self,
+        job: TrainJob,
+        rank: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> None:
         self._job = job
         self._rank = rank
@@ -80,7 +92,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._token = _shared_token(self._group)
         self._writing: Future[Any] | None = None
-        self._outcome: Future[Path] | None = None
+        self._outcome: Future[Checkpoint] | None = None
         self._folder: Path | None = None
 
     def restore(self, folder: Path) -> Progress:
@@ -108,7 +120,9 @@ class Checkpointer:
         """
         self.wait()
         folder = self._job.run.unfinished_path(progress.step, self._token)
-        writing = dcp.async_save(self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group)
+        writing = dcp.async_save(
+            self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group
+        )
         assert isinstance(writing, Future)
         self._writing = writing
         if self._rank == 0:
@@ -122,8 +136,8 @@ class Checkpointer:
                 future.exception()
         self._writing = None
 
-    def take_outcome(self) -> Path | CheckpointError | None:
-        """Return, once, what became of the last save: its folder, an error, or None while it goes on.
+    def take_outcome(self) -> Checkpoint | CheckpointError | None:
+        """Return, once, what became of the last save: the checkpoint, an error, or None while it goes on.
 
         Rank 0 knows; other ranks always get None.
         """
@@ -137,7 +151,9 @@ class Checkpointer:
         if self._folder is not None:
             # On a full disk the unfinished files would keep it full.
             shutil.rmtree(self._folder, ignore_errors=True)
-        return CheckpointError(f"a checkpoint could not be written: {_cause(error)}", "the one before it is kept")
+        return CheckpointError(
+            f"a checkpoint could not be written: {_cause(error)}", "the one before it is kept"
+        )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what is trained and its optimizer state, by name: `model.{name}`, `optimizer.{name}.{key}`."""
@@ -151,10 +167,10 @@ class Checkpointer:
                     tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
-    def _publish(self, folder: Path, progress: Progress) -> Path:
+    def _publish(self, folder: Path, progress: Progress) -> Checkpoint:
         run = self._job.run
         if not self._job.config.full_ft:
-            write_adapter(self._model, read_weights(folder), folder)  # type: ignore[arg-type]
+            write_adapter(self._model, read_weights(folder), folder)
         self._tokenizer.save_pretrained(folder)
         shutil.copyfile(run.params_path, folder / run.params_path.name)
         write_json(folder / STATE_FILE, progress.to_json())
@@ -167,7 +183,7 @@ class Checkpointer:
             remove_folder(published)
         folder.rename(published)
         run.discard_checkpoints(self._job.config.save_total_limit)
-        return published
+        return Checkpoint(published, progress.step, progress.eval_loss)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -190,9 +206,9 @@ def _shared_token(group: dist.ProcessGroup) -> str:
     return token[0]
 
 
-def _then(first: Future[Any], work: Callable[[], Path]) -> Future[Path]:
+def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoint]:
     """Return a future of `work`, run in the thread that ends `first`, or of the error of `first`."""
-    outcome: Future[Path] = Future()
+    outcome: Future[Checkpoint] = Future()
 
     def finish(done: Future[Any]) -> None:
         try:

@@ -20,7 +20,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.model.build import build_model, describe_choices
 from tunesmith.model.load import load_tokenizer, resolve_attention, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
-from tunesmith.runs import RunDir, iterate_metrics
+from tunesmith.runs import Checkpoint, RunDir, iterate_metrics
 from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -77,13 +77,14 @@ def train(job: TrainJob, worker: Worker) -> None:
                 log.training(step, training.measure(step, result))
             before, progress = progress, Progress(step, stopping=progress.stopping)
             if training.has_validation and (step == training.num_steps or is_due(step, config.eval_steps)):
-                progress = progress.observe(training.evaluate(), config.early_stopping_threshold)
-                log.evaluation(step, progress.eval_loss)
+                eval_loss = training.evaluate()
+                progress = progress.observe(eval_loss, config.early_stopping_threshold)
+                log.evaluation(step, eval_loss)
             ending = training.find_ending(progress, result.stop_requested)
             is_best = progress.stopping.best_loss != before.stopping.best_loss
             if ending or is_best or is_due(step, config.save_steps):
                 training.checkpointer.save(progress)
-            failure = training.publish(log, progress, wait=ending is not None)
+            failure = training.publish(log, step, wait=ending is not None)
             ending = Ending("failed", failure) if ending and failure else ending
         log.event(progress.step, ending.event, ending.message)
     finally:
@@ -129,7 +130,9 @@ class Training:
         config = self.config
         self.meter.start()
         microbatches = self.plan.microbatches(step)
-        gradients = accumulate_gradients(self.model, self.sequences, microbatches, step, config.seed, self.worker)
+        gradients = accumulate_gradients(
+            self.model, self.sequences, microbatches, step, config.seed, self.worker
+        )
         grad_norm = clip_gradients(self.model, config.max_grad_norm)
         stop_requested = self.worker.rank == 0 and self.job.run.stop_path.exists()
         loss_sum, num_stops = sum_over_ranks([gradients.loss_sum.item(), float(stop_requested)], self.group)
@@ -167,29 +170,31 @@ class Training:
         if progress.step >= self.num_steps:
             return Ending("finished", f"step {progress.step} of {self.num_steps}")
         if progress.stopping.is_over(patience):
-            return Ending("finished", f"early, at step {progress.step}: no improvement in {patience} evaluations")
+            return Ending(
+                "finished", f"early, at step {progress.step}: no improvement in {patience} evaluations"
+            )
         if stop_requested:
             return Ending("stopped", f"on request, at step {progress.step} of {self.num_steps}")
         return None
 
-    def publish(self, log: MetricsLog | NoLog, progress: Progress, wait: bool) -> str | None:
-        """Report the checkpoint that has been written since the last call, if one has.
+    def publish(self, log: MetricsLog | NoLog, step: int, wait: bool) -> str | None:
+        """Record and report the checkpoint that has been written since the last call, if one has.
 
-        With `wait`, wait for it. Returns rank 0's message if the write failed.
+        With `wait`, wait for it. Returns, on rank 0, what went wrong if it could not be written.
         """
         if wait:
             self.checkpointer.wait()
         outcome = self.checkpointer.take_outcome()
-        published = not isinstance(outcome, CheckpointError | None)
-        (num_published,) = sum_over_ranks([float(published)], self.group)
-        if isinstance(outcome, CheckpointError):
-            logger.error("%s", outcome.message)
-            log.event(progress.step, "checkpoint", f"{outcome.message}; {outcome.hint}")
-            return outcome.message
-        if outcome is not None:
-            log.event(progress.step, "checkpoint", outcome.name)
+        checkpoint = outcome if isinstance(outcome, Checkpoint) else None
+        (num_published,) = sum_over_ranks([float(checkpoint is not None)], self.group)
         if num_published:
-            self.worker.report({"step": progress.step}, outcome)
+            self.worker.report({"step": step}, checkpoint.path if checkpoint else None)
+        if checkpoint is not None:
+            log.event(checkpoint.step, "checkpoint", checkpoint.path.name)
+        elif isinstance(outcome, CheckpointError):
+            logger.error("%s; %s", outcome.message, outcome.hint)
+            log.event(step, "checkpoint", f"{outcome.message}; {outcome.hint}")
+            return outcome.message
         return None
 
     def explain_divergence(self, step: int, result: StepResult) -> Ending:
@@ -223,7 +228,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     model = build_model(config, device, worker.world_size)
     packing = decide_packing(config, run, model, worker, group)
     flatten = resolve_attention(config, device).startswith("flash")
-    pad_token_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    pad_token_id = int(tokenizer.eos_token_id)
     sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
     plan = BatchPlan(len(sequences), GlobalBatch(**run.read_params()["global_batch"]), config.seed)
     validation = None
@@ -276,7 +281,7 @@ def decide_packing(
 def choose_validation_batches(validation: Sequences, config: TrainConfig) -> list[np.ndarray]:
     """Return microbatches of the first sequences that together hold at most `max_eval_samples` examples."""
     count, limit = 0, config.max_eval_samples or math.inf
-    chosen = []
+    chosen: list[int] = []
     for index in range(len(validation)):
         count += len(validation.examples(np.array([index])))
         if count > limit and chosen:

@@ -51,7 +51,9 @@ def accumulate_gradients(
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
         start = time.perf_counter()
-        batch = empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        batch = (
+            empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        )
         batch = batch.to(worker.device)
         data_wait_s += time.perf_counter() - start
         if i == len(numbers) - 1 and isinstance(model, FSDPModule):
@@ -90,7 +92,9 @@ def evaluate_loss(
     model.eval()
     loss_sum = torch.zeros((), device=worker.device)
     for number in share_of_rank(len(microbatches), worker.rank, worker.world_size):
-        batch = empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        batch = (
+            empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
+        )
         loss_sum += sum_cross_entropy(model, batch.to(worker.device))
     model.train()
     if isinstance(model, FSDPModule):

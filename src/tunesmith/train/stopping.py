@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,12 @@ class EarlyStopping:
 
     def observe(self, eval_loss: float, threshold: float) -> EarlyStopping:
         """Return the state after one more evaluation."""
-        if self.best_loss is None or eval_loss < self.best_loss - threshold:
+        best_loss = math.inf if self.best_loss is None else self.best_loss
+        if eval_loss < best_loss - threshold:
             return EarlyStopping(eval_loss, 0)
-        return replace(
-            self,
-            best_loss=min(eval_loss, self.best_loss),
-            num_without_improvement=self.num_without_improvement + 1,
-        )
+        # Written so that a NaN is no improvement and never becomes the best.
+        best = eval_loss if eval_loss < best_loss else self.best_loss
+        return EarlyStopping(best, self.num_without_improvement + 1)
 
     def is_over(self, patience: int) -> bool:
         """Return whether to stop; a patience of 0 never stops."""
