@@ -25,7 +25,7 @@ def open_sequences(config: TrainConfig, packing: bool) -> Sequences:
 
 
 def gradient_of_step(
-    config: TrainConfig, sequences: Sequences, microbatches: Sequence[np.ndarray]
+    config: TrainConfig, sequences: Sequences, microbatches: Sequence[np.ndarray], step: int = 1
 ) -> dict[str, Tensor]:
     """Return loss and gradients of one step from adapters that do something already."""
     job = start(config)
@@ -38,7 +38,7 @@ def gradient_of_step(
                 slice_of_it = parameter.to_local()
                 slice_of_it.add_(0.1 * torch.randn(slice_of_it.shape, generator=generator))
     worker = ProcessWorker(0, 1, CPU, job.run)
-    result = accumulate_gradients(model, sequences, microbatches, 1, config.seed, worker)
+    result = accumulate_gradients(model, sequences, microbatches, step, config.seed, worker)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": result.loss_sum, **gradients}
 

@@ -30,7 +30,12 @@ def command(*words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    """The user's environment, without settings, and with stdout buffered as it is for users."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TUNESMITH_") and name != "PYTHONUNBUFFERED"
+    }
     return {**environ, "PYTHONPATH": str(ROOT / "src")}
 
 

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import HFDatasetConfig, TrainConfig
@@ -147,6 +147,7 @@ words = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(words, max_size=6))
 def test_any_words_are_read_or_refused_clearly(argv: list[str]) -> None:
     with contextlib.suppress(ConfigError):
@@ -154,6 +155,7 @@ def test_any_words_are_read_or_refused_clearly(argv: list[str]) -> None:
         assert set(parsed.values) <= set(TrainConfig.model_fields)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(names, st.text(max_size=5), max_size=5), st.booleans())
 def test_values_given_with_an_equals_sign_arrive_unchanged(values: dict[str, str], dashes: bool) -> None:
     argv = [f"--{name.replace('_', '-') if dashes else name}={value}" for name, value in values.items()]

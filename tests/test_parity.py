@@ -49,12 +49,11 @@ def test_packed_examples_train_as_padded_ones(
     check_packed_equals_padded(config)
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_packed_examples_train_as_padded_ones_with_every_attention(
-    attention: str, model_of: ModelOf, rows: Path, tmp_path: Path
+def test_packed_examples_train_as_padded_ones_with_eager_attention(
+    model_of: ModelOf, rows: Path, tmp_path: Path
 ) -> None:
-    config = small_config(model_of("mistral"), rows, tmp_path, lora_dropout=0, attn_implementation=attention)
-    check_packed_equals_padded(config)
+    changes = {"lora_dropout": 0, "attn_implementation": "eager"}
+    check_packed_equals_padded(small_config(model_of("mistral"), rows, tmp_path, **changes))
 
 
 def check_packed_equals_padded(config: TrainConfig) -> None:
@@ -79,7 +78,7 @@ def test_activation_checkpointing_changes_nothing(
         for on in (False, True)
     )
     assert_close(kept, recomputed)
-    other_dropout = gradient_of_step(with_changes(config, seed=config.seed + 1), sequences, microbatches)
+    other_dropout = gradient_of_step(config, sequences, microbatches, step=2)
     assert abs(float(kept["loss"] - other_dropout["loss"])) > 1e-3
 
 
@@ -140,7 +139,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_workers(
         full_ft=full_ft,
         learning_rate=2e-3,
         max_steps=6,
-        num_train_epochs=1,
+        save_total_limit=9,
     )
     whole = train_here(start(with_changes(config, home=tmp_path / "whole")))
     train_on(first, start(config), two_workers)
@@ -170,6 +169,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         full_ft=full_ft,
         packing=packing,
         max_steps=6,
+        save_total_limit=9,
         gradient_accumulation_steps=5,
         per_device_train_batch_size=1,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import HFDatasetConfig, Settings, TrainConfig, setting
@@ -94,6 +94,7 @@ def test_the_schema_is_a_valid_one_and_describes_every_setting() -> None:
     json.dumps(SCHEMA)
 
 
+@settings(deadline=None)
 @given(configs())
 def test_schema_and_loader_accept_the_same_files(folder: Path, data: dict[str, Any]) -> None:
     VALIDATOR.validate(data)
@@ -151,6 +152,7 @@ def test_the_schema_refuses_unknown_keys() -> None:
     assert VALIDATOR.is_valid({"hf_dataset_config": None})
 
 
+@settings(deadline=None)
 @given(configs())
 def test_a_dump_reads_back_with_what_was_given(folder: Path, data: dict[str, Any]) -> None:
     config = load(data, folder)
@@ -162,6 +164,7 @@ def test_a_dump_reads_back_with_what_was_given(folder: Path, data: dict[str, Any
     assert dump_settings(again) == dump
 
 
+@settings(deadline=None)
 @given(configs())
 def test_settings_written_as_yaml_read_back(folder: Path, data: dict[str, Any]) -> None:
     config = load(data, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tokenizers_at_hand import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer
@@ -202,6 +203,14 @@ def test_an_end_token_that_is_there_already_is_not_doubled() -> None:
 def test_an_end_token_in_the_prompt_is_not_trained() -> None:
     example = encode("byte_bpe", "a<|endoftext|>", "b")
     assert example.trained == [False, False, True, True]
+
+
+def test_an_end_token_in_the_prompt_is_not_trained_when_the_completion_leaves_no_token() -> None:
+    tokenizer = pickle.loads(pickle.dumps(build_tokenizer("wordpiece")))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    (example,) = Encoder(tokenizer, "template").encode({"input": "so [SEP]", "output": " "})
+    assert tokenizer.convert_ids_to_tokens(example.input_ids)[-2:] == ["[SEP]", "[SEP]"]
+    assert example.trained[-2:] == [False, True]
 
 
 def test_an_empty_completion_makes_no_example() -> None:

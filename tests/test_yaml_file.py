@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import TrainConfig
@@ -130,6 +130,7 @@ def test_the_data_set_group_must_be_a_mapping(tmp_path: Path) -> None:
     assert "hf_dataset_config` is `data.jsonl`" in refused("hf_dataset_config: data.jsonl", tmp_path).message
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
 def test_any_bytes_are_read_as_yaml_or_refused_clearly(tmp_path_factory: Any, raw: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"

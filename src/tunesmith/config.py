@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -40,13 +40,16 @@ def _unescape(value: Any) -> Any:
 def _parse_mapping(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    if "=" in value and not value.lstrip().startswith("{"):
-        pairs = (pair.split("=", 1) for pair in value.split(",") if "=" in pair)
-        return {name.strip(): column.strip() for name, column in pairs}
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
+    if value.lstrip().startswith("{"):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    mapping = {name.strip(): column.strip() for name, _, column in pairs}
+    if len(mapping) < len(pairs) or not all(equals and column.strip() for _, equals, column in pairs):
+        return value  # refused as what it is: not a mapping
+    return mapping
 
 
 def _parse_list(value: Any) -> Any:
@@ -60,17 +63,32 @@ def _parse_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _parse_unset(value: Any) -> Any:
+def _parse_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+
+def _parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
+
+
+def _check_folder_name(value: str) -> str:
+    if not value.strip() or value.startswith(".") or "/" in value or not value.isprintable():
+        raise ValueError(f"{value!r} must be a plain folder name: no slash, no dot in front")
+    return value
 
 
 Template = Annotated[str, BeforeValidator(_unescape)]
 Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
-Names = Annotated[list[str] | None, BeforeValidator(_parse_list), BeforeValidator(_parse_unset)]
-AutoBool = Annotated[bool | None, BeforeValidator(_parse_unset)]
-AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_parse_unset)]
-OptionalPath = Annotated[Path | None, BeforeValidator(_parse_unset)]
-OptionalStr = Annotated[str | None, BeforeValidator(_parse_unset)]
+Names = Annotated[
+    Annotated[list[str], Field(min_length=1)] | None,
+    BeforeValidator(_parse_list),
+    BeforeValidator(_parse_auto),
+]
+AutoBool = Annotated[bool | None, BeforeValidator(_parse_auto)]
+AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_parse_auto)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_parse_none)]
+OptionalStr = Annotated[str | None, BeforeValidator(_parse_none)]
+FolderName = Annotated[str, AfterValidator(_check_folder_name)]
 
 
 class Settings(BaseModel):
@@ -218,13 +236,11 @@ class TrainConfig(HFDatasetConfig):
     )
 
     max_steps: int = setting(10000, "Optimizer steps at most.", group="training", scope="run", ge=1)
-    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_unset)] = (
-        setting(
-            None,
-            "Passes over the training set at most; unset: max_steps alone decides.",
-            group="training",
-            scope="training",
-        )
+    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_auto)] = setting(
+        None,
+        "Passes over the training set at most; unset: max_steps alone decides.",
+        group="training",
+        scope="training",
     )
     per_device_train_batch_size: int = setting(
         2, "Sequences in a microbatch.", group="training", scope="data", ge=1
@@ -319,10 +335,10 @@ class TrainConfig(HFDatasetConfig):
     home: OptionalPath = setting(
         None, "Folder of everything a run writes; unset: runs/{run_name}.", group="output", scope="run"
     )
-    results_dir: str = setting(
+    results_dir: FolderName = setting(
         "results", "Folder of the results under home.", group="output", scope="run", min_length=1
     )
-    run_name: OptionalStr = setting(
+    run_name: Annotated[FolderName | None, BeforeValidator(_parse_none)] = setting(
         None,
         "Name of the run; unset: the model's name and a digest of the settings that shape the result.",
         group="output",
@@ -356,14 +372,12 @@ class TrainConfig(HFDatasetConfig):
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate:g}) is above learning_rate ({self.learning_rate:g})"
             )
-        if self.run_name is not None and ("/" in self.run_name or self.run_name.startswith(".")):
-            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
         return self
 
     @property
     def model_source(self) -> str:
         """Path or hub id that the weights are loaded from."""
-        return str(self.model_path) if self.model_path is not None else self.hf_model_id
+        return str(self.model_path.expanduser()) if self.model_path is not None else self.hf_model_id
 
     @property
     def model_name(self) -> str:

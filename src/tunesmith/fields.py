@@ -28,6 +28,7 @@ _CHECKS = (
     "maximum",
     "exclusiveMaximum",
     "minLength",
+    "minItems",
     "items",
     "additionalProperties",
 )

@@ -57,7 +57,7 @@ def find_field(model: type[Settings], name: str) -> SettingField | None:
     """
     name = name.replace("-", "_")
     rest = name.removeprefix(DATASET_PREFIX)
-    if rest != name and rest in dataset_field_names(model):
+    if rest in dataset_field_names(model):
         name = rest
     return read_fields(model).get(name)
 

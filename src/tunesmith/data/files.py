@@ -114,8 +114,8 @@ def _read_json_array(file: Path) -> Rows:
         if count:
             reader.expect(",")
         count += 1
-        where = f"`{file}`, item {count} (line {reader.line})"
         reader.peek()
+        where = f"`{file}`, item {count} (line {reader.line})"
         yield where, _check_object(reader.decode(decoder, where), where)
     reader.expect("]")
     if rest := reader.peek():

@@ -45,7 +45,8 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
     tokenizer = load_tokenizer(config)
     with _datasets_dir(config) as datasets_dir:
         prepared = prepare(config.model_copy(update={"data_dir": None}), tokenizer, datasets_dir)
-        console.print(f"{row_format.source}: rows are read as {row_format.kind}, because {row_format.why}")
+        choice = f"{row_format.source}: rows are read as {row_format.kind}, because {row_format.why}"
+        console.print(choice, soft_wrap=True)
         _print_examples(console, prepared.train, tokenizer, num_examples)
         _print_lengths(console, prepared.train, config.max_seq_length)
         _print_stats(console, prepared)

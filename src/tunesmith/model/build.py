@@ -23,7 +23,7 @@ def build_model(config: TrainConfig, device: torch.device, world_size: int) -> n
         # After PEFT: before, it would make the embeddings' output need a gradient that nothing uses.
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     mesh = init_device_mesh(device.type, (world_size,))
-    shard_model(model, mesh, resolve_dtype(config, device), config.full_ft, config.cpu_offload)
+    shard_model(model, mesh, resolve_dtype(config, device), config.cpu_offload)
     return model.train()
 
 

@@ -151,12 +151,13 @@ def check_model_path(config: TrainConfig) -> None:
     """
     if config.model_path is None:
         return
-    if not config.model_path.is_dir():
+    folder = Path(config.model_source)
+    if not folder.is_dir():
         raise ModelError(
             f"`model_path` is `{config.model_path}`, which is not a folder",
             "give the folder that holds config.json and the weights, or use --hf_model_id",
         )
-    if not (config.model_path / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise ModelError(
             f"`model_path` is `{config.model_path}`, which holds no config.json",
             "give a Hugging Face model folder: config.json, weights, tokenizer",

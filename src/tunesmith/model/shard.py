@@ -14,9 +14,7 @@ from torch.distributed.fsdp import (
 )
 
 
-def shard_model(
-    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, full_ft: bool, cpu_offload: bool
-) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool) -> None:
     """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
 
     Frozen weights are kept in `dtype`. Trained ones are kept in float32, as are their gradients; they are
@@ -39,8 +37,6 @@ def shard_model(
             # gloo has no averaging; sums also keep the loss independent of the number of workers.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-            # Full gradients of every weight would cost a whole float32 model on each worker.
-            module.set_requires_gradient_sync(full_ft, recurse=False)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

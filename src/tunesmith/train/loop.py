@@ -72,6 +72,7 @@ def train(job: TrainJob, worker: Worker) -> None:
             result = training.take_step(step)
             if not result.is_finite:
                 ending = training.explain_divergence(step, result)
+                training.publish(log, step, wait=True)  # the last good checkpoint may still be on its way
                 break
             if step in (1, training.num_steps) or step % config.logging_steps == 0:
                 log.training(step, training.measure(step, result))

@@ -47,6 +47,9 @@ def accumulate_gradients(
     """
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
     numbers = share_of_rank(len(microbatches), worker.rank, worker.world_size)
+    # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
+    # they would cost every worker more memory than the model.
+    trains_all = all(parameter.requires_grad for parameter in model.parameters())
     loss_sum = torch.zeros((), device=worker.device)
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
@@ -56,8 +59,8 @@ def accumulate_gradients(
         )
         batch = batch.to(worker.device)
         data_wait_s += time.perf_counter() - start
-        if i == len(numbers) - 1 and isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(True)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(trains_all or i == len(numbers) - 1)
         torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
         loss = sum_cross_entropy(model, batch)
         (loss / max(1, num_trained)).backward()

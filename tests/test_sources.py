@@ -1,0 +1,235 @@
+"""Rows from every kind of source, and one clear error for each that can't be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.sources import read_rows, source_fingerprint
+from tunesmith.errors import DataError
+
+ROWS = [{"q": "Größe?", "a": "1"}, {"q": "a\u2028b\r\nc", "a": ""}, {"q": '"x", {y}', "a": "3"}]
+
+
+def read(name: object, **given_settings: Any) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(TrainConfig(dataset_name=str(name), **given_settings))]
+
+
+def fingerprint(name: object, **given_settings: Any) -> str:
+    return source_fingerprint(TrainConfig(dataset_name=str(name), **given_settings))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="")
+
+
+def write_json(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    path.write_text(json.dumps(rows, indent=2), "utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    ".jsonl": write_jsonl,
+    ".json": write_json,
+    ".csv": write_csv,
+    ".parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_of_each_kind_gives_its_rows_in_order(tmp_path: Path, suffix: str) -> None:
+    WRITERS[suffix](tmp_path / f"rows{suffix}")
+    assert read(tmp_path / f"rows{suffix}") == ROWS
+
+
+def test_json_lines_may_have_a_byte_order_mark_blank_lines_and_another_suffix(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
+    assert read(tmp_path / "rows.json") == [{"a": 1}, {"a": 2}]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.text()))),
+       indent=st.sampled_from([None, 0, 3]))  # fmt: skip
+def test_a_json_array_of_any_layout_is_read(
+    tmp_path: Path, rows: list[dict[str, Any]], indent: int | None
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=indent))
+    if rows:
+        assert read(path) == rows
+    else:
+        with pytest.raises(DataError, match="holds no rows"):
+            read(path)
+
+
+def test_a_json_array_longer_than_a_chunk_is_read(tmp_path: Path) -> None:
+    rows = [{"a": "x" * 700_000, "n": i} for i in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    assert read(tmp_path / "rows.json") == rows
+
+
+def test_csv_values_stay_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('a,b\n007,\n1.50,"x\ny"\n')
+    assert read(tmp_path / "rows.csv") == [{"a": "007", "b": ""}, {"a": "1.50", "b": "x\ny"}]
+
+
+def test_a_folder_gives_the_files_of_the_split_in_order(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train-00001-of-00002.jsonl", [{"a": 2}])
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", [{"a": 1}])
+    write_jsonl(tmp_path / "test.jsonl", [{"a": 9}])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert read(tmp_path) == [{"a": 1}, {"a": 2}]
+    assert read(tmp_path, split="test") == [{"a": 9}]
+    with pytest.raises(DataError, match="no file of split `validation`"):
+        read(tmp_path, split="validation")
+
+
+def test_a_folder_without_split_names_gives_every_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "b.jsonl", [{"a": 2}])
+    write_jsonl(tmp_path / "a.jsonl", [{"a": 1}])
+    assert read(tmp_path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_saved_data_set_gives_its_rows(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "dict")
+    assert read(tmp_path / "one") == ROWS
+    assert read(tmp_path / "dict") == ROWS
+    assert read(tmp_path / "dict", split="test") == ROWS[1:2]
+    with pytest.raises(DataError, match="has no split `dev`") as caught:
+        read(tmp_path / "dict", split="dev")
+    assert caught.value.hint == "its splits are `test`, `train`"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2 is a list, not an object"),
+        ("a.jsonl", b'{"a": "x"}\n{"a": "\xfc"}\n', "line 2 is not UTF-8: byte 0xfc at column 8"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.jsonl", b"\n \n", "holds no rows"),
+        ("a.json", b"", "holds no rows"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.json", b'[{"a": 1},\n {"a": }]', r"item 2 \(line 2\) is not valid JSON"),
+        ("a.json", b'[{"a": 1},\n 7]', r"item 2 \(line 2\) is a int"),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', "line 2: `,` expected, `{` found"),
+        ("a.json", b'[{"a": 1},\n', r"item 2 \(line 2\) is not valid JSON"),
+        ("a.json", b'[{"a": 1}]\nx', "line 2: `x` after the end"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, and the header has 2"),
+        ("a.csv", b'a,b\n1,"2\n', "is not valid CSV"),
+        ("a.csv", b"a,b\n1,\xff\n", "line 2 is not UTF-8"),
+        ("a.csv", b"a,b\n", "holds no rows"),
+        ("a.parquet", b"PAR1 no", "is not a valid Parquet file"),
+        ("a.txt", b"hello", "unknown suffix"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_its_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name)
+    assert name in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name", ["./none", "/none/at/all", "~/none-at-all", "rows.jsonl", "data/rows.parquet"]
+)
+def test_a_path_that_is_not_there_is_no_such_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        read(name)
+
+
+def test_an_unknown_hub_id_is_refused_with_what_was_tried() -> None:
+    with pytest.raises(DataError, match="can't load data set `nobody/nothing-at-all`") as caught:
+        read("nobody/nothing-at-all", dataset_revision="v2")
+    assert "revision v2" in str(caught.value.hint)
+    with pytest.raises(DataError, match="can't load data set"):
+        fingerprint("nobody/nothing-at-all")
+
+
+def test_an_empty_folder_and_a_sliced_local_split_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no file of rows"):
+        read(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="slices a local data set"):
+        read(tmp_path / "a.jsonl", split="train[:10%]")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").chmod(0)
+    with pytest.raises(DataError, match="Permission denied"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_the_fingerprint_follows_the_content_and_nothing_else(tmp_path: Path) -> None:
+    for suffix, write in WRITERS.items():
+        write(tmp_path / f"rows{suffix}")
+    first = {suffix: fingerprint(tmp_path / f"rows{suffix}") for suffix in WRITERS}
+    assert len(set(first.values())) == len(WRITERS)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved" / "other.jsonl")
+    assert fingerprint(tmp_path / "moved" / "other.jsonl") == first[".jsonl"]
+    with (tmp_path / "moved" / "other.jsonl").open("a") as stream:
+        stream.write('{"q": "more"}\n')
+    assert fingerprint(tmp_path / "moved" / "other.jsonl") != first[".jsonl"]
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"a": 1}])
+    before = fingerprint(tmp_path)
+    write_jsonl(tmp_path / "test.jsonl", [{"a": 9}])
+    assert fingerprint(tmp_path) == before
+    assert fingerprint(tmp_path, split="test") != before
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_reading_holds_no_more_than_a_chunk_of_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path)  # warms up what is imported on first use
+    read(path)
+    rows = [{"q": f"{i} " + "x" * 600, "a": "y"} for i in range(20_000)]
+    {".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".parquet": write_parquet}[suffix](
+        path, rows
+    )
+    del rows
+    config = TrainConfig(dataset_name=str(path))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(config)) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
