@@ -7,22 +7,27 @@ training.jsonl, labels are made here, the loss is transformers' own, and so is t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs_at_hand import losses, small_config, start, train_here
-from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_with_min_lr_schedule_with_warmup
 
+from plain_loss import encode, pad
+from runs_at_hand import losses, small_config, start, train_here
+from tiny_models import FAMILIES
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.train.worker import TrainJob
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = [
+    pytest.mark.usefixtures("alone"),
+    # Meant: the schedule counts steps from 0, ours from 1.
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),
+]
 
 NUM_STEPS = 9
 ATTENTION_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -31,8 +36,6 @@ LAYERS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 ALL_LAYERS = [*ATTENTION_LAYERS, "gate_proj", "up_proj", "down_proj"]
-
-Item = dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -126,28 +129,3 @@ def train_plainly(family: str, job: TrainJob, steps: list[list[dict[str, str]]])
         optimizer.zero_grad()
         trace[step] = loss
     return trace
-
-
-def encode(tokenizer: Any, prompt: str, completion: str) -> Item:
-    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, add_special_tokens=False)
-    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    labels = [
-        token if start >= len(prompt) else -100
-        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor([*labels, tokenizer.eos_token_id])}
-
-
-def pad(items: list[Item], size: int) -> Iterator[Item]:
-    """Yield batches with one example a row, padded on the right and masked."""
-    for first in range(0, len(items), size):
-        batch = items[first : first + size]
-        ids, labels, mask = (
-            torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-            for tensors, value in (
-                ([item["input_ids"] for item in batch], 0),
-                ([item["labels"] for item in batch], -100),
-                ([torch.ones_like(item["input_ids"]) for item in batch], 0),
-            )
-        )
-        yield {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -47,7 +47,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
             lambda number: number > value.get("exclusiveMinimum", -1)
         ),
         "string": st.sampled_from(value["enum"]) if "enum" in value else plain_texts,
-        "array": st.lists(plain_texts, max_size=3),
+        "array": st.lists(plain_texts, min_size=value.get("minItems", 0), max_size=3),
         "object": st.dictionaries(plain_texts, texts, max_size=3),
     }
     strategy = strategies[value["type"]]
@@ -61,8 +61,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     config = {name: draw(values_of(name)) for name in sorted(names)}
     rates = sorted(config.get(name, 1e-5) for name in ("min_learning_rate", "learning_rate"))
     config |= {"min_learning_rate": rates[0], "learning_rate": max(rates[1], 1e-9)}
-    if config.get("run_name"):
-        config["run_name"] = "run-" + str(config["run_name"]).replace("/", "-")
+    for name in {"run_name", "results_dir"} & config.keys():
+        config[name] = "run-" + str(config[name]).replace("/", "-")
     if draw(st.booleans()):
         grouped = {name: config.pop(name) for name in list(config) if name in HFDatasetConfig.model_fields}
         config["hf_dataset_config"] = grouped

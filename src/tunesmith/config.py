@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -71,12 +71,6 @@ def _parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
 
 
-def _check_folder_name(value: str) -> str:
-    if not value.strip() or value.startswith(".") or "/" in value or not value.isprintable():
-        raise ValueError(f"{value!r} must be a plain folder name: no slash, no dot in front")
-    return value
-
-
 Template = Annotated[str, BeforeValidator(_unescape)]
 Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
 Names = Annotated[
@@ -88,7 +82,8 @@ AutoBool = Annotated[bool | None, BeforeValidator(_parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_parse_auto)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_parse_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(_parse_none)]
-FolderName = Annotated[str, AfterValidator(_check_folder_name)]
+# One folder below another: no slash, no control characters, not hidden and not `..`.
+FolderName = Annotated[str, Field(pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$")]
 
 
 class Settings(BaseModel):

@@ -29,6 +29,7 @@ _CHECKS = (
     "exclusiveMaximum",
     "minLength",
     "minItems",
+    "pattern",
     "items",
     "additionalProperties",
 )
@@ -144,6 +145,8 @@ def _describe_value(field: SettingField) -> str:
     if field.kind in ("int", "float"):
         bounds = _describe_bounds(field.value_schema)
         return ("a whole number" if field.kind == "int" else "a number") + (f" {bounds}" if bounds else "")
+    if "pattern" in field.value_schema:
+        return "a plain folder name, without a slash or a dot in front"
     if field.kind == "text":
         return "text that isn't empty" if field.value_schema.get("minLength") else "text"
     words: dict[Kind, str] = {

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cluster.resources import Allocation, allocate
+from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
-from tunesmith.errors import RunError, TrainingError, TunesmithError
+from tunesmith.errors import ConfigError, RunError, TrainingError, TunesmithError
 from tunesmith.figures import draw_loss_curve
 from tunesmith.lease import Lease
 from tunesmith.logs import log_to_file
@@ -76,16 +77,17 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     check_source(config)
     tokenizer = load_tokenizer(config)
     model_config = check_model(config)
-    allocation = allocate(config)
-    prepared = prepare(config, tokenizer, run.datasets_path)
-    with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
-        run.clean()
-        record_params(run, config, model_config, prepared, allocation.num_workers)
-        job = TrainJob(
-            _with_absolute_paths(config), run, prepared.folder, allocation.num_threads, lease.token
-        )
-        signal_number = _train_on_ray(job, allocation)
-        return _conclude(job, allocation, signal_number)
+    with connected_nodes() as (nodes, place):
+        allocation = allocate(config, nodes, place)
+        prepared = prepare(config, tokenizer, run.datasets_path)
+        with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
+            run.clean()
+            record_params(run, config, model_config, prepared, allocation.num_workers)
+            job = TrainJob(
+                _with_absolute_paths(config), run, prepared.folder, allocation.num_threads, lease.token
+            )
+            signal_number = _train_on_ray(job, allocation)
+            return _conclude(job, allocation, signal_number)
 
 
 def _train_on_ray(job: TrainJob, allocation: Allocation) -> int | None:
@@ -183,6 +185,11 @@ class RayWorker:
 
 def _train_on_worker(loop_config: dict[str, Any]) -> None:
     job: TrainJob = loop_config["job"]
+    if not job.run.params_path.exists():
+        raise ConfigError(
+            f"a worker on {socket.gethostname()} can't see the run folder `{job.run.path}`",
+            "give a --home on a disk that every node of the cluster mounts at the same path",
+        )
     worker = RayWorker(job.run)
     with log_to_file(job.run.log_path(), rank=worker.rank):
         from tunesmith.train.loop import train

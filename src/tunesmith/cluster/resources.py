@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tunesmith.config import TrainConfig
@@ -29,44 +31,31 @@ class Allocation:
     def describe(self) -> str:
         """Return it in words."""
         workers = "1 worker" if self.num_workers == 1 else f"{self.num_workers} workers"
-        per_worker = "a GPU each" if self.use_gpu else f"{self.cpus_per_worker} CPU threads each"
-        return f"{workers}, {per_worker}"
+        threads = "1 CPU thread" if self.cpus_per_worker == 1 else f"{self.cpus_per_worker} CPU threads"
+        return f"{workers}, {'1 GPU' if self.use_gpu else threads} each"
 
 
-def allocate(config: TrainConfig) -> Allocation:
-    """Return the workers that the run gets: of the cluster at `RAY_ADDRESS`, else of this machine.
+@dataclass(frozen=True)
+class Node:
+    """A machine that workers can run on."""
+
+    cpus: int
+    gpus: int
+
+
+@contextmanager
+def connected_nodes() -> Iterator[tuple[list[Node], str]]:
+    """Connect to the cluster of `RAY_ADDRESS`, if that is set; give its nodes, else this machine, and a name.
 
     Raises:
-        ResourceError: the run asks for GPUs or workers that aren't there.
+        ResourceError: nothing answers at that address.
     """
-    num_cpus, num_gpus, place = _cluster_resources()
-    use_gpu = num_gpus > 0 if config.use_gpu is None else config.use_gpu
-    if use_gpu and num_gpus == 0:
-        raise ResourceError(
-            f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs"
-        )
-    available = num_gpus if use_gpu else num_cpus
-    num_workers = config.num_workers or (num_gpus if use_gpu else 1)
-    if num_workers > available:
-        unit = "GPUs" if use_gpu else "CPUs"
-        raise ResourceError(
-            f"`num_workers` is {num_workers}, but {place} has {available} {unit}",
-            f"ask for at most {available}, or leave `num_workers` out",
-        )
-    cpus_per_worker = 1 if use_gpu else max(1, num_cpus // num_workers)
-    return Allocation(num_workers, use_gpu, cpus_per_worker)
-
-
-def _cluster_resources() -> tuple[int, int, str]:
-    """Return CPUs, GPUs and the place's name; connects to the cluster if there is one."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    if not address and not ray.is_initialized():
-        import torch
-
-        return len(os.sched_getaffinity(0)), torch.cuda.device_count(), "this machine"
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        yield _cluster_nodes(), "the Ray cluster"
+    elif address:
         try:
             ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -74,5 +63,47 @@ def _cluster_resources() -> tuple[int, int, str]:
                 f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
                 "check the address, or unset RAY_ADDRESS to train on this machine",
             ) from error
-    resources = ray.cluster_resources()
-    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), "the Ray cluster"
+        try:
+            yield _cluster_nodes(), f"the Ray cluster at {address}"
+        finally:
+            ray.shutdown()
+    else:
+        import torch
+
+        yield [Node(len(os.sched_getaffinity(0)), torch.cuda.device_count())], "this machine"
+
+
+def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
+    """Return the workers that the run gets on these nodes.
+
+    On CPUs each worker gets as many as let all workers fit, none across two nodes.
+
+    Raises:
+        ResourceError: the run asks for GPUs or workers that aren't there.
+    """
+    num_gpus = sum(node.gpus for node in nodes)
+    use_gpu = num_gpus > 0 if config.use_gpu is None else config.use_gpu
+    if use_gpu and num_gpus == 0:
+        raise ResourceError(
+            f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs"
+        )
+    available = num_gpus if use_gpu else sum(node.cpus for node in nodes)
+    num_workers = config.num_workers or (num_gpus if use_gpu else 1)
+    if num_workers > available:
+        unit = "GPU" if use_gpu else "CPU"
+        raise ResourceError(
+            f"`num_workers` is {num_workers}, but {place} has {available} {unit}{'' if available == 1 else 's'}",
+            f"ask for at most {available}, or leave `num_workers` out",
+        )
+    if use_gpu:
+        return Allocation(num_workers, use_gpu, 1)
+    largest = max(node.cpus for node in nodes)
+    fitting = [cpus for cpus in range(1, largest + 1) if sum(n.cpus // cpus for n in nodes) >= num_workers]
+    return Allocation(num_workers, use_gpu, max(fitting))
+
+
+def _cluster_nodes() -> list[Node]:
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in resources]

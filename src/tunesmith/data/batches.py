@@ -86,7 +86,9 @@ class BatchPlan:
         """Return the steps of the run: `max_steps` or the epochs, whichever ends first."""
         if num_train_epochs is None:
             return max_steps
-        return min(max_steps, math.ceil(num_train_epochs * self.steps_per_epoch))
+        # 1.1 × 10 is 11.000000000000002, which is not a twelfth step.
+        steps = math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9)
+        return min(max_steps, max(1, steps))
 
 
 class Sequences:

@@ -208,7 +208,8 @@ def _measure(arrow_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths = [np.zeros(0, dtype=np.int32)]
     rows = [np.zeros(0, dtype=np.int64)]
     num_trained = [np.zeros(0, dtype=np.int32)]
-    with pa.memory_map(str(arrow_file)) as source, pa.ipc.open_file(source) as reader:
+    # Read rather than mapped: mapped pages would count as this process's memory.
+    with pa.OSFile(str(arrow_file)) as source, pa.ipc.open_file(source) as reader:
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             offsets = batch[0].offsets.to_numpy()

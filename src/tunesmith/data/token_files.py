@@ -93,7 +93,7 @@ def write_tokens(
     counts = _run_processes(shards, pickled, encoder.kind, max_seq_length)
     with pa.OSFile(str(arrow_file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for shard in shards:
-            with pa.memory_map(shard.arrow_file) as source, pa.ipc.open_file(source) as reader:
+            with pa.OSFile(shard.arrow_file) as source, pa.ipc.open_file(source) as reader:
                 for i in range(reader.num_record_batches):
                     writer.write_batch(reader.get_batch(i))
             Path(shard.arrow_file).unlink()

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.load import load_model, resolve_attention, resolve_dtype
+from tunesmith.model.load import attention_of, load_model, resolve_dtype
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.shard import shard_model
 
@@ -32,11 +32,11 @@ def uses_gradient_checkpointing(config: TrainConfig, device: torch.device) -> bo
     return device.type == "cuda" if config.gradient_checkpointing is None else config.gradient_checkpointing
 
 
-def describe_choices(config: TrainConfig, device: torch.device) -> str:
+def describe_choices(model: nn.Module, config: TrainConfig, device: torch.device) -> str:
     """Return in one line what was chosen where the settings leave a choice."""
     dtype = str(resolve_dtype(config, device)).removeprefix("torch.")
     recompute = "on" if uses_gradient_checkpointing(config, device) else "off"
     return (
-        f"{dtype}, attention {resolve_attention(config, device)}, gradient checkpointing {recompute}, "
+        f"{dtype}, attention {attention_of(model)}, gradient checkpointing {recompute}, "
         f"{torch.get_num_threads()} CPU threads"
     )

@@ -14,6 +14,7 @@ from tunesmith.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    attention = resolve_attention(config, device)
+    attention = _choose_attention(config, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model_source, dtype="auto", attn_implementation=attention, **_hub_options(config)
@@ -116,13 +117,19 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def resolve_attention(config: TrainConfig, device: torch.device) -> str:
-    """Return transformers' name of the attention backend; `auto` takes the fastest that is installed."""
+def _choose_attention(config: TrainConfig, device: torch.device) -> str | None:
+    """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
     if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        return "flash_attention_2"
-    return "sdpa"
+        model = build_meta_model(config, load_model_config(config))
+        return "flash_attention_2" if model._supports_flash_attn else None
+    return None
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return transformers' name of the attention backend that `model` uses."""
+    return str(model.config._attn_implementation)  # type: ignore[union-attr]
 
 
 def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> str:

@@ -18,7 +18,7 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
 from tunesmith.model.build import build_model, describe_choices
-from tunesmith.model.load import load_tokenizer, resolve_attention, resolve_dtype
+from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.runs import Checkpoint, RunDir, iterate_metrics
 from tunesmith.train.checkpoint import Checkpointer, Progress
@@ -214,7 +214,7 @@ class Training:
         rows = "packed" if self.sequences.packing else "padded"
         return (
             f"{self.num_steps} steps of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
-            f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.config, self.worker.device)}"
+            f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.config, self.worker.device)}"
         )
 
 
@@ -228,7 +228,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     tokenizer = load_tokenizer(config)
     model = build_model(config, device, worker.world_size)
     packing = decide_packing(config, run, model, worker, group)
-    flatten = resolve_attention(config, device).startswith("flash")
+    flatten = attention_of(model).startswith("flash")
     pad_token_id = int(tokenizer.eos_token_id)
     sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
     plan = BatchPlan(len(sequences), GlobalBatch(**run.read_params()["global_batch"]), config.seed)

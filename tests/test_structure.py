@@ -1,0 +1,85 @@
+"""The house: which way imports run, and which module alone imports a heavy library."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+
+PACKAGE = Path(tunesmith.__file__).parent
+
+# An import goes from a room to one of a lower floor, or stays in its room.
+FLOORS = {
+    "cli": 5,
+    "__main__": 5,
+    "__init__": 5,
+    "cluster": 4,
+    "train": 3,
+    "view": 2,
+    "data": 2,
+    "model": 2,
+    "runs": 1,
+    "lease": 1,
+    "settings": 1,
+    "logs": 1,
+    "config": 0,
+    "errors": 0,
+}
+
+ONLY_IN = {
+    "ray": {"cluster"},
+    "peft": {"model/lora.py"},
+    "wandb": {"train/tracking.py"},
+    "matplotlib": {"view/figures.py"},
+    "datasets": {"data/hub.py", "data/sources.py"},
+    "liger_kernel": {"model/load.py"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downstairs(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    here = relative.parts[0].removesuffix(".py")
+    assert here in FLOORS, f"give `{here}` a floor"
+    for name in imports_of(path):
+        if name.split(".")[0] != "tunesmith":
+            continue
+        there = room_of(name)
+        if there not in FLOORS:  # a name of the package itself, such as __version__
+            continue
+        assert there == here or FLOORS[there] < FLOORS[here] or there == "__init__", (
+            f"{relative} imports {name}"
+        )
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_heavy_library_is_imported_in_one_place(library: str) -> None:
+    importing = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if any(name.split(".")[0] == library for name in imports_of(path))
+    }
+    allowed = ONLY_IN[library]
+    assert importing, f"nothing imports {library}"
+    assert all(path in allowed or path.split("/")[0] in allowed for path in importing), importing
