@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from tokenizers_at_hand import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import TrainConfig
 from tunesmith.data.encode import Encoder
-from tunesmith.data.inspect import inspect, mark_trained
+from tunesmith.view.inspect import inspect, mark_trained
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -22,7 +22,7 @@ from tunesmith.settings import (
     load_settings,
     settings_from_dump,
 )
-from tunesmith.yaml_file import write_yaml
+from tunesmith.settings.yaml_file import write_yaml
 
 SCHEMA = json_schema(TrainConfig)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tunesmith.curves import draw_bars, smooth
 from tunesmith.errors import RunError
-from tunesmith.figures import draw_loss_curve
-from tunesmith.panel import RunPanel
-from tunesmith.progress import RunProgress
 from tunesmith.runs import RunDir
-from tunesmith.summary import format_summary
 from tunesmith.train.tracking import MetricsLog
-from tunesmith.units import format_bytes, format_duration
-from tunesmith.watch import LiveView, watch
+from tunesmith.view.curves import draw_bars, smooth
+from tunesmith.view.figures import draw_loss_curve
+from tunesmith.view.panel import RunPanel
+from tunesmith.view.progress import RunProgress
+from tunesmith.view.summary import format_summary
+from tunesmith.view.units import format_bytes, format_duration
+from tunesmith.view.watch import LiveView, watch
 
 MAX_STEPS = 100
 
@@ -402,7 +402,7 @@ def test_watching_no_run_is_an_error(tmp_path: Path) -> None:
 
 
 def start_watching(run_dir: RunDir, output: int) -> subprocess.Popen[bytes]:
-    code = "import sys; from tunesmith.watch import watch; watch(sys.argv[1])"
+    code = "import sys; from tunesmith.view.watch import watch; watch(sys.argv[1])"
     environment = {**os.environ, "TERM": "xterm", "PYTHONUNBUFFERED": "1", "COLUMNS": "80", "LINES": "40"}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(run_dir.path)],

@@ -11,8 +11,8 @@ from rich.console import Console
 from tunesmith import TrainConfig
 from tunesmith.cli import main
 from tunesmith.settings import load_settings
-from tunesmith.summary import format_summary
 from tunesmith.train.start import ending_of, locate_run
+from tunesmith.view.summary import format_summary
 
 RUN_FILE = Path(__file__).parent / "run.yaml"
 

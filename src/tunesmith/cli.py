@@ -85,7 +85,7 @@ def _train(words: list[str]) -> int:
     from rich.console import Console
 
     from tunesmith.cluster.ray_train import fine_tune
-    from tunesmith.summary import format_summary
+    from tunesmith.view.summary import format_summary
 
     result = fine_tune(config)
     next_steps = []
@@ -98,7 +98,7 @@ def _train(words: list[str]) -> int:
 def _inspect(words: list[str]) -> int:
     config = _read_config("inspect", words)
     if config is not None:
-        from tunesmith.data.inspect import inspect
+        from tunesmith.view.inspect import inspect
 
         inspect(config)
     return 0
@@ -124,7 +124,7 @@ def _watch(words: list[str]) -> int:
         return 0
     (run,), options = _read_words("watch", words, ["RUN"], {"--once"})
     configure_logging()
-    from tunesmith.watch import watch
+    from tunesmith.view.watch import watch
 
     watch(run, once="--once" in options)
     return 0
@@ -206,7 +206,7 @@ def _unknown_verb(words: list[str]) -> ConfigError:
 
 
 def _did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str | None:
-    from tunesmith.fields import nearest_name
+    from tunesmith.settings.fields import nearest_name
 
     near = nearest_name(word, names)
     return f"did you mean `{prefix}{near}`?" if near else None

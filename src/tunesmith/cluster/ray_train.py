@@ -19,7 +19,6 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
 from tunesmith.errors import ConfigError, RunError, TrainingError, TunesmithError
-from tunesmith.figures import draw_loss_curve
 from tunesmith.lease import Lease
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import load_tokenizer
@@ -35,7 +34,8 @@ from tunesmith.train.start import (
 )
 from tunesmith.train.tracking import check_wandb
 from tunesmith.train.worker import TrainJob
-from tunesmith.watch import LiveView
+from tunesmith.view.figures import draw_loss_curve
+from tunesmith.view.watch import LiveView
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.config import Settings
 from tunesmith.errors import ConfigError
-from tunesmith.fields import SettingField, dataset_field_names, nearest_name, read_fields
+from tunesmith.settings.fields import SettingField, dataset_field_names, nearest_name, read_fields
 
 DATASET_PREFIX = "hfdc_"
 _BOOLEAN_WORDS = frozenset({"true", "false", "yes", "no", "1", "0"})

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.curves import smooth
 from tunesmith.errors import RunError
-from tunesmith.progress import EvaluationPoint, EventPoint, TrainingPoint, parse_point
 from tunesmith.runs import RunDir, read_metrics
-from tunesmith.units import format_loss
+from tunesmith.view.curves import smooth
+from tunesmith.view.progress import EvaluationPoint, EventPoint, TrainingPoint, parse_point
+from tunesmith.view.units import format_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.curves import draw_bars, smooth
-from tunesmith.progress import RunProgress
 from tunesmith.runs import RUN_PREFIX
-from tunesmith.units import format_bytes, format_duration, format_loss, format_step_time
+from tunesmith.view.curves import draw_bars, smooth
+from tunesmith.view.progress import RunProgress
+from tunesmith.view.units import format_bytes, format_duration, format_loss, format_step_time
 
 _MAX_WIDTH = 120
 _LABEL_WIDTH = 11

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.config import Settings
 from tunesmith.errors import ConfigError
-from tunesmith.fields import (
+from tunesmith.settings.fields import (
     DATASET_KEY,
     ENVIRONMENT_PREFIX,
     SettingField,
@@ -25,21 +25,8 @@ from tunesmith.fields import (
     read_fields,
     show_value,
 )
-from tunesmith.flags import ParsedFlags, find_field, parse_flags
-from tunesmith.reference import format_help, format_markdown, json_schema
-from tunesmith.yaml_file import read_yaml_mapping, write_yaml
-
-__all__ = [
-    "ParsedFlags",
-    "dump_settings",
-    "dump_yaml",
-    "format_help",
-    "format_markdown",
-    "json_schema",
-    "load_settings",
-    "parse_flags",
-    "settings_from_dump",
-]
+from tunesmith.settings.flags import find_field
+from tunesmith.settings.yaml_file import read_yaml_mapping, write_yaml
 
 Model = TypeVar("Model", bound=Settings)
 

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.progress import (
+from tunesmith.runs import RunDir, iterate_metrics, read_metrics
+from tunesmith.view.progress import (
     ENDINGS,
     EvaluationPoint,
     EventPoint,
@@ -19,8 +20,7 @@ from tunesmith.progress import (
     TrainingPoint,
     parse_point,
 )
-from tunesmith.runs import RunDir, iterate_metrics, read_metrics
-from tunesmith.units import format_bytes, format_duration, format_loss
+from tunesmith.view.units import format_bytes, format_duration, format_loss
 
 _AVERAGED_POINTS = 10
 _LABEL_WIDTH = 10

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from tunesmith.config import HFDatasetConfig, Settings
-from tunesmith.fields import (
+from tunesmith.settings.fields import (
     DATASET_KEY,
     ENVIRONMENT_PREFIX,
     SettingField,

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from tunesmith.panel import RunPanel
-from tunesmith.progress import EvaluationPoint, EventPoint, Point, RunProgress, TrainingPoint
 from tunesmith.runs import open_run
-from tunesmith.units import format_duration, format_loss, format_step_time
+from tunesmith.view.panel import RunPanel
+from tunesmith.view.progress import EvaluationPoint, EventPoint, Point, RunProgress, TrainingPoint
+from tunesmith.view.units import format_duration, format_loss, format_step_time
 
 _REFRESH_S = 0.25
 _PLAIN_INTERVAL_S = 10.0
