@@ -24,6 +24,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "latin.jsonl").write_bytes('{"question": "é", "answer": "b"}\n'.encode("latin-1"))
     (folder / "silent.jsonl").write_text('{"question": "a", "answer": ""}\n' * 4)
     (folder / "file").touch()
+    for name, kept in (("torn", 2000), ("weightless", 0)):
+        save_model(folder / name, build_tokenizer("byte_bpe"))
+        weights = folder / name / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:kept])
+    (folder / "weightless/model.safetensors").unlink()
     tokenizer = build_tokenizer("byte_bpe")
     save_model(folder / "endless", tokenizer)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -40,6 +45,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         {"model_path": "{folder}"},
         "holds no config.json",
         "Hugging Face model folder",
+    ),
+    "a model without weights": ({"model_path": "{folder}/weightless"}, "holds no weights", "download"),
+    "torn weights": (
+        {"model_path": "{folder}/torn"},
+        "torn/model.safetensors` is not a whole",
+        "download it again",
     ),
     "unknown hub model": (
         {"model_path": "none", "hf_model_id": "nobody/nothing"},
@@ -94,7 +105,3 @@ def test_bad_input_is_refused_with_a_hint(
     assert not [path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"], "half-written"
     assert sorted(folder.rglob("*")) == before
 
-
-def test_an_empty_model_folder_error_names_the_flag(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--modle_path", str(folder)]) == 2
-    assert "model_path" in capsys.readouterr().err

@@ -134,3 +134,13 @@ def test_the_run_of_other_settings_is_refused_by_name(config: TrainConfig, unint
     command = Command(config, "--lora_rank", "8")
     assert command.wait() == 2
     assert "`lora_rank` (4 → 8)" in command.output()
+
+
+def test_a_failed_training_exits_1_or_2_and_shows_its_cause_first(config: TrainConfig) -> None:
+    changes = {"attn_implementation": "flash_attention_2", "max_failures": 0}
+    command = Command(in_home(config, "failed").model_copy(update=changes))
+    assert command.wait() == 2
+    (error,) = (line for line in command.output().splitlines() if line.startswith("error:"))
+    assert error.startswith("error: can't load the model")
+    assert "FlashAttention2" in error
+    assert "Traceback" not in command.output()

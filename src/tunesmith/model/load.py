@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
 
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
     """Return the model's tokenizer.
@@ -143,7 +145,7 @@ def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> st
         return str(commit)
     digest = hashlib.sha256(json.dumps(model_config.to_dict(), sort_keys=True, default=str).encode())
     folder = Path(config.model_source)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))
@@ -169,6 +171,29 @@ def check_model_path(config: TrainConfig) -> None:
             f"`model_path` is `{config.model_path}`, which holds no config.json",
             "give a Hugging Face model folder: config.json, weights, tokenizer",
         )
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Refuse a `model_path` whose weights are absent or torn; reads the files' heads alone.
+
+    Raises:
+        ModelError: it names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if config.model_path is None:
+        return
+    folder = Path(config.model_source)
+    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
+        raise ModelError(f"`model_path` is `{folder}`, which holds no weights", "download the model again")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(
+                f"`{path}` is not a whole safetensors file: {error}", "download it again"
+            ) from error
 
 
 def _hub_options(config: TrainConfig) -> dict[str, Any]:

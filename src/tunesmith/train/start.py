@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import tunesmith
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared
+from tunesmith.data.sources import source_fingerprint
 from tunesmith.errors import ConfigError, RunError
-from tunesmith.model.load import build_meta_model, load_model_config, model_fingerprint
+from tunesmith.model.load import build_meta_model, check_weights, load_model_config, model_fingerprint
 from tunesmith.runs import RunDir, iterate_metrics
 from tunesmith.settings import dump_settings
 
@@ -70,6 +71,7 @@ def check_model(config: TrainConfig) -> PretrainedConfig:
         ModelError, ConfigError: as `load_model_config`, `build_meta_model` and `choose_targets` say.
     """
     model_config = load_model_config(config)
+    check_weights(config)
     model = build_meta_model(config, model_config)
     if not config.full_ft:
         from tunesmith.model.lora import choose_targets
@@ -130,6 +132,8 @@ def record_params(
         RunError: the data or the model under the same name have changed since the run was started.
     """
     data = {
+        "source": config.dataset_name,
+        "revision": source_fingerprint(config),
         "fingerprint": prepared.fingerprint,
         "folder": str(prepared.folder),
         "data_dir": str(prepared.data_dir),
