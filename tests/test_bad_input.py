@@ -104,4 +104,3 @@ def test_bad_input_is_refused_with_a_hint(
     assert "Traceback" not in printed
     assert not [path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"], "half-written"
     assert sorted(folder.rglob("*")) == before
-

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,10 +53,18 @@ def test_more_than_there_is_is_refused(settings: dict[str, object]) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-these-tests-alone")
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command = [*ray, f"--port={ADDRESS.rsplit(':')[-1]}", "--num-cpus=2", "--include-dashboard=false"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    host, port = ADDRESS.split(":")
+    deadline = time.monotonic() + 60
+    with socket.socket() as probe:
+        while probe.connect_ex((host, int(port))) != 0:
+            assert time.monotonic() < deadline, "ray start doesn't answer"
+            time.sleep(0.5)
     yield
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()

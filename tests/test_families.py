@@ -38,7 +38,7 @@ from tunesmith.train.checkpoint import read_weights
 from tunesmith.train.final import write_final
 from tunesmith.train.start import check_model
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 
 ModelOf = Callable[[str], Path]
 

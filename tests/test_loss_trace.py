@@ -40,7 +40,10 @@ ALL_LAYERS = [*ATTENTION_LAYERS, "gate_proj", "up_proj", "down_proj"]
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("full_ft", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in ("llama", "mixtral") else pytest.mark.slow) for name in FAMILIES],
+)
 def test_the_loss_trace_equals_a_plain_loop_s(
     family: str, full_ft: bool, packing: bool, model_of: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:

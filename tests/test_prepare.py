@@ -257,6 +257,17 @@ def test_a_million_lengths_pack_well_and_mixed_in_seconds() -> None:
     assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 0.02
 
 
+def test_packs_hold_examples_of_all_lengths() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(4, 0.8, 20_000).astype(np.int32).clip(4, 512)
+    examples, bounds = pack_examples(lengths, 2048, 1)
+    counts = bounds[:, 1] - bounds[:, 0]
+    # Random draws until the pack is full would give about this spread; packs by length give several times it.
+    spread = counts.mean() ** 0.5 * lengths.std() / lengths.mean()
+    assert counts.std() < 1.3 * spread
+    assert lengths.sum() / (len(bounds) * 2048) > 0.98
+
+
 def test_packs_go_across_windows(tmp_path: Path) -> None:
     lengths = np.full(2 * WINDOW_EXAMPLES + 1, 3, dtype=np.int32)
     examples, bounds = pack_examples(lengths, 9, 0)

@@ -104,7 +104,8 @@ def _train_on_ray(job: TrainJob, allocation: Allocation) -> int | None:
         if starts_ray:
             view.note("starting Ray")
             logging.getLogger("ray").setLevel(logging.ERROR)
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            # "local": else Ray would join whatever cluster was last started on this machine, dead or alive.
+            ray.init("local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         view.note(f"starting {allocation.describe()}")
         with _stop_on_signals(job.run, view) as received:
             failure = _fit(job, allocation, view)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ResourceError
+
+_CONNECT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,11 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
     if ray.is_initialized():
         yield _cluster_nodes(), "the Ray cluster"
     elif address:
+        _check_address(address)
         try:
             ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ResourceError(
-                f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
-                "check the address, or unset RAY_ADDRESS to train on this machine",
-            ) from error
+            raise _no_answer(address, error) from error
         try:
             yield _cluster_nodes(), f"the Ray cluster at {address}"
         finally:
@@ -100,6 +101,23 @@ def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
     largest = max(node.cpus for node in nodes)
     fitting = [cpus for cpus in range(1, largest + 1) if sum(n.cpus // cpus for n in nodes) >= num_workers]
     return Allocation(num_workers, use_gpu, max(fitting))
+
+
+def _check_address(address: str) -> None:
+    # Ray itself would try for many minutes.
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
+        "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS to train here",
+    )
 
 
 def _cluster_nodes() -> list[Node]:

@@ -140,9 +140,16 @@ def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> st
     The digest takes each weight file's name, size and the head of its content (safetensors' table of
     names, types and shapes), not all of its bytes: reading 100 GB to start a run would be absurd.
     """
-    commit = getattr(model_config, "_commit_hash", None)
-    if config.model_path is None and commit is not None:
-        return str(commit)
+    if config.model_path is None:
+        from transformers.utils import cached_file, extract_commit_hash
+
+        # The configuration doesn't say which commit it came from, but its place in the cache does.
+        config_file = cached_file(
+            config.model_source, "config.json", revision=config.model_revision or "main"
+        )
+        commit = extract_commit_hash(config_file, None)
+        if commit is not None:
+            return str(commit)
     digest = hashlib.sha256(json.dumps(model_config.to_dict(), sort_keys=True, default=str).encode())
     folder = Path(config.model_source)
     for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
