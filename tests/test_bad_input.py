@@ -74,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "target that matches nothing": ({"lora_target_modules": "q_porj"}, "`q_porj`", "`q_proj`"),
     "more workers than there are": ({"num_workers": "64"}, "`num_workers` is 64", "at most"),
     "GPUs where there are none": ({"use_gpu": "true"}, "no GPU", "use_gpu"),
+    "GPU attention on CPUs": ({"attn_implementation": "flex_attention"}, "trains on GPUs alone", "`sdpa`"),
     "home that can't be written": ({"home": "{folder}/file/home"}, "can't be written", "--home"),
     "tokenizer without an end token": ({"model_path": "{folder}/endless"}, "no end token", "eos_token"),
 }

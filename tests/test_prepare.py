@@ -260,7 +260,7 @@ def test_a_million_lengths_pack_well_and_mixed_in_seconds() -> None:
 def test_packs_hold_examples_of_all_lengths() -> None:
     random = np.random.default_rng(0)
     lengths = random.lognormal(4, 0.8, 20_000).astype(np.int32).clip(4, 512)
-    examples, bounds = pack_examples(lengths, 2048, 1)
+    _, bounds = pack_examples(lengths, 2048, 1)
     counts = bounds[:, 1] - bounds[:, 0]
     # Random draws until the pack is full would give about this spread; packs by length give several times it.
     spread = counts.mean() ** 0.5 * lengths.std() / lengths.mean()

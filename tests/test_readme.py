@@ -113,6 +113,6 @@ def test_the_library_example_trains(clone: Path, tmp_path: Path) -> None:
     snippet = snippet.replace("max_steps=100", "max_steps=2")
     script = tmp_path / "example.py"
     script.write_text(snippet)
-    printed = run(f'"{sys.executable}" {script}', tmp_path)
-    final = Path(printed.strip().splitlines()[-1])
+    printed = run(f'"{sys.executable}" {script} 2>errors.txt', tmp_path)
+    final = Path(printed.strip())
     assert (tmp_path / final / "adapter_model.safetensors").exists()

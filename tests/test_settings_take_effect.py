@@ -75,7 +75,7 @@ EFFECTS = {
     "cpu_offload": f"{HERE}::test_weights_are_offloaded_when_asked_for",
     "num_workers": "test_cluster::test_workers_get_what_fits",
     "use_gpu": "test_cluster::test_workers_get_what_fits",
-    "max_failures": "test_resume_on_ray::test_a_failed_training_exits_1_or_2_and_shows_its_cause_first",
+    "max_failures": "test_resume_on_ray::test_a_failed_training_shows_its_cause_first",
     "home": f"{HERE}::test_a_run_lies_where_it_was_told_to",
     "results_dir": f"{HERE}::test_a_run_lies_where_it_was_told_to",
     "run_name": f"{HERE}::test_a_run_lies_where_it_was_told_to",

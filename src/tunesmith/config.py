@@ -284,7 +284,11 @@ class TrainConfig(HFDatasetConfig):
         ge=0,
     )
     max_eval_samples: int = setting(
-        640, "Validation examples at most; 0 takes them all.", group="evaluation", scope="training", ge=0
+        640,
+        "Validation examples at most, rounded to whole sequences; 0 takes them all.",
+        group="evaluation",
+        scope="training",
+        ge=0,
     )
     early_stopping_patience: int = setting(
         3,

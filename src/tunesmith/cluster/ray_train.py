@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP_TIMEOUT_S = 3600
+_COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -84,7 +86,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
             run.clean()
             record_params(run, config, model_config, prepared, allocation.num_workers)
             job = TrainJob(
-                _with_absolute_paths(config), run, prepared.folder, allocation.num_threads, lease.token
+                _for_every_node(config, run), run, prepared.folder, allocation.num_threads, lease.token
             )
             signal_number = _train_on_ray(job, allocation)
             return _conclude(job, allocation, signal_number)
@@ -256,8 +258,10 @@ def _explain(failure: BaseException, run: RunDir) -> TunesmithError:
     )
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    # Ray starts workers in another folder.
-    if config.model_path is None:
-        return config
-    return config.model_copy(update={"model_path": config.model_path.expanduser().absolute()})
+def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:
+    """Return the settings such that every worker loads the same model: its absolute path, or its commit."""
+    if config.model_path is not None:
+        # Ray starts workers in another folder.
+        return config.model_copy(update={"model_path": Path(config.model_source).absolute()})
+    commit = run.read_params()["model"]["fingerprint"]
+    return config.model_copy(update={"model_revision": commit}) if _COMMIT.fullmatch(commit) else config

@@ -88,6 +88,11 @@ def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
         raise ResourceError(
             f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs"
         )
+    if not use_gpu and config.attn_implementation.startswith(("flash", "flex")):
+        raise ResourceError(
+            f"`attn_implementation` is `{config.attn_implementation}`, which trains on GPUs alone",
+            "leave `attn_implementation` out, or set it to `sdpa`, to train on CPUs",
+        )
     available = num_gpus if use_gpu else sum(node.cpus for node in nodes)
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers > available:

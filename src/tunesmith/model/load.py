@@ -94,11 +94,21 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     attention = _choose_attention(config, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model_source, dtype="auto", attn_implementation=attention, **_hub_options(config)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.model_source,
+            dtype="auto",
+            attn_implementation=attention,
+            output_loading_info=True,
+            **_hub_options(config),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded("model", config, error) from error
+    if found["missing_keys"]:
+        # transformers would train them from random values.
+        raise ModelError(
+            f"the files of `{config.model_source}` lack weights: {', '.join(sorted(found['missing_keys'])[:3])} …",
+            "download the model again, or take one with a language-model head",
+        )
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
