@@ -18,8 +18,8 @@ from runs_at_hand import losses, small_config, start, train_here
 from tunesmith.config import TrainConfig
 from tunesmith.model.build import build_model
 from tunesmith.runs import RunDir
-from tunesmith.train.loop import choose_validation_batches
 from tunesmith.train.start import last_event
+from tunesmith.train.training import choose_validation_batches
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 

@@ -1,0 +1,258 @@
+"""A training that is set up: what it works with, and its verbs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
+from tunesmith.data.prepare import open_prepared
+from tunesmith.errors import CheckpointError
+from tunesmith.model.build import build_model, describe_choices
+from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
+from tunesmith.model.probe import keeps_examples_apart
+from tunesmith.runs import Checkpoint, RunDir
+from tunesmith.train.checkpoint import Checkpointer, Progress
+from tunesmith.train.meter import Meter
+from tunesmith.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from tunesmith.train.step import accumulate_gradients, clip_gradients, evaluate_loss, sum_over_ranks
+from tunesmith.train.tracking import MetricsLog, NoLog
+from tunesmith.train.worker import TrainJob, Worker
+
+logger = logging.getLogger(__name__)
+
+
+class Ending(NamedTuple):
+    """How a training ends, and why."""
+
+    event: Literal["finished", "stopped", "failed"]
+    message: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, or the step that could not be taken because its loss or gradient isn't finite."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    stop_requested: bool
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass
+class Training:
+    """What the loop works with, and its verbs. All of them are collective."""
+
+    job: TrainJob
+    worker: Worker
+    group: dist.ProcessGroup
+    """Works on the CPU, whatever the model's device: for decisions all ranks must share."""
+    model: nn.Module
+    optimizer: Optimizer
+    checkpointer: Checkpointer
+    sequences: Sequences
+    plan: BatchPlan
+    num_steps: int
+    validation: Sequences | None
+    meter: Meter
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.job.config
+
+    @property
+    def has_validation(self) -> bool:
+        return self.validation is not None
+
+    def restore(self) -> Progress:
+        """Load the checkpoint that the worker is told to go on from; without one, stand at step 0."""
+        folder = self.worker.resume_from()
+        if folder is None:
+            return Progress()
+        progress = self.checkpointer.restore(folder)
+        logger.info("going on from step %d: `%s` is the latest whole checkpoint", progress.step, folder.name)
+        return progress
+
+    def take_step(self, step: int) -> StepResult:
+        """Train one step; a step whose loss or gradient isn't finite leaves the weights as they are."""
+        config = self.config
+        self.meter.start()
+        microbatches = self.plan.microbatches(step)
+        gradients = accumulate_gradients(
+            self.model, self.sequences, microbatches, step, config.seed, self.worker
+        )
+        grad_norm = clip_gradients(self.model, config.max_grad_norm)
+        stop_requested = self.worker.rank == 0 and self.job.run.stop_path.exists()
+        loss_sum, num_stops = sum_over_ranks([gradients.loss_sum.item(), float(stop_requested)], self.group)
+        tokens, trained_tokens = count_tokens(self.sequences, microbatches)
+        result = StepResult(loss_sum / trained_tokens, grad_norm, tokens, trained_tokens, num_stops > 0)
+        if result.is_finite:
+            set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, config))
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.meter.stop(tokens, gradients.data_wait_s)
+        return result
+
+    def measure(self, step: int, result: StepResult) -> dict[str, float]:
+        """Return the step's line of metrics; the rates are means since the line before."""
+        return {
+            "epoch": self.plan.epoch(step),
+            "loss": result.loss,
+            "learning_rate": learning_rate(step, self.num_steps, self.config),
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "trained_tokens": result.trained_tokens,
+            "max_steps": self.num_steps,
+            **self.meter.read(),
+        }
+
+    def evaluate(self) -> float:
+        """Return the validation loss, in nats per trained token."""
+        assert self.validation is not None
+        microbatches = choose_validation_batches(self.validation, self.config)
+        return evaluate_loss(self.model, self.validation, microbatches, self.worker, self.group)
+
+    def find_ending(self, progress: Progress, stop_requested: bool) -> Ending | None:
+        """Return how the training ends at this point, or None if it goes on."""
+        patience = self.config.early_stopping_patience
+        if progress.step >= self.num_steps:
+            return Ending("finished", f"step {progress.step} of {self.num_steps}")
+        if progress.stopping.is_over(patience):
+            return Ending(
+                "finished", f"early, at step {progress.step}: no improvement in {patience} evaluations"
+            )
+        if stop_requested:
+            return Ending("stopped", f"on request, at step {progress.step} of {self.num_steps}")
+        return None
+
+    def publish(self, log: MetricsLog | NoLog, step: int, wait: bool) -> str | None:
+        """Record and report the checkpoint that has been written since the last call, if one has.
+
+        With `wait`, wait for it. Returns, on rank 0, what went wrong if it could not be written.
+        """
+        if wait:
+            self.checkpointer.wait()
+        outcome = self.checkpointer.take_outcome()
+        checkpoint = outcome if isinstance(outcome, Checkpoint) else None
+        (num_published,) = sum_over_ranks([float(checkpoint is not None)], self.group)
+        if num_published:
+            self.worker.report({"step": step}, checkpoint.path if checkpoint else None)
+        if checkpoint is not None:
+            log.event(checkpoint.step, "checkpoint", checkpoint.path.name)
+        elif isinstance(outcome, CheckpointError):
+            logger.error("%s; %s", outcome.message, outcome.hint)
+            log.event(step, "checkpoint", f"{outcome.message}; {outcome.hint}")
+            return outcome.message
+        return None
+
+    def explain_divergence(self, step: int, result: StepResult) -> Ending:
+        """Return the failure of a step whose loss isn't finite, with the rows it was trained on."""
+        rows = self.sequences.source_rows(np.concatenate(self.plan.microbatches(step)))
+        listed = ", ".join(str(row + 1) for row in rows[:32]) + (", …" if len(rows) > 32 else "")
+        return Ending(
+            "failed",
+            f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}; the weights are those of "
+            f"step {step - 1}. Its examples are lines {listed} of training.jsonl",
+        )
+
+    def describe(self) -> str:
+        """Return in one line what was chosen for this run."""
+        batch = self.plan.global_batch
+        rows = "packed" if self.sequences.packing else "padded"
+        return (
+            f"{self.num_steps} steps of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
+            f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.config, self.worker.device)}"
+        )
+
+
+def set_up(job: TrainJob, worker: Worker) -> Training:
+    """Load, adapt and shard the model, and plan the steps. Collective."""
+    config, run, device = job.config, job.run, worker.device
+    if job.num_threads is not None:
+        torch.set_num_threads(job.num_threads)
+    group = dist.new_group(backend="gloo")
+    prepared = open_prepared(job.prepared_path)
+    tokenizer = load_tokenizer(config)
+    model = build_model(config, device, worker.world_size)
+    packing = decide_packing(config, run, model, worker, group)
+    flatten = attention_of(model).startswith("flash")
+    pad_token_id = int(tokenizer.eos_token_id)
+    sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
+    plan = BatchPlan(len(sequences), GlobalBatch(**run.read_params()["global_batch"]), config.seed)
+    validation = None
+    if prepared.validation is not None:
+        validation = Sequences(prepared.validation, packing, pad_token_id, flatten)
+    optimizer = build_optimizer(model.parameters(), config)
+    return Training(
+        job=job,
+        worker=worker,
+        group=group,
+        model=model,
+        optimizer=optimizer,
+        checkpointer=Checkpointer(job, worker.rank, model, optimizer, tokenizer),
+        sequences=sequences,
+        plan=plan,
+        num_steps=plan.total_steps(config.max_steps, config.num_train_epochs),
+        validation=validation,
+        meter=Meter(model, config.full_ft, device, worker.world_size),
+    )
+
+
+def decide_packing(
+    config: TrainConfig, run: RunDir, model: nn.Module, worker: Worker, group: dist.ProcessGroup
+) -> bool:
+    """Return whether sequences are packed: as the run recorded, else if asked for and the model is fit for it.
+
+    Collective. Rank 0 records the decision, so that a resumed run keeps its batches.
+    """
+    params = run.read_params()
+    if params.get("packing") is not None:
+        return bool(params["packing"])
+    packing = config.packing
+    if packing:
+        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+        is_fit = keeps_examples_apart(model, vocab_size, worker.device, resolve_dtype(config, worker.device))
+        (num_unfit,) = sum_over_ranks([float(not is_fit)], group)
+        packing = num_unfit == 0
+        if not packing:
+            logger.warning(
+                "`%s` lets packed examples see one another, so it is trained padded: one example a sequence",
+                config.model_source,
+            )
+    dist.barrier(group)  # every rank has read the params
+    if worker.rank == 0:
+        run.write_params({**params, "packing": packing})
+    dist.barrier(group)
+    return packing
+
+
+def choose_validation_batches(validation: Sequences, config: TrainConfig) -> list[np.ndarray]:
+    """Return microbatches of the first sequences that together hold at most `max_eval_samples` examples."""
+    count, limit = 0, config.max_eval_samples or math.inf
+    chosen: list[int] = []
+    for index in range(len(validation)):
+        count += len(validation.examples(np.array([index])))
+        if count > limit and chosen:
+            break
+        chosen.append(index)
+    size = config.per_device_eval_batch_size
+    return [np.array(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def count_tokens(sequences: Sequences, microbatches: list[np.ndarray]) -> tuple[int, int]:
+    """Return the tokens and the trained tokens of a global batch."""
+    return sequences.count_tokens(np.concatenate(microbatches))
