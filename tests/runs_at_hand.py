@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.model.load import load_model_config, load_tokenizer
-from tunesmith.runs import RunDir, iterate_metrics
+from tunesmith.runs import RunDir, find_ending, iterate_metrics
 from tunesmith.train.loop import train
 from tunesmith.train.start import locate_run, record_params
 from tunesmith.train.worker import ProcessWorker, TrainJob
@@ -83,3 +83,18 @@ def train_on_rank(rank: int, world_size: int, job: TrainJob) -> RunDir:
 def losses(run: RunDir, key: str = "loss") -> dict[int, float]:
     """Return a column of the run's metrics by step, the last line of each step."""
     return {line["step"]: float(line[key]) for line in iterate_metrics(run.metrics_path) if key in line}
+
+
+def ending_of(run: RunDir) -> str | None:
+    """Return how the newest attempt ended: finished, stopped, failed, or None."""
+    ending = find_ending(run)
+    return ending["event"] if ending else None
+
+
+def events(run: RunDir, event: str) -> list[dict[str, Any]]:
+    """Return the lines of metrics that hold this event, in order."""
+    return [line for line in iterate_metrics(run.metrics_path) if line.get("event") == event]
+
+
+def last_event(run: RunDir, event: str) -> dict[str, Any]:
+    return events(run, event)[-1]

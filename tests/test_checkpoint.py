@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs_at_hand import losses, small_config, start, train_here, write_rows
+from runs_at_hand import ending_of, events, last_event, losses, small_config, start, train_here, write_rows
 from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
+from tunesmith.cluster.ray_train import fine_tune
 from tunesmith.config import TrainConfig
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, RunError
 from tunesmith.model.lora import ADAPTER_WEIGHTS
-from tunesmith.runs import RunDir, iterate_metrics
+from tunesmith.runs import RunDir, find_ending, iterate_metrics, newest_attempt
 from tunesmith.train.final import write_final
-from tunesmith.train.start import ending_of, last_event
+from tunesmith.train.start import is_finished
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +132,12 @@ def test_final_holds_the_best_checkpoint_and_says_which(config: TrainConfig) -> 
     run = train_here(start(config))
     measured = losses(run, "eval_loss")
     del measured[0]
-    best = write_final(run, config, "cpu")
+    best = write_final(run, config)
     assert best.step == min(measured, key=measured.__getitem__)
     assert_equal(load_file(run.final_path / ADAPTER_WEIGHTS), adapter(run, best.step))
     origin = json.loads((run.final_path / "tunesmith.json").read_text())
-    assert (origin["run"], origin["checkpoint"]) == (str(run.path), best.path.name)
-    write_final(run, config, "cpu")
+    assert (origin["run"], origin["checkpoint"]) == (run.path.name, best.path.name)
+    write_final(run, config)
     assert [path.name for path in run.final_path.parent.iterdir() if path.name.startswith(".")] == []
 
 
@@ -161,3 +162,112 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(config: 
     last = run.latest_checkpoint()
     assert last is not None
     assert f"step {last.step + 1}:" in failure["message"], "the last good step is saved"
+
+
+def test_every_save_is_recorded_even_if_the_next_one_is_near(config: TrainConfig) -> None:
+    config = config.model_copy(update={"save_steps": 1})
+    run = train_here(start(config))
+    assert [event["step"] for event in events(run, "checkpoint")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_failed_save_is_said(config: TrainConfig) -> None:
+    train_here(start(config.model_copy(update={"max_steps": 2})))
+    job = start(config.model_copy(update={"save_steps": 1}))
+    with files_limited_to(30_000), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_here(job)
+    failures = [
+        event for event in events(job.run, "checkpoint") if "could not be written" in event["message"]
+    ]
+    assert len(failures) == 4
+    assert not list(job.run.path.glob(".unfinished_*"))
+
+
+def test_a_finished_run_without_its_result_gets_it_without_training(config: TrainConfig) -> None:
+    job = start(config)
+    run = train_here(job)
+    before = losses(run)
+    result = fine_tune(config)
+    assert (result.ending, result.exit_code) == ("finished", 0)
+    assert run.holds_final()
+    assert losses(run) == before
+    with pytest.raises(RunError, match="is finished; its result lies in"):
+        fine_tune(config)
+    torn = run.checkpoint_path(4)
+    shutil.rmtree(torn)
+    assert run.holds_final()
+
+
+def test_raised_settings_go_on_and_others_are_refused_with_what_to_raise(config: TrainConfig) -> None:
+    def goes_on(**changes: object) -> bool:
+        return not is_finished(run, config.model_copy(update=changes))
+
+    run = train_here(start(config))
+    assert goes_on(max_steps=7)
+    assert not goes_on(max_steps=5)
+    assert not goes_on(num_train_epochs=9.0)
+
+    config = config.model_copy(update={"run_name": "epochs", "num_train_epochs": 1.0})
+    run = train_here(start(config))
+    assert not goes_on(max_steps=100)
+    assert goes_on(max_steps=100, num_train_epochs=2.0)
+    assert goes_on(max_steps=100, num_train_epochs=None)
+
+    # No evaluation improves by 100 nats.
+    changes = {
+        "run_name": "early",
+        "early_stopping_patience": 1,
+        "early_stopping_threshold": 100.0,
+        "eval_steps": 1,
+    }
+    config = config.model_copy(update={"num_train_epochs": None, "max_steps": 20, **changes})
+    run = train_here(start(config))
+    assert max(losses(run)) == 2
+    assert goes_on(max_steps=21)
+    assert goes_on(early_stopping_patience=2)
+    assert goes_on(early_stopping_patience=0)
+    assert not goes_on(max_steps=20)
+    train_here(start(config.model_copy(update={"max_steps": 21})))
+    assert max(losses(run)) == 3, "it has its whole patience again"
+
+
+def test_an_attempt_that_breaks_off_does_not_end_as_the_one_before(config: TrainConfig) -> None:
+    run = train_here(start(config))
+    attempts = newest_attempt(run)
+    assert find_ending(run) is not None
+    assert find_ending(run, after_attempt=attempts) is None
+    with run.metrics_path.open("a") as file:
+        file.write(
+            '{"step": 6, "attempt": 2, "event": "start"}\n{"step": 6, "attempt": 1, "event": "finished"}\n'
+        )
+    assert find_ending(run) is None
+
+
+def test_a_full_models_result_keeps_the_bases_generation_settings(folder: Path, config: TrainConfig) -> None:
+    model = config.home / "model"  # type: ignore[operator]
+    shutil.copytree(folder / "tiny", model)
+    settings = {"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": True}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    config = config.model_copy(update={"model_path": model, "full_ft": True, "dtype": "bfloat16"})
+    run = train_here(start(config))
+    write_final(run, config)
+    kept = json.loads((run.final_path / "generation_config.json").read_text())
+    assert {name: kept[name] for name in settings} == settings
+    weights = load_file(run.final_path / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_params_record_what_was_chosen_and_a_resumed_run_keeps_its_dtype(config: TrainConfig) -> None:
+    config = config.model_copy(update={"max_steps": 2})
+    run = train_here(start(config))
+    resolved = run.read_params()["resolved"]
+    assert resolved == {
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+        "gradient_checkpointing": False,
+        "num_workers": 1,
+        "use_gpu": False,
+    }
+    # As if another machine, which computes in bfloat16 by itself, went on.
+    train_here(start(config.model_copy(update={"max_steps": 4, "dtype": "auto"})))
+    assert "float32" in last_event(run, "start")["message"]

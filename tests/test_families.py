@@ -106,7 +106,7 @@ def test_full_fine_tuning_trains_every_weight_and_final_holds_them(
     config = small_config(model_of(family), rows, tmp_path, full_ft=True, packing=packing, **FAR)
     run = train_here(start(config))
     assert losses(run, "eval_loss")[8] < losses(run, "eval_loss")[0] - 0.2
-    write_final(run, config, "cpu")
+    write_final(run, config)
 
     trained, before = load(run.final_path).state_dict(), load(model_of(family)).state_dict()
     weights = read_weights(run.checkpoint_path(8))
@@ -123,7 +123,7 @@ def test_final_holds_the_best_adapter_ready_for_peft(model_of: ModelOf, rows: Pa
         model_of("llama"), rows, tmp_path, **{**FAR, "eval_steps": 2, "save_total_limit": 1}
     )
     run = train_here(start(config))
-    best = write_final(run, config, "cpu")
+    best = write_final(run, config)
     evaluated = losses(run, "eval_loss")
     assert evaluated[best.step] == min(loss for step, loss in evaluated.items() if step > 0)
     adapted = PeftModel.from_pretrained(load(model_of("llama")), run.final_path)
@@ -142,7 +142,7 @@ def test_bfloat16_trains_with_float32_adapters_and_master_weights(
         weights = read_weights(run.checkpoint_path(8))
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
-        write_final(run, config, "cpu")
+        write_final(run, config)
         if full_ft:
             assert {weight.dtype for weight in load(run.final_path, "auto").parameters()} == {torch.bfloat16}
 
@@ -294,3 +294,40 @@ def validate(model: Any, tokenizer_folder: Path, run: RunDir) -> float:
     """Return the loss over the run's validation set, computed apart from the run."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     return mean_loss(model, tokenizer, Path(run.read_params()["data"]["data_dir"]) / "validation.jsonl")
+
+
+def test_layers_of_another_kind_are_adapted_and_towers_that_text_never_reaches_are_not(
+    rows: Path, tmp_path: Path
+) -> None:
+    from transformers import Gemma3Config, GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    config = small_config(tmp_path, rows, tmp_path)
+    assert choose_targets(gpt2, config)[0] == ["c_attn", "c_fc", "c_proj"]
+
+    text = {**SMALL, "vocab_size": 300, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**SMALL, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
+    gemma3 = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
+    names = [name for name, _ in gemma3.named_modules()]
+    assert any("vision" in name for name in names), "the model at hand has a tower"
+    targets, _ = choose_targets(gemma3, config)
+    adapted = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+    assert adapted
+    assert not any("vision" in name for name in adapted)
+
+
+def test_gpt2_trains_and_resumes(rows: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = build_tokenizer("byte_bpe")
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=0, **shape)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    config = small_config(tmp_path / "gpt2", rows, tmp_path, max_steps=8)
+    run = train_here(start(config.model_copy(update={"max_steps": 4})))
+    train_here(start(config))
+    measured = losses(run)
+    assert sorted(measured) == list(range(1, 9))
+    assert measured[8] < measured[1]

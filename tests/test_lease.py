@@ -101,3 +101,34 @@ def test_a_replaced_holder_leaves_the_new_lease_alone(path: Path) -> None:
     with Lease(path):
         edit(path, token="another")
     assert json.loads(path.read_text())["token"] == "another"
+
+
+def test_a_holder_survives_a_disk_that_fails_for_a_moment(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_S", 0.05)
+    with Lease(path) as lease:
+        content = path.read_text()
+        path.unlink()
+        path.mkdir()  # reading it fails as a stale handle does
+        time.sleep(0.3)
+        path.rmdir()
+        path.write_text(content)
+        time.sleep(0.3)
+        assert json.loads(path.read_text())["renewed_at"] > json.loads(content)["renewed_at"]
+        assert not lease.is_lost
+
+
+def test_a_holder_that_was_replaced_knows_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_S", 0.05)
+    with Lease(path) as lease:
+        edit(path, token="another")
+        time.sleep(0.3)
+        assert lease.is_lost
+
+
+def test_a_holder_in_another_container_of_the_same_host_name_is_alive(path: Path) -> None:
+    with Lease(path):
+        edit(path, processes="another namespace", pid=1, process_start="1")
+        with pytest.raises(RunError, match="held by process 1 "), Lease(path):
+            pass

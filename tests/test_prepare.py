@@ -528,6 +528,20 @@ def test_what_a_killed_process_left_is_cleared_and_prepared_anew(tmp_path: Path)
     assert not (torn / ".preparing").exists()
 
 
+@pytest.mark.parametrize("content", [None, "", '{"format_ver'])
+def test_tokens_that_a_lost_machine_left_torn_are_prepared_anew(tmp_path: Path, content: str | None) -> None:
+    config = TrainConfig(dataset_name=str(write_rows(tmp_path / "rows.jsonl", alpaca(50))), num_proc=1)
+    tokenizer = build_tokenizer("byte_bpe")
+    prepared = prepare(config, tokenizer, tmp_path / "datasets")
+    manifest = prepared.folder / "manifest.json"
+    manifest.unlink()
+    if content is not None:
+        manifest.write_text(content)
+    again = prepare(config, tokenizer, tmp_path / "datasets")
+    assert again.folder == prepared.folder
+    assert np.array_equal(again.train.lengths, prepared.train.lengths)
+
+
 _MEASURE = """
 import resource, sys
 from pathlib import Path

@@ -14,11 +14,10 @@ from safetensors import safe_open
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from gradients_at_hand import CPU, open_sequences
-from runs_at_hand import losses, small_config, start, train_here
+from runs_at_hand import last_event, losses, small_config, start, train_here
 from tunesmith.config import TrainConfig
 from tunesmith.model.build import build_model
 from tunesmith.runs import RunDir
-from tunesmith.train.start import last_event
 from tunesmith.train.training import choose_validation_batches
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]

@@ -11,7 +11,7 @@ from rich.console import Console
 from tunesmith import TrainConfig
 from tunesmith.cli import main
 from tunesmith.settings import load_settings
-from tunesmith.train.start import ending_of, locate_run
+from tunesmith.train.start import is_finished, locate_run
 from tunesmith.view.summary import format_summary
 
 RUN_FILE = Path(__file__).parent / "run.yaml"
@@ -21,7 +21,7 @@ def run_demo() -> int:
     """Return the exit code; a run that broke off goes on, a finished one is only shown."""
     config = load_settings(TrainConfig, RUN_FILE, {}, os.environ)
     run = locate_run(config)
-    if ending_of(run) == "finished" and config.max_steps <= run.read_params()["settings"]["max_steps"]:
+    if is_finished(run, config) and run.holds_final():
         again = f"remove {os.path.relpath(run.home)} to train again"
         print(f"training: finished already, this is its result; {again}\n")
         Console().print(format_summary(run), soft_wrap=True)

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ConfigError, TunesmithError
@@ -90,9 +92,19 @@ def _train(words: list[str]) -> int:
     result = fine_tune(config)
     next_steps = []
     if result.ending == "stopped":
-        next_steps = [("go on with", shlex.join(["tunesmith", "train", *words]))]
+        next_steps = [("go on with", _same_command(["train", *words]))]
     Console().print(format_summary(result.run, next_steps), soft_wrap=True)
     return result.exit_code
+
+
+def _same_command(words: list[str]) -> str:
+    """Return a line that runs this program with `words` again, from the same folder and any shell."""
+    program = Path(sys.argv[0])
+    start = [os.path.relpath(program)] if program.name == "tunesmith" else [sys.executable, "-m", "tunesmith"]
+    if shutil.which("tunesmith") == str(program.absolute()):
+        start = ["tunesmith"]
+    settings = [f"{k}={shlex.quote(v)}" for k, v in os.environ.items() if k.startswith("TUNESMITH_")]
+    return " ".join([*settings, shlex.join([*start, *words])])
 
 
 def _inspect(words: list[str]) -> int:

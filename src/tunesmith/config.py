@@ -1,7 +1,7 @@
 """Every setting of the program, declared once: type, unit, default, check.
 
 The command line, the environment variables, the YAML file, the JSON schema, the reference page and
-`params.json` all follow from these declarations (`settings.py` reads them).
+`params.json` all follow from these declarations (`settings/` reads them).
 """
 
 from __future__ import annotations
@@ -166,13 +166,13 @@ class TrainConfig(HFDatasetConfig):
         None,
         "Branch, tag or commit of the model on the hub; unset: its main branch.",
         group="model",
-        scope="model",
+        scope="training",
     )
     dataset_revision: OptionalStr = setting(
         None,
         "Branch, tag or commit of the data set on the hub; unset: its main branch.",
         group="data",
-        scope="data",
+        scope="training",
     )
     trust_remote_code: bool = setting(
         False, "Run Python code that comes with the model or tokenizer.", group="model", scope="model"
@@ -278,7 +278,7 @@ class TrainConfig(HFDatasetConfig):
     )
     eval_steps: int = setting(
         100,
-        "Steps between evaluations; 0 evaluates at the end alone.",
+        "Steps between evaluations; 0 evaluates before the first step and after the last alone.",
         group="evaluation",
         scope="training",
         ge=0,
@@ -344,7 +344,11 @@ class TrainConfig(HFDatasetConfig):
         scope="run",
     )
     save_steps: int = setting(
-        100, "Steps between checkpoints; 0 saves at the end alone.", group="output", scope="run", ge=0
+        100,
+        "Steps between checkpoints, besides those of the best evaluations and the end; 0: those alone.",
+        group="output",
+        scope="run",
+        ge=0,
     )
     save_total_limit: int = setting(
         2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1

@@ -34,6 +34,8 @@ class Lease:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.token = uuid.uuid4().hex[:12]
+        self.is_lost = False
+        """Another driver has taken the folder over: nothing more may be written to it."""
         self._acquired_at = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
@@ -43,11 +45,8 @@ class Lease:
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
+            refuse_if_held(self.path)
             holder = read_holder(self.path)
-            if holder is not None and _is_alive(holder):
-                raise RunError(
-                    _describe(holder, self.path), "wait for it, stop it, or choose another --run_name"
-                )
             if holder is not None:
                 logger.info(
                     "Replacing the lease of process %s on %s, which is gone.", holder["pid"], holder["host"]
@@ -66,6 +65,7 @@ class Lease:
         holder = {
             "token": self.token,
             "host": socket.gethostname(),
+            "processes": _process_space(),
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
             "acquired_at": self._acquired_at,
@@ -75,15 +75,24 @@ class Lease:
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(RENEW_S):
-            if not holds(self.path, self.token):
-                logger.error(
-                    "Another driver has taken over `%s`; this one no longer writes to it.", self.path.parent
-                )
-                return
             try:
+                if not holds(self.path, self.token):
+                    self.is_lost = True
+                    return
                 self._write()
             except OSError as error:
-                logger.warning("Could not renew the lease `%s`: %s", self.path, error)
+                logger.warning("could not renew the lease `%s`, trying again: %s", self.path, error)
+
+
+def refuse_if_held(path: Path) -> None:
+    """Refuse a run folder that another live driver holds, before anything is done for it.
+
+    Raises:
+        RunError: with the holder's host, process and age.
+    """
+    holder = read_holder(path)
+    if holder is not None and _is_alive(holder):
+        raise RunError(_describe(holder, path), "wait for it, stop it, or choose another --run_name")
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
@@ -101,10 +110,19 @@ def holds(path: Path, token: str) -> bool:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname():
+    if (holder["host"], holder["processes"]) == (socket.gethostname(), _process_space()):
         start = _process_start(holder["pid"])
         return start is not None and start == str(holder["process_start"])
     return bool(time.time() - holder["renewed_at"] < EXPIRE_S)
+
+
+def _process_space() -> str:
+    """Return what tells whether two processes number their processes alike: containers may share a host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _process_start(pid: int) -> str | None:

@@ -28,6 +28,8 @@ from tunesmith.errors import RunError
 FORMAT_VERSION = 1
 RUN_PREFIX = "TorchTrainer_"
 STATE_FILE = "trainer_state.json"
+ORIGIN_FILE = "tunesmith.json"
+ENDINGS = ("finished", "stopped", "failed")
 _CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})")
 
 
@@ -127,10 +129,24 @@ class RunDir:
                 remove_folder(checkpoint.path)
 
     def clean(self) -> None:
-        """Delete what a killed attempt left unfinished; only the holder of the lease may call it."""
-        for path in [*self.path.glob(".unfinished_*"), *self.path.glob(".removed_*")]:
+        """Delete what a killed attempt left; only the holder of the lease may call it."""
+        self.discard_unfinished()
+        for path in self._model_path.glob(f".{self.final_path.name}_*"):
             shutil.rmtree(path, ignore_errors=True)
         self.stop_path.unlink(missing_ok=True)
+
+    def discard_unfinished(self) -> None:
+        """Delete checkpoints that were never whole, or are no longer; only while nobody writes one."""
+        for path in [*self.path.glob(".unfinished_*"), *self.path.glob(".removed_*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def holds_final(self) -> bool:
+        """Return whether `final/` is there and comes from this run's best checkpoint."""
+        path, best = self.final_path / ORIGIN_FILE, self.best_checkpoint()
+        if best is None or not path.exists():
+            return False
+        origin = read_versioned_json(path)
+        return (origin["run"], origin["checkpoint"]) == (self.path.name, best.path.name)
 
     def read_params(self) -> dict[str, Any]:
         """Return `params.json`.
@@ -205,6 +221,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return sorted(last.values(), key=lambda line: line["step"])
 
 
+def newest_attempt(run: RunDir) -> int:
+    """Return the number of the newest attempt that has written anything, 0 before the first."""
+    return max((line["attempt"] for line in iterate_metrics(run.metrics_path)), default=0)
+
+
+def find_ending(run: RunDir, after_attempt: int = 0) -> dict[str, Any] | None:
+    """Return the event that ended the newest attempt; None if it broke off, or is none after `after_attempt`."""
+    newest = newest_attempt(run)
+    lines = (line for line in iterate_metrics(run.metrics_path) if line["attempt"] == newest)
+    endings = [line for line in lines if line.get("event") in ENDINGS]
+    return endings[-1] if endings and newest > after_attempt else None
+
+
+def finished_at(run: RunDir, step: int) -> bool:
+    """Return whether any attempt has finished at this step."""
+    lines = iterate_metrics(run.metrics_path)
+    return any(line.get("event") == "finished" and line["step"] == step for line in lines)
+
+
 def check_format_version(content: dict[str, Any], path: Path) -> None:
     """Refuse what a newer version of this program has written."""
     version = content.get("format_version")
@@ -248,3 +283,13 @@ def remove_folder(path: Path) -> None:
     removed = path.with_name(f".removed_{path.name}_{uuid.uuid4().hex[:8]}")
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Make sure that the folder's files are on the disk before the folder gets its name."""
+    for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -20,16 +20,15 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
 from tunesmith.errors import ConfigError, RunError, TrainingError, TunesmithError
-from tunesmith.lease import Lease
+from tunesmith.lease import Lease, refuse_if_held
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import load_tokenizer
-from tunesmith.runs import RunDir
+from tunesmith.runs import RunDir, find_ending, newest_attempt
 from tunesmith.train.start import (
     check_model,
     check_resumable,
     check_writable,
-    ending_of,
-    last_event,
+    is_finished,
     locate_run,
     record_params,
 )
@@ -74,6 +73,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     """
     run = locate_run(config)
     check_writable(run)
+    refuse_if_held(run.lease_path)
     check_wandb(config)
     check_resumable(run, config)
     check_source(config)
@@ -84,22 +84,30 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         prepared = prepare(config, tokenizer, run.datasets_path)
         with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
             run.clean()
+            if is_finished(run, config):  # and then lost before its result was put in place
+                return _conclude(run, config, find_ending(run), None)
             record_params(run, config, model_config, prepared, allocation.num_workers)
-            job = TrainJob(
-                _for_every_node(config, run), run, prepared.folder, allocation.num_threads, lease.token
-            )
-            signal_number = _train_on_ray(job, allocation)
-            return _conclude(job, allocation, signal_number)
+            worker_config = _for_every_node(config, run)
+            job = TrainJob(worker_config, run, prepared.folder, allocation.num_threads, lease.token)
+            ending, signal_number = _train_on_ray(job, allocation, lease)
+            return _conclude(run, config, ending, signal_number)
 
 
-def _train_on_ray(job: TrainJob, allocation: Allocation) -> int | None:
-    """Run the job to its end; return the signal that ended it early, if one did."""
+def _train_on_ray(
+    job: TrainJob, allocation: Allocation, lease: Lease
+) -> tuple[dict[str, Any] | None, int | None]:
+    """Run the job to its end; return the event that ended it, and the signal that asked for it, if one did.
+
+    Raises:
+        TunesmithError: it broke off.
+    """
     import ray
     from rich.console import Console
 
     # Ray's own list of checkpoints: it refuses to start when one of them was rotated away. Ours is the folder.
     (job.run.path / _RAY_SNAPSHOT).unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    attempts_before = newest_attempt(job.run)
     view = LiveView(job.run.metrics_path, Console(stderr=True))
     starts_ray = not ray.is_initialized()
     try:
@@ -107,20 +115,28 @@ def _train_on_ray(job: TrainJob, allocation: Allocation) -> int | None:
             view.note("starting Ray")
             logging.getLogger("ray").setLevel(logging.ERROR)
             # "local": else Ray would join whatever cluster was last started on this machine, dead or alive.
-            ray.init("local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            ray.init(
+                "local",
+                num_cpus=allocation.num_cpus,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
         view.note(f"starting {allocation.describe()}")
         with _stop_on_signals(job.run, view) as received:
-            failure = _fit(job, allocation, view)
+            failure = _fit(job, allocation, lease, view)
     finally:
         view.close()
         if starts_ray:
             ray.shutdown()
-    if failure is not None and ending_of(job.run) is None:
-        raise _explain(failure, job.run)
-    return received[0] if received else None
+    # Not an ending that an earlier attempt has left there.
+    ending = find_ending(job.run, after_attempt=attempts_before)
+    if ending is None:
+        raise _explain(failure or RuntimeError("the workers left no word of their end"), job.run)
+    return ending, received[0] if received else None
 
 
-def _fit(job: TrainJob, allocation: Allocation, view: LiveView) -> BaseException | None:
+def _fit(job: TrainJob, allocation: Allocation, lease: Lease, view: LiveView) -> BaseException | None:
     """Run Ray Train's `fit` beside the live view; return what it raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -154,6 +170,11 @@ def _fit(job: TrainJob, allocation: Allocation, view: LiveView) -> BaseException
     thread.start()
     while thread.is_alive():
         view.update()
+        if lease.is_lost:
+            raise RunError(
+                f"another driver has taken over the run `{job.run.run_name}`; this one has stopped",
+                f"`tunesmith watch {job.run.path}` follows it",
+            )
         thread.join(0.25)
     view.update()
     return raised[0] if raised else None
@@ -188,11 +209,12 @@ class RayWorker:
 
 def _train_on_worker(loop_config: dict[str, Any]) -> None:
     job: TrainJob = loop_config["job"]
-    if not job.run.params_path.exists():
-        raise ConfigError(
-            f"a worker on {socket.gethostname()} can't see the run folder `{job.run.path}`",
-            "give a --home on a disk that every node of the cluster mounts at the same path",
-        )
+    for path in (job.run.params_path, job.prepared_path):
+        if not path.exists():
+            raise ConfigError(
+                f"a worker on {socket.gethostname()} can't see `{path}`",
+                "give a --home (and --data_dir) on a disk that every node of the cluster mounts at the same path",
+            )
     worker = RayWorker(job.run)
     with log_to_file(job.run.log_path(), rank=worker.rank):
         from tunesmith.train.loop import train
@@ -227,28 +249,27 @@ def _stop_on_signals(run: RunDir, view: LiveView) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _conclude(job: TrainJob, allocation: Allocation, signal_number: int | None) -> FineTuneResult:
-    run = job.run
-    ending = ending_of(run)
-    with contextlib.suppress(RunError):  # it ended before there was a loss to draw
-        draw_loss_curve(run, run.loss_curve_path)
-    if ending == "failed":
+def _conclude(
+    run: RunDir, config: TrainConfig, ending: dict[str, Any] | None, signal_number: int | None
+) -> FineTuneResult:
+    assert ending is not None
+    if ending["event"] == "failed":
         latest = run.latest_checkpoint()
         kept = f"`{latest.path.name}` is kept" if latest else "there is no checkpoint yet"
-        raise TrainingError(last_event(run, "failed")["message"], f"{kept}; the log is `{run.log_path()}`")
-    if ending == "finished":
+        raise TrainingError(ending["message"], f"{kept}; the log is `{run.log_path()}`")
+    with contextlib.suppress(RunError):  # it ended before there was a loss to draw
+        draw_loss_curve(run, run.loss_curve_path)
+    if ending["event"] == "finished":
         from tunesmith.train.final import write_final
 
-        write_final(run, job.config, "cuda" if allocation.use_gpu else "cpu")
-    return FineTuneResult(run, ending or "stopped", signal_number)
+        write_final(run, config)
+    return FineTuneResult(run, ending["event"], signal_number)
 
 
 def _explain(failure: BaseException, run: RunDir) -> TunesmithError:
     """Return the first cause of a failed `fit`, which Ray wraps several times."""
-    causes = list(getattr(failure, "worker_failures", {}).values()) or [failure]
-    cause: BaseException = causes[0]
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
+    failures = list(getattr(failure, "worker_failures", {}).values()) or [failure]
+    cause = min((_root_of(error) for error in failures), key=_remoteness)
     if isinstance(cause, TunesmithError):
         return cause
     latest = run.latest_checkpoint()
@@ -256,6 +277,19 @@ def _explain(failure: BaseException, run: RunDir) -> TunesmithError:
     return TrainingError(
         f"training failed: {type(cause).__name__}: {cause}", f"{hint}; the log is `{run.log_path()}`"
     )
+
+
+def _root_of(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error
+
+
+def _remoteness(error: BaseException) -> int:
+    """Return how far from the cause an error is: a worker that lost its peer only shows a symptom."""
+    if isinstance(error, TunesmithError):
+        return 0
+    return 2 if any(word in str(error) for word in ("gloo", "NCCL", "Connection")) else 1
 
 
 def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:

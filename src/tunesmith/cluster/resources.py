@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ResourceError
@@ -25,6 +27,11 @@ class Allocation:
     @property
     def resources_per_worker(self) -> dict[str, float]:
         return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    @property
+    def num_cpus(self) -> int:
+        """CPUs of all workers together."""
+        return self.num_workers * self.cpus_per_worker
 
     @property
     def num_threads(self) -> int | None:
@@ -71,7 +78,7 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
     else:
         import torch
 
-        yield [Node(len(os.sched_getaffinity(0)), torch.cuda.device_count())], "this machine"
+        yield [Node(_usable_cpus(), torch.cuda.device_count())], "this machine"
 
 
 def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
@@ -123,6 +130,15 @@ def _no_answer(address: str, error: Exception) -> ResourceError:
         f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
         "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS to train here",
     )
+
+
+def _usable_cpus() -> int:
+    """Return the processors this process may use; a container's quota counts."""
+    cpus = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cpus, int(quota) // int(period)))
+    return cpus
 
 
 def _cluster_nodes() -> list[Node]:

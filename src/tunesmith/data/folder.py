@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import DataError
+from tunesmith.runs import sync_files
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class DataFolder:
 
     def publish(self, row_counts: dict[str, int] | None, sets: Sequence[str], tokens: Path) -> None:
         """Move the staged sets, if `row_counts` has any, and the staged `tokens` folder into place."""
+        sync_files(self.staged)
         if row_counts is not None:
             files = [f"{name}.jsonl" for name in sets]
             sizes = {name: (self.staged / name).stat().st_size for name in files}

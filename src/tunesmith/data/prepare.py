@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_TOKENS_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,14 @@ class PrepareStats:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A prepared data set. `fingerprint`: 16 hex digits of everything that shapes it."""
+    """A prepared data set.
+
+    `source` is a digest of the rows' origin, `fingerprint` (16 hex digits) of everything that shapes the set.
+    """
 
     folder: Path
     data_dir: Path
+    source: str
     fingerprint: str
     row_format: Kind
     train: TokenSet
@@ -97,7 +103,9 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
     path = config.data_dir or datasets_dir / split_fingerprint
     with open_folder(path.expanduser().absolute(), settings) as folder:
         tokens = folder.path / f"tokens-{fingerprint}"
-        if not (folder.has_split and tokens.exists()):
+        if not (folder.has_split and _is_whole(tokens)):
+            # A machine that was lost may have left the folder without its content.
+            shutil.rmtree(tokens, ignore_errors=True)
             with folder.staging():
                 _fill(folder, config, row_format, tokenizer, fingerprint)
     prepared = open_prepared(tokens)
@@ -155,12 +163,13 @@ def _fill(
         raise _nothing_to_train(stats["training"], config)
     manifest = {
         "format_version": FORMAT_VERSION,
+        "source": folder.settings["dataset_name"],
         "fingerprint": fingerprint,
         "row_format": row_format.kind,
         "test_rows": row_counts["test"],
         "stats": {name: asdict(value) for name, value in stats.items()},
     }
-    (tokens / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (tokens / _TOKENS_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     folder.publish(None if folder.has_split else row_counts, SETS, tokens)
 
 
@@ -220,6 +229,14 @@ def _measure(arrow_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate(lengths), np.concatenate(rows), np.concatenate(num_trained)
 
 
+def _is_whole(tokens: Path) -> bool:
+    try:
+        json.loads((tokens / _TOKENS_MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
 def open_prepared(folder: Path) -> Prepared:
     """Open the `tokens-…` folder of a prepared data set. Maps its files, reads none.
 
@@ -227,7 +244,7 @@ def open_prepared(folder: Path) -> Prepared:
         DataError: the folder is absent, or of a newer version.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / _TOKENS_MANIFEST).read_text())
     except OSError as error:
         raise DataError(f"no prepared data at `{folder}`", "start the run again to prepare them") from error
     if manifest["format_version"] > FORMAT_VERSION:
@@ -241,6 +258,7 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(
         folder=folder,
         data_dir=folder.parent,
+        source=manifest["source"],
         fingerprint=manifest["fingerprint"],
         row_format=manifest["row_format"],
         train=open_set(folder, "training"),

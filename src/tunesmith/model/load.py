@@ -26,7 +26,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
     """Return the model's tokenizer.
 
     Raises:
-        ModelError: it is absent, gives no character offsets, or has no end token.
+        ModelError: it is absent.
     """
     from transformers import AutoTokenizer
 
@@ -35,16 +35,6 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(config.model_source, **_hub_options(config))
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded("tokenizer", config, error) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of `{config.model_source}` gives no character offsets, so labels can't be found",
-            "convert it to a fast tokenizer (tokenizer.json)",
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of `{config.model_source}` has no end token, so the model could never learn to stop",
-            'set "eos_token" in tokenizer_config.json',
-        )
     return tokenizer
 
 
@@ -113,7 +103,7 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-        logger.info("Liger kernels replace the model's norms, rotations and activations.")
+        logger.info("Liger kernels replace what they know of the model's norms, rotations and activations")
     return model
 
 
@@ -133,7 +123,8 @@ def _choose_attention(config: TrainConfig, device: torch.device) -> str | None:
     """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+    is_half = resolve_dtype(config, device).itemsize == 2  # FlashAttention computes in nothing longer
+    if device.type == "cuda" and is_half and importlib.util.find_spec("flash_attn"):
         model = build_meta_model(config, load_model_config(config))
         return "flash_attention_2" if model._supports_flash_attn else None
     return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
@@ -32,27 +33,34 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
     Raises:
         ConfigError: a named module matches nothing, or experts are named while dropout is on.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    layers = (nn.Linear, Conv1D)
+    named = [name for name, module in model.named_modules() if isinstance(module, (*layers, nn.Embedding))]
     fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
     if config.lora_target_modules is None:
+        # Not towers for images or sound beside the language model: text never reaches them.
+        inside = {id(module) for module in (model.get_decoder() or model).modules()}
         head = model.get_output_embeddings()
         chosen = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and module is not head
-            and name.rsplit(".", 1)[-1] not in _ROUTERS
+            if isinstance(module, layers) and module is not head and id(module) in inside
+            if name.rsplit(".", 1)[-1] not in _ROUTERS
         ]
-        return _shorten(chosen, linear), []
+        if not chosen:
+            raise ConfigError(
+                f"`{config.model_source}` has no linear layer to adapt outside its head and routers",
+                "name modules with --lora_target_modules, or train every weight with --full_ft",
+            )
+        return _shorten(chosen, named), []
     modules, parameters = [], []
     for target in config.lora_target_modules:
-        if any(_names(target, name) for name in linear):
+        if any(_names(target, name) for name in named):
             modules.append(target)
         elif any(_names(target, name) for name in fused):
             parameters.append(target)
         else:
             known = sorted(
-                {name.rsplit(".", 1)[-1] for name in linear} | {".".join(n.split(".")[-2:]) for n in fused}
+                {name.rsplit(".", 1)[-1] for name in named} | {".".join(n.split(".")[-2:]) for n in fused}
             )
             raise ConfigError(
                 f"`lora_target_modules` names `{target}`, which matches nothing in `{config.model_source}`",

@@ -11,7 +11,6 @@ checkpoint_00000100/
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import uuid
 import warnings
@@ -37,9 +36,10 @@ from tunesmith.runs import (
     Checkpoint,
     read_versioned_json,
     remove_folder,
+    sync_files,
     write_json,
 )
-from tunesmith.train.optimizer import initialize_state
+from tunesmith.train.step import share_objects
 from tunesmith.train.stopping import EarlyStopping
 from tunesmith.train.worker import TrainJob
 
@@ -90,7 +90,9 @@ class Checkpointer:
         self._tokenizer = tokenizer
         # Its own group: the background write must not mix its messages with the loop's.
         self._group = dist.new_group(backend="gloo")
-        self._token = _shared_token(self._group)
+        (self._token,) = share_objects([uuid.uuid4().hex[:8]], self._group)
+        if rank == 0:
+            job.run.discard_unfinished()  # of a group that a failure has ended
         self._writing: Future[Any] | None = None
         self._outcome: Future[Checkpoint] | None = None
         self._folder: Path | None = None
@@ -102,7 +104,6 @@ class Checkpointer:
             CheckpointError: it can't be read.
         """
         progress = Progress.from_json(read_versioned_json(folder / STATE_FILE))
-        initialize_state(self._optimizer)
         try:
             # Reads each rank's slices into the very tensors that model and optimizer hold.
             dcp.load(self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group)
@@ -174,7 +175,7 @@ class Checkpointer:
         self._tokenizer.save_pretrained(folder)
         shutil.copyfile(run.params_path, folder / run.params_path.name)
         write_json(folder / STATE_FILE, progress.to_json())
-        _sync_files(folder)
+        sync_files(folder)
         token = self._job.lease_token
         if token is not None and not holds(run.lease_path, token):
             raise CheckpointError("another driver has taken over this run")
@@ -199,13 +200,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def _shared_token(group: dist.ProcessGroup) -> str:
-    # One name for the unfinished folder on all ranks, that no other attempt uses.
-    token = [uuid.uuid4().hex[:8]]
-    dist.broadcast_object_list(token, src=0, group=group)
-    return token[0]
-
-
 def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoint]:
     """Return a future of `work`, run in the thread that ends `first`, or of the error of `first`."""
     outcome: Future[Checkpoint] = Future()
@@ -223,14 +217,5 @@ def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoi
 
 def _cause(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
-        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        return "; ".join(f"rank {rank}: {_cause(failure[0])}" for rank, failure in error.failures.items())
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _sync_files(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -40,10 +40,11 @@ def train(job: TrainJob, worker: Worker) -> None:
             ending = training.find_ending(progress, result.stop_requested)
             is_best = progress.stopping.best_loss != before.stopping.best_loss
             if ending or is_best or is_due(step, config.save_steps):
+                training.publish(log, step, wait=True)  # what became of the save before this one
                 training.checkpointer.save(progress)
             failure = training.publish(log, step, wait=ending is not None)
             ending = Ending("failed", failure) if ending and failure else ending
-        log.event(progress.step, ending.event, ending.message)
+        log.event(progress.step, ending.event, ending.message, **training.describe_ending(ending, progress))
     finally:
         log.close()
 

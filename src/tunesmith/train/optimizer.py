@@ -19,7 +19,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    _initialize_state(optimizer)
+    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -45,8 +47,11 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def initialize_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that AdamW makes at its first step, so that it can be loaded into."""
+def _initialize_state(optimizer: Optimizer) -> None:
+    """Give every parameter the state that AdamW makes at its first step.
+
+    A checkpoint is loaded into it, and holds the same tensors whether or not a gradient ever came.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

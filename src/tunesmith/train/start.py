@@ -18,7 +18,7 @@ from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import source_fingerprint
 from tunesmith.errors import ConfigError, RunError
 from tunesmith.model.load import build_meta_model, check_weights, load_model_config, model_fingerprint
-from tunesmith.runs import RunDir, iterate_metrics
+from tunesmith.runs import RunDir, find_ending
 from tunesmith.settings import dump_settings
 
 if TYPE_CHECKING:
@@ -72,6 +72,14 @@ def check_model(config: TrainConfig) -> PretrainedConfig:
     """
     model_config = load_model_config(config)
     check_weights(config)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.max_seq_length > longest:
+        logger.warning(
+            "`max_seq_length` is %d, but `%s` was made for %d positions: longer examples train beyond them",
+            config.max_seq_length,
+            config.model_source,
+            longest,
+        )
     model = build_meta_model(config, model_config)
     if not config.full_ft:
         from tunesmith.model.lora import choose_targets
@@ -88,7 +96,8 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
     """
     if not run.params_path.exists():
         return
-    recorded = run.read_params()["settings"]
+    params = run.read_params()
+    recorded = params["settings"]
     current = dump_settings(config)
     changed = [name for name in current if name in recorded and recorded[name] != current[name]]
     refused = [name for name in changed if scope_of(name) in ("data", "model")]
@@ -100,27 +109,39 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
         )
     for name in changed:
         logger.info("`%s` differs from the last attempt: %r → %r", name, recorded[name], current[name])
-    if ending_of(run) == "finished" and config.max_steps <= recorded["max_steps"]:
+    revision = source_fingerprint(config)
+    if params["data"]["revision"] != revision:
+        raise _changed("data set", config.dataset_name, params["data"]["revision"], revision)
+    if is_finished(run, config) and run.holds_final():
         raise RunError(
             f"the run `{run.run_name}` is finished; its result lies in `{run.final_path}`",
-            f"raise --max_steps above {recorded['max_steps']} to go on, or give another --run_name",
+            f"{_how_to_go_on(find_ending(run) or {})}, or give another --run_name",
         )
 
 
-def ending_of(run: RunDir) -> str | None:
-    """Return the event that ended the newest attempt: finished, stopped, failed; None if it just broke off."""
-    newest, ending = 0, None
-    for line in iterate_metrics(run.metrics_path):
-        if line["attempt"] > newest:
-            newest, ending = line["attempt"], None
-        if line.get("event") in ("finished", "stopped", "failed"):
-            ending = line["event"]
-    return ending
+def is_finished(run: RunDir, config: TrainConfig) -> bool:
+    """Return whether the run's newest attempt has finished, and these settings ask for no more than it did."""
+    ending = find_ending(run)
+    if ending is None or ending["event"] != "finished":
+        return False
+    if config.max_steps <= ending["step"]:
+        return True
+    if ending["setting"] == "num_train_epochs":
+        return config.num_train_epochs is not None and config.num_train_epochs <= ending["epoch"]
+    if ending["setting"] == "early_stopping_patience":
+        patience = config.early_stopping_patience
+        has_patience = patience == 0 or patience > ending["early_stopping_patience"]
+        return config.max_steps <= ending["max_steps"] and not has_patience
+    return False
 
 
-def last_event(run: RunDir, event: str) -> dict[str, Any]:
-    """Return the last line of metrics that holds this event."""
-    return [line for line in iterate_metrics(run.metrics_path) if line.get("event") == event][-1]
+def _how_to_go_on(ending: dict[str, Any]) -> str:
+    if ending["setting"] == "num_train_epochs":
+        return f"raise --num_train_epochs above {ending['epoch']:g} to go on"
+    above = f"raise --max_steps above {ending['max_steps']}"
+    if ending["setting"] == "early_stopping_patience":
+        above += f", or --early_stopping_patience above {ending['early_stopping_patience']},"
+    return f"{above} to go on"
 
 
 def record_params(
@@ -133,7 +154,7 @@ def record_params(
     """
     data = {
         "source": config.dataset_name,
-        "revision": source_fingerprint(config),
+        "revision": prepared.source,
         "fingerprint": prepared.fingerprint,
         "folder": str(prepared.folder),
         "data_dir": str(prepared.data_dir),
@@ -148,6 +169,7 @@ def record_params(
             "sequences_per_microbatch": config.per_device_train_batch_size,
         },
         "packing": None,
+        "resolved": None,
     }
     if run.params_path.exists():
         recorded = run.read_params()
@@ -177,8 +199,11 @@ def _versions() -> dict[str, str]:
 
 def _check_unchanged(what: str, name: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
     if recorded["fingerprint"] != current["fingerprint"]:
-        raise RunError(
-            f"the {what} `{name}` has changed since this run was started "
-            f"({recorded['fingerprint']} → {current['fingerprint']})",
-            "bring it back, or give another --run_name for a new run",
-        )
+        raise _changed(what, name, recorded["fingerprint"], current["fingerprint"])
+
+
+def _changed(what: str, name: str, recorded: str, current: str) -> RunError:
+    return RunError(
+        f"the {what} `{name}` has changed since this run was started ({recorded} → {current})",
+        "bring it back (a hub's older commit: --model_revision, --dataset_revision), or give another --run_name",
+    )

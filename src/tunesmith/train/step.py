@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,3 +113,10 @@ def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]
     totals = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(totals, group=group)
     return totals.tolist()
+
+
+def share_objects(values: list[Any], group: dist.ProcessGroup) -> list[Any]:
+    """Return rank 0's values on every rank. Collective; they must pickle."""
+    shared = list(values)
+    dist.broadcast_object_list(shared, src=0, group=group)
+    return shared

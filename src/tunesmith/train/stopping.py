@@ -27,6 +27,10 @@ class EarlyStopping:
         best = eval_loss if eval_loss < best_loss else self.best_loss
         return EarlyStopping(best, self.num_without_improvement + 1)
 
+    def renew(self) -> EarlyStopping:
+        """Return the state with its whole patience again."""
+        return EarlyStopping(self.best_loss, 0)
+
     def is_over(self, patience: int) -> bool:
         """Return whether to stop; a patience of 0 never stops."""
         return patience > 0 and self.num_without_improvement >= patience

@@ -83,9 +83,9 @@ class MetricsLog:
         self._append(step, {"eval_loss": eval_loss})
         self._copy(step, {EVALUATION_TAG: eval_loss})
 
-    def event(self, step: int, event: Event, message: str) -> None:
+    def event(self, step: int, event: Event, message: str, **details: float | str) -> None:
         """Record that the attempt has started, saved or ended; on disk when this returns."""
-        self._append(step, {"event": event, "message": message}, durable=True)
+        self._append(step, {"event": event, "message": message, **details}, durable=True)
         self._failed = self._failed or event == "failed"
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class NoLog:
 
     def evaluation(self, step: int, eval_loss: float) -> None: ...
 
-    def event(self, step: int, event: Event, message: str) -> None: ...
+    def event(self, step: int, event: Event, message: str, **details: float | str) -> None: ...
 
     def close(self) -> None: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,14 +17,20 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
-from tunesmith.model.build import build_model, describe_choices
+from tunesmith.model.build import build_model, describe_choices, uses_gradient_checkpointing
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
-from tunesmith.runs import Checkpoint, RunDir
+from tunesmith.runs import Checkpoint, RunDir, finished_at
 from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer, learning_rate, set_learning_rate
-from tunesmith.train.step import accumulate_gradients, clip_gradients, evaluate_loss, sum_over_ranks
+from tunesmith.train.step import (
+    accumulate_gradients,
+    clip_gradients,
+    evaluate_loss,
+    share_objects,
+    sum_over_ranks,
+)
 from tunesmith.train.tracking import MetricsLog, NoLog
 from tunesmith.train.worker import TrainJob, Worker
 
@@ -36,6 +42,8 @@ class Ending(NamedTuple):
 
     event: Literal["finished", "stopped", "failed"]
     message: str
+    setting: str = ""
+    """The setting that a finished training ended at."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,18 @@ class Training:
         return self.validation is not None
 
     def restore(self) -> Progress:
-        """Load the checkpoint that the worker is told to go on from; without one, stand at step 0."""
-        folder = self.worker.resume_from()
+        """Load the checkpoint that rank 0's worker is told to go on from; without one, stand at step 0.
+
+        A run that had stopped early and is started once more gets its whole patience again.
+        """
+        # One choice for all ranks: a shared disk may show them different folders.
+        (folder,) = share_objects([self.worker.resume_from()], self.group)
         if folder is None:
             return Progress()
         progress = self.checkpointer.restore(folder)
         logger.info("going on from step %d: `%s` is the latest whole checkpoint", progress.step, folder.name)
-        return progress
+        (finished,) = share_objects([finished_at(self.job.run, progress.step)], self.group)
+        return replace(progress, stopping=progress.stopping.renew()) if finished else progress
 
     def take_step(self, step: int) -> StepResult:
         """Train one step; a step whose loss or gradient isn't finite leaves the weights as they are."""
@@ -130,14 +143,25 @@ class Training:
         """Return how the training ends at this point, or None if it goes on."""
         patience = self.config.early_stopping_patience
         if progress.step >= self.num_steps:
-            return Ending("finished", f"step {progress.step} of {self.num_steps}")
+            setting = "max_steps" if self.num_steps == self.config.max_steps else "num_train_epochs"
+            return Ending("finished", f"step {progress.step} of {self.num_steps}", setting)
         if progress.stopping.is_over(patience):
-            return Ending(
-                "finished", f"early, at step {progress.step}: no improvement in {patience} evaluations"
-            )
+            message = f"early, at step {progress.step}: no improvement in {patience} evaluations"
+            return Ending("finished", message, "early_stopping_patience")
         if stop_requested:
             return Ending("stopped", f"on request, at step {progress.step} of {self.num_steps}")
         return None
+
+    def describe_ending(self, ending: Ending, progress: Progress) -> dict[str, float | str]:
+        """Return what a later attempt must know of a finished one to tell whether there is more to do."""
+        if ending.event != "finished":
+            return {}
+        return {
+            "setting": ending.setting,
+            "epoch": self.plan.epoch(progress.step),
+            "max_steps": self.config.max_steps,
+            "early_stopping_patience": self.config.early_stopping_patience,
+        }
 
     def publish(self, log: MetricsLog | NoLog, step: int, wait: bool) -> str | None:
         """Record and report the checkpoint that has been written since the last call, if one has.
@@ -181,7 +205,9 @@ class Training:
 
 def set_up(job: TrainJob, worker: Worker) -> Training:
     """Load, adapt and shard the model, and plan the steps. Collective."""
-    config, run, device = job.config, job.run, worker.device
+    run, device = job.run, worker.device
+    config = with_recorded_dtype(job.config, run)
+    job = replace(job, config=config)
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
     group = dist.new_group(backend="gloo")
@@ -217,13 +243,11 @@ def decide_packing(
 ) -> bool:
     """Return whether sequences are packed: as the run recorded, else if asked for and the model is fit for it.
 
-    Collective. Rank 0 records the decision, so that a resumed run keeps its batches.
+    Collective. Rank 0 records it with what else was chosen, so that a resumed run keeps batches and dtype.
     """
-    params = run.read_params()
-    if params.get("packing") is not None:
-        return bool(params["packing"])
-    packing = config.packing
-    if packing:
+    (params,) = share_objects([run.read_params()], group)
+    packing = config.packing if params["packing"] is None else bool(params["packing"])
+    if packing and params["packing"] is None:
         vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
         is_fit = keeps_examples_apart(model, vocab_size, worker.device, resolve_dtype(config, worker.device))
         (num_unfit,) = sum_over_ranks([float(not is_fit)], group)
@@ -233,11 +257,24 @@ def decide_packing(
                 "`%s` lets packed examples see one another, so it is trained padded: one example a sequence",
                 config.model_source,
             )
-    dist.barrier(group)  # every rank has read the params
     if worker.rank == 0:
-        run.write_params({**params, "packing": packing})
-    dist.barrier(group)
+        resolved = {
+            "dtype": str(resolve_dtype(config, worker.device)).removeprefix("torch."),
+            "attn_implementation": attention_of(model),
+            "gradient_checkpointing": uses_gradient_checkpointing(config, worker.device),
+            "num_workers": worker.world_size,
+            "use_gpu": worker.device.type == "cuda",
+        }
+        run.write_params({**params, "packing": packing, "resolved": resolved})
     return packing
+
+
+def with_recorded_dtype(config: TrainConfig, run: RunDir) -> TrainConfig:
+    """Return the settings with the dtype that the run was started in, where they leave it open."""
+    recorded = run.read_params()["resolved"]
+    if config.dtype != "auto" or recorded is None:
+        return config
+    return config.model_copy(update={"dtype": recorded["dtype"]})
 
 
 def choose_validation_batches(validation: Sequences, config: TrainConfig) -> list[np.ndarray]:

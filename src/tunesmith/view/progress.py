@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.runs import check_format_version
+from tunesmith.runs import ENDINGS, check_format_version
 
-ENDINGS = ("finished", "stopped", "failed")
 _RECENT_POINTS = 20
 _SILENT_AFTER_S = 60.0
 

@@ -11,9 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import RunDir, iterate_metrics, read_metrics
+from tunesmith.runs import ENDINGS, RunDir, iterate_metrics, read_metrics
 from tunesmith.view.progress import (
-    ENDINGS,
     EvaluationPoint,
     EventPoint,
     Point,
@@ -43,7 +42,7 @@ def format_summary(run_dir: RunDir, next_steps: Sequence[tuple[str, str]] = ()) 
     table.add_row("loss", _describe_losses(training, evaluations))
     if training:
         last = training[-1]
-        table.add_row("steps", f"{last.step:,}" + (f" of {last.max_steps:,}" if last.max_steps else ""))
+        table.add_row("steps", f"{points[-1].step:,}" + (f" of {last.max_steps:,}" if last.max_steps else ""))
         speeds = [p.tokens_per_second for p in training if p.tokens_per_second is not None]
         if speeds:
             table.add_row("speed", f"{statistics.median(speeds):,.0f} tokens/s")
