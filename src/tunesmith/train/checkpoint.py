@@ -137,6 +137,10 @@ class Checkpointer:
                 future.exception()
         self._writing = None
 
+    def close(self) -> None:
+        """Give back the process group; the last save must have been waited for."""
+        dist.destroy_process_group(self._group)
+
     def take_outcome(self) -> Checkpoint | CheckpointError | None:
         """Return, once, what became of the last save: the checkpoint, an error, or None while it goes on.
 

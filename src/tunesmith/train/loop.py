@@ -45,6 +45,7 @@ def train(job: TrainJob, worker: Worker) -> None:
             failure = training.publish(log, step, wait=ending is not None)
             ending = Ending("failed", failure) if ending and failure else ending
         log.event(progress.step, ending.event, ending.message, **training.describe_ending(ending, progress))
+        training.close()
     finally:
         log.close()
 

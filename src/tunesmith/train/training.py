@@ -86,6 +86,11 @@ class Training:
     def has_validation(self) -> bool:
         return self.validation is not None
 
+    def close(self) -> None:
+        """Give back the process groups, once nothing is being written any more."""
+        self.checkpointer.close()
+        dist.destroy_process_group(self.group)
+
     def restore(self) -> Progress:
         """Load the checkpoint that rank 0's worker is told to go on from; without one, stand at step 0.
 
@@ -210,6 +215,8 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     job = replace(job, config=config)
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     group = dist.new_group(backend="gloo")
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_tokenizer(config)
