@@ -566,6 +566,20 @@ def test_memory_stays_flat_when_rows_are_many(tmp_path: Path) -> None:
     assert after - before < 10
 
 
+def test_conversations_that_differ_in_their_ids_alone_stay_on_one_side(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    rows = [{"messages": [{**message, "id": f"{i}"} for message in said]} for i in range(50)]
+    rows += [{"messages": [said[0], {"role": "assistant", "content": f"hello {i}"}]} for i in range(50)]
+    config = TrainConfig(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), num_proc=1)
+    config = config.model_copy(update={"train_split_ratio": 0.5})
+    prepared = prepare(config, build_tokenizer("chatml"), tmp_path / "datasets")
+    sides = [
+        sum('"hello"' in line for line in (prepared.data_dir / f"{name}.jsonl").read_text().splitlines())
+        for name in ("training", "validation", "test")
+    ]
+    assert sorted(sides) == [0, 0, 50]
+
+
 def test_duplicates_are_counted_once_per_side(tmp_path: Path) -> None:
     rows = [{"text": f"row {i % 40}"} for i in range(400)]
     prepared = prepare_rows(tmp_path, rows, train_split_ratio=0.5)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 SETS = ("training", "validation", "test")
 _CHECKED_ROWS = 100
 _PROGRESS_S = 10.0
+# What is said in a message; ids and dates may come with it.
+_SAID = ("role", "content", "tool_calls")
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ def write_split(config: TrainConfig, row_format: RowFormat, folder: Path) -> dic
         for where, row in with_progress(read_rows(config), "read"):
             rendered = row_format.render(row, where)
             stream.write(_dump(rendered, where, sort_keys=False) + b"\n")
-            canonical = _dump(rendered, where, sort_keys=True)
+            canonical = _dump(_what_is_said(rendered), where, sort_keys=True)
             hashes.append(int.from_bytes(blake2b(canonical, digest_size=8, key=key).digest(), "little"))
     of_row = np.frombuffer(hashes, dtype=np.uint64)
     bounds = _cut(np.sort(of_row), config)
@@ -79,6 +81,14 @@ def write_split(config: TrainConfig, row_format: RowFormat, folder: Path) -> dic
             file.close()
     everything.unlink()
     return counts
+
+
+def _what_is_said(rendered: dict[str, Any]) -> dict[str, Any]:
+    """Return what makes two rows the same: of messages, not the ids and dates that may come with them."""
+    if "messages" not in rendered:
+        return rendered
+    said = [{key: message.get(key) for key in _SAID} for message in rendered["messages"]]
+    return {**rendered, "messages": said}
 
 
 def locate(config: TrainConfig, row_format: RowFormat, rendered: dict[str, Any]) -> str:
