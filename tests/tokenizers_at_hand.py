@@ -8,11 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-TOKENIZER_KINDS = ("byte_bpe", "llama2", "unigram", "wordpiece", "chatml", "qwen3")
+TOKENIZER_KINDS = ("byte_bpe", "llama2", "unigram", "wordpiece", "chatml", "qwen3", "smollm2")
+
+# What `make model` puts there.
+_SMOLLM2 = Path(__file__).parents[1] / "examples/quickstart/build/SmolLM2-135M-Instruct"
 
 CHATML_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
@@ -43,7 +48,7 @@ _CORPUS = [
 
 @lru_cache
 def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of this kind; the same object each time."""
+    """Return the tokenizer of this kind; the same object each time. SmolLM2's own is skipped where it isn't."""
     return _BUILDERS[kind]()
 
 
@@ -58,6 +63,12 @@ def _byte_bpe_backend(special: list[str], corpus: Iterable[str] = (), vocab_size
     )
     backend.train_from_iterator(corpus or _CORPUS * 4, trainer)
     return backend
+
+
+def _smollm2() -> PreTrainedTokenizerFast:
+    if not _SMOLLM2.is_dir():
+        pytest.skip("SmolLM2 is not there: `make model` gets it")
+    return PreTrainedTokenizerFast.from_pretrained(_SMOLLM2)
 
 
 def _byte_bpe() -> PreTrainedTokenizerFast:
@@ -150,4 +161,5 @@ _BUILDERS = {
     "wordpiece": _wordpiece,
     "chatml": lambda: _chat(CHATML_TEMPLATE),
     "qwen3": lambda: _chat(QWEN3_TEMPLATE),
+    "smollm2": _smollm2,
 }
