@@ -84,7 +84,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     torch.manual_seed(config.seed)
     modules, parameters = choose_targets(model, config)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*|fan_in_fan_out is set to False.*")
         adapted = get_peft_model(
             model, _lora_config(config, modules, parameters), autocast_adapter_dtype=False
         )
