@@ -62,7 +62,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     rates = sorted(config.get(name, 1e-5) for name in ("min_learning_rate", "learning_rate"))
     config |= {"min_learning_rate": rates[0], "learning_rate": max(rates[1], 1e-9)}
     for name in {"run_name", "results_dir"} & config.keys():
-        config[name] = "run-" + str(config[name]).replace("/", "-")
+        config[name] = "run-" + "".join(c for c in str(config[name]) if c.isprintable() and c != "/")
     if draw(st.booleans()):
         grouped = {name: config.pop(name) for name in list(config) if name in HFDatasetConfig.model_fields}
         config["hf_dataset_config"] = grouped

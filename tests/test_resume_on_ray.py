@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(config: 
     command = Command(config)
     command.wait_until(lambda: command.run.latest_checkpoint(), "first checkpoint")
     command.signal(signal.SIGINT)
+    time.sleep(1)  # within half a second it would be one request, signalled twice
     command.signal(signal.SIGINT)
     assert command.wait() == 130
     assert "Traceback" not in command.output()

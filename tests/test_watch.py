@@ -266,7 +266,7 @@ def test_the_embedded_view_waits_for_the_new_attempt(tmp_path: Path) -> None:
     view.update()
     view.close()
     lines = written_to(console).splitlines()[2:]
-    assert lines[0] == "restart 1 at step 20: from checkpoint_00000020"
+    assert lines[0] == "attempt 2 at step 20: from checkpoint_00000020"
     assert lines[1].startswith(f"step 21/100 (21%)  loss {loss_at(21):.4f}  lr 5.00e-05  1,234 tokens/s")
     assert len(lines) == 2
 

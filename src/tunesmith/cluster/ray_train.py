@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from tunesmith.errors import ConfigError, RunError, TrainingError, TunesmithErro
 from tunesmith.lease import Lease, refuse_if_held
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import load_tokenizer
-from tunesmith.runs import RunDir, find_ending, newest_attempt
+from tunesmith.runs import RunDir, find_ending, iterate_metrics, newest_attempt
 from tunesmith.train.start import (
     check_model,
     check_resumable,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP_TIMEOUT_S = 3600
+_SAME_REQUEST_S = 0.5
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -83,6 +85,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         allocation = allocate(config, nodes, place)
         prepared = prepare(config, tokenizer, run.datasets_path)
         with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
+            logger.info("the run's home is `%s`; `tunesmith watch` shows it from anywhere", run.home)
             run.clean()
             if is_finished(run, config):  # and then lost before its result was put in place
                 return _conclude(run, config, find_ending(run), None)
@@ -123,11 +126,14 @@ def _train_on_ray(
                 configure_logging=False,
             )
         view.note(f"starting {allocation.describe()}")
-        with _stop_on_signals(job.run, view) as received:
+        with _stop_on_signals(job.run, view, attempts_before) as received:
             failure = _fit(job, allocation, lease, view)
+            view.close()
+            if starts_ray:
+                ray.shutdown()
     finally:
         view.close()
-        if starts_ray:
+        if starts_ray and ray.is_initialized():
             ray.shutdown()
     # Not an ending that an earlier attempt has left there.
     ending = find_ending(job.run, after_attempt=attempts_before)
@@ -168,8 +174,12 @@ def _fit(job: TrainJob, allocation: Allocation, lease: Lease, view: LiveView) ->
     # Not in the main thread: there `fit` would take SIGINT for itself and abort without a checkpoint.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    has_ended = False
     while thread.is_alive():
         view.update()
+        if view.progress.ending is not None and not has_ended:
+            has_ended = True
+            view.note("ending the workers")
         if lease.is_lost:
             raise RunError(
                 f"another driver has taken over the run `{job.run.run_name}`; this one has stopped",
@@ -227,13 +237,25 @@ def _train_on_worker(loop_config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _stop_on_signals(run: RunDir, view: LiveView) -> Iterator[list[int]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; the second ends the process's work at once."""
+def _stop_on_signals(run: RunDir, view: LiveView, attempts_before: int) -> Iterator[list[int]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop; the second ends the process's work at once.
+
+    So does the first, as long as nothing is trained that could be lost. Once the training has ended there is
+    nothing to stop.
+    """
     received: list[int] = []
+    first_at = 0.0
 
     def request_stop(number: int, _: object) -> None:
+        nonlocal first_at
+        if find_ending(run, attempts_before) is not None:
+            return
+        # `timeout` and some schedulers signal the process and then its group: that is one request.
+        if received and time.monotonic() - first_at < _SAME_REQUEST_S:
+            return
         received.append(number)
-        if len(received) > 1:
+        first_at = time.monotonic()
+        if len(received) > 1 or not _has_trained(run, attempts_before):
             raise KeyboardInterrupt
         run.stop_path.touch()
         view.note("stopping after this step, with a checkpoint; once more to stop at once")
@@ -247,6 +269,11 @@ def _stop_on_signals(run: RunDir, view: LiveView) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _has_trained(run: RunDir, attempts_before: int) -> bool:
+    lines = iterate_metrics(run.metrics_path)
+    return any("loss" in line for line in lines if line["attempt"] > attempts_before)
 
 
 def _conclude(

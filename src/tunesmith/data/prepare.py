@@ -109,7 +109,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
             with folder.staging():
                 _fill(folder, config, row_format, tokenizer, fingerprint)
     prepared = open_prepared(tokens)
-    _log(prepared, config.max_seq_length)
+    _log(prepared, config)
     return prepared
 
 
@@ -269,20 +269,26 @@ def open_prepared(folder: Path) -> Prepared:
     )
 
 
-def _log(prepared: Prepared, max_seq_length: int) -> None:
+def _log(prepared: Prepared, config: TrainConfig) -> None:
     train, validation = prepared.stats.train, prepared.stats.validation
+    sequences = f"{train.examples:,} padded sequences"
+    if config.packing:
+        packs = "1 pack" if train.packs == 1 else f"{train.packs:,} packs"
+        sequences = f"{packs} of {config.max_seq_length} tokens, {100 * train.packing_efficiency:.1f} % full"
     logger.info(
         "%s training, %s validation and %s test rows in %s; %s tokens, %.1f %% trained; "
-        "%s packs of %d tokens, %.1f %% full; %s truncated, %s dropped",
+        "%s; %s truncated, %s dropped",
         f"{train.rows:,}",
         f"{validation.rows if validation else 0:,}",
         f"{prepared.stats.test_rows:,}",
         prepared.data_dir,
         f"{train.tokens:,}",
         100 * train.trained_tokens / train.tokens,
-        f"{train.packs:,}",
-        max_seq_length,
-        100 * train.packing_efficiency,
+        sequences,
         f"{train.truncated:,}",
         f"{train.dropped:,}",
     )
+    if validation is None and config.train_split_ratio < 1:
+        logger.warning(
+            "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"
+        )

@@ -52,7 +52,8 @@ def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
     if run.final_path.exists():
         remove_folder(run.final_path)
     folder.rename(run.final_path)
-    logger.info("`%s` holds step %d, the best of the run", run.final_path, best.step)
+    which = "the last" if best.eval_loss is None else "the best"
+    logger.info("`%s` holds step %d, %s of the run", run.final_path, best.step, which)
     return best
 
 

@@ -17,6 +17,7 @@ def train(job: TrainJob, worker: Worker) -> None:
     config = job.config
     training = set_up(job, worker)
     progress = training.restore()
+    first_step = progress.step + 1
     log = open_log(job, worker, progress.step)
     try:
         log.event(progress.step, "start", training.describe())
@@ -30,7 +31,8 @@ def train(job: TrainJob, worker: Worker) -> None:
                 ending = training.explain_divergence(step, result)
                 training.publish(log, step, wait=True)  # the last good checkpoint may still be on its way
                 break
-            if step in (1, training.num_steps) or result.stop_requested or is_due(step, config.logging_steps):
+            is_logged = is_due(step, config.logging_steps) or step in (first_step, training.num_steps)
+            if is_logged or result.stop_requested:
                 log.training(step, training.measure(step, result))
             before, progress = progress, Progress(step, stopping=progress.stopping)
             if training.has_validation and (step == training.num_steps or is_due(step, config.eval_steps)):

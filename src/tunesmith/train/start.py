@@ -107,8 +107,6 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
             f"the run `{run.run_name}` was started with other settings of its data or model: {listed}",
             "set them back, or give another --run_name for a new run",
         )
-    for name in changed:
-        logger.info("`%s` differs from the last attempt: %r → %r", name, recorded[name], current[name])
     revision = source_fingerprint(config)
     if params["data"]["revision"] != revision:
         raise _changed("data set", config.dataset_name, params["data"]["revision"], revision)
@@ -117,6 +115,8 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
             f"the run `{run.run_name}` is finished; its result lies in `{run.final_path}`",
             f"{_how_to_go_on(find_ending(run) or {})}, or give another --run_name",
         )
+    for name in changed:
+        logger.info("`%s` differs from the last attempt: %r → %r", name, recorded[name], current[name])
 
 
 def is_finished(run: RunDir, config: TrainConfig) -> bool:
@@ -203,7 +203,10 @@ def _check_unchanged(what: str, name: str, recorded: dict[str, Any], current: di
 
 
 def _changed(what: str, name: str, recorded: str, current: str) -> RunError:
+    bring_back = "bring it back"
+    if not Path(name).expanduser().exists():
+        bring_back += " (the hub's older commit: --model_revision, --dataset_revision)"
     return RunError(
         f"the {what} `{name}` has changed since this run was started ({recorded} → {current})",
-        "bring it back (a hub's older commit: --model_revision, --dataset_revision), or give another --run_name",
+        f"{bring_back}, or give another --run_name",
     )

@@ -76,16 +76,20 @@ class MetricsLog:
     def training(self, step: int, values: Mapping[str, float]) -> None:
         """Record a training step: loss, learning rate, tokens …, under the names of the file's format."""
         self._append(step, values)
+        speed = values.get("tokens_per_second", math.nan)
+        logger.info("step %d: loss %.4f, %.0f tokens/s", step, values.get("loss", math.nan), speed)
         self._copy(step, {tag: values[name] for name, tag in TRAINING_TAGS.items() if name in values})
 
     def evaluation(self, step: int, eval_loss: float) -> None:
         """Record a validation loss, in nats per trained token; step 0 is before training."""
         self._append(step, {"eval_loss": eval_loss})
+        logger.info("step %d: validation loss %.4f", step, eval_loss)
         self._copy(step, {EVALUATION_TAG: eval_loss})
 
     def event(self, step: int, event: Event, message: str, **details: float | str) -> None:
         """Record that the attempt has started, saved or ended; on disk when this returns."""
         self._append(step, {"event": event, "message": message, **details}, durable=True)
+        logger.info("step %d: %s: %s", step, event, message)
         self._failed = self._failed or event == "failed"
 
     def close(self) -> None:

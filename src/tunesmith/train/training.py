@@ -203,7 +203,7 @@ class Training:
         batch = self.plan.global_batch
         rows = "packed" if self.sequences.packing else "padded"
         return (
-            f"{self.num_steps} steps of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
+            f"{self.num_steps} steps ({self.plan.steps_per_epoch} an epoch) of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
             f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.config, self.worker.device)}"
         )
 

@@ -225,5 +225,5 @@ def _evaluation_line(point: EvaluationPoint, progress: RunProgress) -> str:
 def _event_line(point: EventPoint) -> str:
     if point.event == "checkpoint" and point.message:
         return f"checkpoint: {point.message}"
-    what = f"restart {point.attempt - 1}" if point.event == "start" and point.attempt > 1 else point.event
+    what = f"attempt {point.attempt}" if point.event == "start" and point.attempt > 1 else point.event
     return f"{what} at step {point.step}" + (f": {point.message}" if point.message else "")
