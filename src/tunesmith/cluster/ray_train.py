@@ -113,28 +113,25 @@ def _train_on_ray(
     attempts_before = newest_attempt(job.run)
     view = LiveView(job.run.metrics_path, Console(stderr=True))
     starts_ray = not ray.is_initialized()
-    try:
-        if starts_ray:
-            view.note("starting Ray")
-            logging.getLogger("ray").setLevel(logging.ERROR)
-            # "local": else Ray would join whatever cluster was last started on this machine, dead or alive.
-            ray.init(
-                "local",
-                num_cpus=allocation.num_cpus,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-        view.note(f"starting {allocation.describe()}")
-        with _stop_on_signals(job.run, view, attempts_before) as received:
+    with _stop_on_signals(job.run, view, attempts_before) as received:
+        try:
+            if starts_ray:
+                view.note("starting Ray")
+                logging.getLogger("ray").setLevel(logging.ERROR)
+                # "local": else Ray would join whatever cluster was last started on this machine, dead or alive.
+                ray.init(
+                    "local",
+                    num_cpus=allocation.num_cpus,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                )
+            view.note(f"starting {allocation.describe()}")
             failure = _fit(job, allocation, lease, view)
+        finally:
             view.close()
             if starts_ray:
                 ray.shutdown()
-    finally:
-        view.close()
-        if starts_ray and ray.is_initialized():
-            ray.shutdown()
     # Not an ending that an earlier attempt has left there.
     ending = find_ending(job.run, after_attempt=attempts_before)
     if ending is None:
