@@ -88,10 +88,6 @@ class Command:
         return self._output.read()
 
 
-def newest_attempt(run: RunDir) -> int:
-    return max((line["attempt"] for line in iterate_metrics(run.metrics_path)), default=0)
-
-
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import Command, newest_attempt
+from commands import Command
 from runs_at_hand import losses, small_config, write_rows
 from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith.config import TrainConfig
 from tunesmith.model.lora import ADAPTER_WEIGHTS
-from tunesmith.runs import RunDir, iterate_metrics
+from tunesmith.runs import RunDir, iterate_metrics, newest_attempt
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.runs import iterate_metrics
+from tunesmith.runs import newest_attempt
 from tunesmith.train.checkpoint import Progress
 from tunesmith.train.tracking import MetricsLog, NoLog, open_trackers
 from tunesmith.train.training import Ending, set_up
@@ -56,8 +56,7 @@ def open_log(job: TrainJob, worker: Worker, start_step: int) -> MetricsLog | NoL
     """Return what this rank records into: everything on rank 0, nothing on the others."""
     if worker.rank != 0:
         return NoLog()
-    attempt = 1 + max((line["attempt"] for line in iterate_metrics(job.run.metrics_path)), default=0)
-    return open_trackers(job.run, job.config, attempt, start_step)
+    return open_trackers(job.run, job.config, newest_attempt(job.run) + 1, start_step)
 
 
 def is_due(step: int, interval: int) -> bool:
