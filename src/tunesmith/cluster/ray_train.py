@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _GROUP_TIMEOUT_S = 3600
 _SAME_REQUEST_S = 0.5
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -118,14 +119,15 @@ def _train_on_ray(
             if starts_ray:
                 view.note("starting Ray")
                 logging.getLogger("ray").setLevel(logging.ERROR)
-                # "local": else Ray would join whatever cluster was last started on this machine, dead or alive.
-                ray.init(
-                    "local",
-                    num_cpus=allocation.num_cpus,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    configure_logging=False,
-                )
+                with _signal_handlers_kept():
+                    # "local": else Ray would join the cluster last started on this machine, dead or alive.
+                    ray.init(
+                        "local",
+                        num_cpus=allocation.num_cpus,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        configure_logging=False,
+                    )
             view.note(f"starting {allocation.describe()}")
             failure = _fit(job, allocation, lease, view)
         finally:
@@ -257,14 +259,24 @@ def _stop_on_signals(run: RunDir, view: LiveView, attempts_before: int) -> Itera
         run.stop_path.touch()
         view.note("stopping after this step, with a checkpoint; once more to stop at once")
 
+    with _signal_handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP_SIGNALS:
+                signal.signal(number, request_stop)
+        yield received
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put back the handlers that the body replaces, as `ray.init` does with SIGTERM's."""
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
-    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     try:
-        yield received
+        yield
     finally:
-        for number, handler in previous.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
