@@ -14,7 +14,7 @@ RUN_OFFLINE := HF_HUB_OFFLINE=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     fine-tune a real small model on the CPU: about 5 minutes, then a table and a loss curve"
+	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 8 minutes"
 	@echo "make check    lint, format, types, quick tests: about 2 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make install  only make the environment in $(VENV)"
@@ -39,6 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 model: $(INSTALLED)
 	@$(BIN)/python $(QUICKSTART)/fetch_model.py
+	@$(BIN)/python $(QUICKSTART)/fetch_encoder.py
 
 demo: model
 	@$(BIN)/python $(QUICKSTART)/build_dataset.py

@@ -20,9 +20,9 @@ from tokenizers_at_hand import build_tokenizer
 from tunesmith.cluster.ray_train import fine_tune
 from tunesmith.config import TrainConfig
 from tunesmith.errors import CheckpointError, RunError
+from tunesmith.export.final import write_final
 from tunesmith.model.lora import ADAPTER_WEIGHTS
 from tunesmith.runs import RunDir, find_ending, iterate_metrics, newest_attempt
-from tunesmith.train.final import write_final
 from tunesmith.train.start import is_finished
 
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: TrainCon
 
 
 def trained_weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
-    from tunesmith.train.checkpoint import read_weights
+    from tunesmith.model.state import read_weights
 
     return read_weights(run.checkpoint_path(step))
 

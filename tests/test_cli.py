@@ -56,7 +56,16 @@ def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], ["train", "--help"], ["inspect", "-h"], ["schema", "train"]]
+    "words",
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["convert", "-h"],
+        ["schema", "train"],
+    ],
 )
 def test_nothing_heavy_is_imported_to_answer(words: list[str]) -> None:
     code = (
@@ -94,14 +103,19 @@ def test_help_answers_in_well_under_a_second() -> None:
 def test_the_bare_command_prints_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     short = capsys.readouterr().out
-    for verb in ("train [run.yaml] [flags]", "inspect [run.yaml]", "watch RUN [--once]", "schema train"):
+    for verb in (
+        "train [run.yaml] [flags]",
+        "evaluate [RUN] [flags]",
+        "convert [RUN] [flags]",
+        "watch RUN [--once]",
+    ):
         assert f"tunesmith {verb}" in short
     assert len(short.splitlines()) < 15
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == short
 
 
-@pytest.mark.parametrize("verb", ["train", "inspect", "watch", "schema"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "convert", "inspect", "watch", "schema"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out
@@ -135,7 +149,7 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
     ("words", "message", "hint"),
     [
         (["trian"], "unknown verb `trian`", "did you mean `tunesmith train`?"),
-        (["zzz"], "unknown verb `zzz`", "the verbs are train, inspect, watch, schema"),
+        (["zzz"], "unknown verb `zzz`", "the verbs are train, evaluate, convert, inspect, watch, schema"),
         (["run.yaml"], "`run.yaml` stands before the verb", "write `tunesmith train run.yaml`"),
         (
             ["--max_steps", "5"],
@@ -147,7 +161,7 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (["watch"], "`tunesmith watch` needs `RUN`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "b"], "`tunesmith watch` doesn't take `b`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "--onec"], "unknown flag `--onec`", "did you mean `--once`?"),
-        (["schema", "trian"], "there is no schema `trian`", "write `tunesmith schema train`"),
+        (["schema", "trian"], "there is no schema `trian`", "there are those of train, evaluate, convert"),
         (["schema", "train", "--format", "xml"], "`--format` is `xml`", "it must be json or markdown"),
         (["schema", "train", "--format"], "`--format` is ``", "it must be json or markdown"),
     ],

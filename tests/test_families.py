@@ -29,13 +29,13 @@ from runs_at_hand import losses, small_config, start, train_here
 from tiny_models import FAMILIES
 from tokenizers_at_hand import build_tokenizer
 from tunesmith.errors import ConfigError
+from tunesmith.export.final import write_final
 from tunesmith.model.build import build_model
 from tunesmith.model.load import build_meta_model
 from tunesmith.model.lora import choose_targets
 from tunesmith.model.probe import keeps_examples_apart
+from tunesmith.model.state import read_weights
 from tunesmith.runs import RunDir
-from tunesmith.train.checkpoint import read_weights
-from tunesmith.train.final import write_final
 from tunesmith.train.start import check_model
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]

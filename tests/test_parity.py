@@ -17,8 +17,8 @@ from runs_at_hand import losses, small_config, start, train_here, train_on_rank
 from tiny_models import FAMILIES, save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith.config import TrainConfig
+from tunesmith.model.state import read_weights
 from tunesmith.runs import RunDir
-from tunesmith.train.checkpoint import read_weights
 from workers import WorkerGroup
 
 pytestmark = pytest.mark.usefixtures("alone")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scores_at_hand import minilm_folder
 from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith.config import TrainConfig
@@ -43,6 +44,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.utime(folder / "constraints.txt", (0, 0))
     os.utime(folder / "pyproject.toml", (0, 0))
     (folder / ".venv/.installed").touch()
+    (folder / "examples/quickstart/build").mkdir()
+    (folder / "examples/quickstart/build/all-MiniLM-L6-v2").symlink_to(minilm_folder())
     model = folder / "examples/quickstart/build/SmolLM2-135M-Instruct"
     save_model(model, build_tokenizer("chatml"))
     return folder
@@ -69,12 +72,14 @@ def test_the_readme_names_the_commands_that_are_tested() -> None:
         ".venv/bin/tunesmith inspect examples/quickstart/run.yaml",
         ".venv/bin/tunesmith watch runs/quickstart --once",
         ".venv/bin/tunesmith train examples/quickstart/run.yaml --max_steps 44",
+        ".venv/bin/tunesmith evaluate runs/quickstart examples/quickstart/evaluate.yaml",
+        ".venv/bin/tunesmith convert runs/quickstart --output_dir runs/my_model",
     ]
 
 
 @pytest.mark.slow
 def test_the_commands_run_in_order(clone: Path) -> None:
-    fetch = "examples/quickstart/fetch_model.py"
+    fetch = "examples/quickstart/fetch_"
     make_demo = [
         line for line in run("make --no-print-directory -n demo", clone).splitlines() if fetch not in line
     ]
@@ -83,6 +88,9 @@ def test_the_commands_run_in_order(clone: Path) -> None:
         printed = run(line, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="2")
     assert "finished: step 2 of 2" in printed
     assert "adapter" in printed
+    assert "BERTScore F1" in printed
+    assert list(clone.glob("runs/quickstart/results/*/ray_results/*/evaluation/*/report.html"))
+    assert list(clone.glob("runs/quickstart/results/*/hf_format/model.safetensors"))
     assert list(clone.glob("runs/quickstart/results/*/ray_results/*/loss_curve.png"))
     assert "pytest" in run("make -n test", clone)
     marked = run(COMMANDS[2], clone)
@@ -92,6 +100,9 @@ def test_the_commands_run_in_order(clone: Path) -> None:
     assert "finished: step 44 of 44" in run(COMMANDS[4], clone, TUNESMITH_EVAL_STEPS="2")
     again = run("make --no-print-directory -n demo", clone).splitlines()[-1]
     assert "finished already" in run(again, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="2")
+    assert "report.html" in run(COMMANDS[5], clone)
+    assert "equal an independent merge" in run(COMMANDS[6], clone)
+    assert (clone / "runs/my_model/model.safetensors").exists()
 
 
 def test_the_example_config_is_valid(tmp_path: Path) -> None:
@@ -114,5 +125,5 @@ def test_the_library_example_trains(clone: Path, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(snippet)
     printed = run(f'"{sys.executable}" {script} 2>errors.txt', tmp_path)
-    final = Path(printed.strip())
-    assert (tmp_path / final / "adapter_model.safetensors").exists()
+    exported = Path(printed.strip())
+    assert (tmp_path / exported / "model.safetensors").exists()

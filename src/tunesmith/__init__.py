@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.cluster.ray_eval import evaluate
     from tunesmith.cluster.ray_train import fine_tune
-    from tunesmith.config import TrainConfig
+    from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
+    from tunesmith.export.convert import convert
 
-__all__ = ["TrainConfig", "__version__", "fine_tune"]
+__all__ = [
+    "ConvertConfig",
+    "EvaluateConfig",
+    "TrainConfig",
+    "__version__",
+    "convert",
+    "evaluate",
+    "fine_tune",
+]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ConvertConfig": "tunesmith.config",
+    "EvaluateConfig": "tunesmith.config",
+    "TrainConfig": "tunesmith.config",
+    "convert": "tunesmith.export.convert",
+    "evaluate": "tunesmith.cluster.ray_eval",
+    "fine_tune": "tunesmith.cluster.ray_train",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: the command line must answer before torch and Ray are imported.
-    if name == "TrainConfig":
-        from tunesmith.config import TrainConfig
-
-        return TrainConfig
-    if name == "fine_tune":
-        from tunesmith.cluster.ray_train import fine_tune
-
-        return fine_tune
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

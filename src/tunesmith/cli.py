@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.errors import ConfigError, TunesmithError
 
 if TYPE_CHECKING:
-    from tunesmith.config import TrainConfig
+    from tunesmith.config import Settings
+
+Model = TypeVar("Model", bound="Settings")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -81,7 +83,9 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
-    config = _read_config("train", words)
+    from tunesmith.config import TrainConfig
+
+    config = _read_config("train", TrainConfig, words)
     if config is None:
         return 0
     from rich.console import Console
@@ -97,6 +101,35 @@ def _train(words: list[str]) -> int:
     return result.exit_code
 
 
+def _evaluate(words: list[str]) -> int:
+    from tunesmith.config import EvaluateConfig
+
+    config = _read_config("evaluate", EvaluateConfig, words)
+    if config is None:
+        return 0
+    from rich.console import Console
+
+    from tunesmith.cluster.ray_eval import evaluate
+    from tunesmith.evaluate.table import format_scores
+
+    result = evaluate(config)
+    Console().print(format_scores(result.scores), soft_wrap=True)
+    print(f"report: {result.folder / 'report.html'}")
+    return 0
+
+
+def _convert(words: list[str]) -> int:
+    from tunesmith.config import ConvertConfig
+
+    config = _read_config("convert", ConvertConfig, words)
+    if config is None:
+        return 0
+    from tunesmith.export.convert import convert
+
+    print(convert(config).describe())
+    return 0
+
+
 def _same_command(words: list[str]) -> str:
     """Return a line that runs this program with `words` again, from the same folder and any shell."""
     program = Path(sys.argv[0])
@@ -108,7 +141,9 @@ def _same_command(words: list[str]) -> str:
 
 
 def _inspect(words: list[str]) -> int:
-    config = _read_config("inspect", words)
+    from tunesmith.config import TrainConfig
+
+    config = _read_config("inspect", TrainConfig, words)
     if config is not None:
         from tunesmith.view.inspect import inspect
 
@@ -116,16 +151,16 @@ def _inspect(words: list[str]) -> int:
     return 0
 
 
-def _read_config(verb: str, words: list[str]) -> TrainConfig | None:
-    """Return the settings of a verb that takes them all, or None where help was asked for and printed."""
-    from tunesmith.config import TrainConfig
+def _read_config(verb: str, model: type[Model], words: list[str]) -> Model | None:
+    """Return the settings of a verb, or None where help was asked for and printed."""
+    from tunesmith.config import TunedModelConfig
     from tunesmith.settings import format_help, load_settings, parse_flags
 
     if _asks_help(words):
-        print(format_help(TrainConfig, _describe_verb(verb)), end="")
+        print(format_help(model, _describe_verb(verb)), end="")
         return None
-    flags = parse_flags(TrainConfig, words)
-    config = load_settings(TrainConfig, flags.yaml_path, flags.values, os.environ)
+    flags = parse_flags(model, words, "checkpoints_dir" if issubclass(model, TunedModelConfig) else None)
+    config = load_settings(model, flags.yaml_path, flags.values, os.environ)
     configure_logging()
     return config
 
@@ -143,7 +178,7 @@ def _watch(words: list[str]) -> int:
 
 
 def _schema(words: list[str]) -> int:
-    from tunesmith.config import TrainConfig
+    from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
     from tunesmith.settings import format_markdown, json_schema
 
     if _asks_help(words):
@@ -152,22 +187,33 @@ def _schema(words: list[str]) -> int:
         )
         return 0
     output_format, words = _take_format(words)
-    (verb,), _ = _read_words("schema", words, ["train"], set())
-    if verb != "train":
-        raise ConfigError(f"there is no schema `{verb}`", "write `tunesmith schema train`")
+    (verb,), _ = _read_words("schema", words, ["VERB"], set())
+    models: dict[str, type[Settings]] = {
+        "train": TrainConfig,
+        "evaluate": EvaluateConfig,
+        "convert": ConvertConfig,
+    }
+    if verb not in models:
+        raise ConfigError(f"there is no schema `{verb}`", f"there are those of {', '.join(models)}")
     if output_format == "json":
-        print(json.dumps(json_schema(TrainConfig), indent=2, ensure_ascii=False))
+        print(json.dumps(json_schema(models[verb]), indent=2, ensure_ascii=False))
     else:
-        print(format_markdown(TrainConfig, verb), end="")
+        print(format_markdown(models[verb], verb), end="")
     return 0
 
 
 _VERBS = {
     "train": Verb("train [run.yaml] [flags]", "fine-tune a model; the same command again resumes it", _train),
+    "evaluate": Verb(
+        "evaluate [RUN] [flags]", "score a tuned model beside its base model; a report page", _evaluate
+    ),
+    "convert": Verb(
+        "convert [RUN] [flags]", "export a tuned model as a Hugging Face folder, proven equal", _convert
+    ),
     "inspect": Verb("inspect [run.yaml] [flags]", "show the examples a run would train on", _inspect),
     "watch": Verb("watch RUN [--once]", "draw a run's progress from its folder", _watch),
     "schema": Verb(
-        "schema train [--format json|markdown]", "print the settings' schema or reference page", _schema
+        "schema VERB [--format json|markdown]", "print the settings' schema or reference page", _schema
     ),
 }
 

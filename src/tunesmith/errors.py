@@ -60,3 +60,11 @@ class CheckpointError(TunesmithError, RuntimeError):
 
 class TrainingError(TunesmithError, RuntimeError):
     """Training can't go on: a loss that isn't finite, or workers that keep failing."""
+
+
+class EvaluationError(TunesmithError, RuntimeError):
+    """An evaluation can't go on: the replicas that generate keep failing."""
+
+
+class ExportError(TunesmithError, RuntimeError):
+    """An export can't be written, or isn't equal to what it was made from; nothing was put in place."""

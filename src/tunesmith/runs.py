@@ -6,7 +6,8 @@
   results/{model_name}/
     ray_results/TorchTrainer_{run_name}/
       params.json  metrics.jsonl  lease.json  checkpoint_00000100/
-    final/
+      evaluation/checkpoint_00000100/
+    final/  hf_format/
   tensorboard_logs/{model_name}/{run_name}/
 """
 
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ class RunDir:
         return self._model_path / "final"
 
     @property
+    def export_path(self) -> Path:
+        return self._model_path / "hf_format"
+
+    @property
     def loss_curve_path(self) -> Path:
         return self.path / "loss_curve.png"
 
@@ -94,6 +99,10 @@ class RunDir:
 
     def log_path(self, verb: str = "fine_tune") -> Path:
         return self.home / "logs" / f"{verb}.log"
+
+    def evaluation_path(self, checkpoint: str) -> Path:
+        """Folder of what an evaluation of that checkpoint, or of `final`, has found."""
+        return self.path / "evaluation" / checkpoint
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint_{step:08d}"
@@ -160,27 +169,34 @@ class RunDir:
         write_json(self.params_path, {"format_version": FORMAT_VERSION, **params})
 
 
+def find_runs(home: Path | str) -> list[RunDir]:
+    """Return the runs of a home, or of the homes in a folder such as `runs`."""
+    folder = Path(home).expanduser()
+    depths = (f"*/*/ray_results/{RUN_PREFIX}*", f"*/*/*/ray_results/{RUN_PREFIX}*")
+    found = [path for depth in depths for path in sorted(folder.glob(depth))]
+    return [_run_of_folder(path) for path in found if path.is_dir()]
+
+
 def open_run(path: Path | str, home: Path | str | None = None) -> RunDir:
     """Find a run from its folder, a checkpoint in it, a home that holds one run, or its name under `home`.
 
     Raises:
         RunError: there is no such run, or the home holds several.
     """
-    candidates = [Path(path).expanduser()]
-    if home is not None:
-        candidates += Path(home).expanduser().glob(f"*/*/ray_results/{RUN_PREFIX}{path}")
-    for candidate in candidates:
-        for folder in (candidate, *candidate.absolute().parents[:1]):
-            if folder.name.startswith(RUN_PREFIX) and folder.is_dir():
-                return _run_of_folder(folder)
-    runs = sorted(candidates[0].glob(f"*/*/ray_results/{RUN_PREFIX}*"))
+    given = Path(path).expanduser()
+    for folder in (given, *given.absolute().parents[:1]):
+        if folder.name.startswith(RUN_PREFIX) and folder.is_dir():
+            return _run_of_folder(folder)
+    named = [run for run in find_runs(home) if run.run_name == str(path)] if home is not None else []
+    runs = named or find_runs(given)
     if len(runs) == 1:
-        return _run_of_folder(runs[0])
+        return runs[0]
     if runs:
-        names = ", ".join(f"`{run}`" for run in runs)
+        names = ", ".join(f"`{run.path}`" for run in runs)
         raise RunError(f"`{path}` holds {len(runs)} runs", f"name one of {names}")
     raise RunError(
-        f"no run at `{path}`", f"give the folder `…/ray_results/{RUN_PREFIX}{{run_name}}` or its home"
+        f"no run at `{path}`",
+        f"give the folder `…/ray_results/{RUN_PREFIX}{{run_name}}`, its home or its name",
     )
 
 
@@ -264,13 +280,21 @@ def read_versioned_json(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is either the old or the new one, never half."""
+    _write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON-lines file so that it is either the old or the new one, never half."""
+    _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, default=str)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

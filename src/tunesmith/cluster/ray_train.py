@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cluster.local_ray import STOP_SIGNALS, ray_at_hand, signal_handlers_kept
 from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 _GROUP_TIMEOUT_S = 3600
 _SAME_REQUEST_S = 0.5
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -113,27 +113,15 @@ def _train_on_ray(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     attempts_before = newest_attempt(job.run)
     view = LiveView(job.run.metrics_path, Console(stderr=True))
-    starts_ray = not ray.is_initialized()
     with _stop_on_signals(job.run, view, attempts_before) as received:
         try:
-            if starts_ray:
+            if not ray.is_initialized():
                 view.note("starting Ray")
-                logging.getLogger("ray").setLevel(logging.ERROR)
-                with _signal_handlers_kept():
-                    # "local": else Ray would join the cluster last started on this machine, dead or alive.
-                    ray.init(
-                        "local",
-                        num_cpus=allocation.num_cpus,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                        configure_logging=False,
-                    )
-            view.note(f"starting {allocation.describe()}")
-            failure = _fit(job, allocation, lease, view)
+            with ray_at_hand(allocation.num_cpus):
+                view.note(f"starting {allocation.describe()}")
+                failure = _fit(job, allocation, lease, view)
         finally:
             view.close()
-            if starts_ray:
-                ray.shutdown()
     # Not an ending that an earlier attempt has left there.
     ending = find_ending(job.run, after_attempt=attempts_before)
     if ending is None:
@@ -259,25 +247,11 @@ def _stop_on_signals(run: RunDir, view: LiveView, attempts_before: int) -> Itera
         run.stop_path.touch()
         view.note("stopping after this step, with a checkpoint; once more to stop at once")
 
-    with _signal_handlers_kept():
+    with signal_handlers_kept():
         if threading.current_thread() is threading.main_thread():
-            for number in _STOP_SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, request_stop)
         yield received
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Put back the handlers that the body replaces, as `ray.init` does with SIGTERM's."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _has_trained(run: RunDir, attempts_before: int) -> bool:
@@ -296,7 +270,7 @@ def _conclude(
     with contextlib.suppress(RunError):  # it ended before there was a loss to draw
         draw_loss_curve(run, run.loss_curve_path)
     if ending["event"] == "finished":
-        from tunesmith.train.final import write_final
+        from tunesmith.export.final import write_final
 
         write_final(run, config)
     return FineTuneResult(run, ending["event"], signal_number)

@@ -129,6 +129,15 @@ class Encoder:
         )
         return [[self._label(example, next(encodings)) for example in row] for row in rendered]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids [P] of a prompt: with what the tokenizer puts before a text, not after it."""
+        encoding = self._backend.encode(text, add_special_tokens=self.kind != "messages")
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        end = len(ids)
+        while end > 0 and added[end - 1]:
+            end -= 1
+        return ids[:end]
+
     def _render(self, row: dict[str, Any], index: int) -> list[Rendered]:
         if self._chat is None:
             prompt, completion = row["input"], row["output"]
@@ -211,9 +220,17 @@ class ChatRenderer:
             return [Rendered(examples[-1].text, spans, examples[-1].ends)]
         return examples
 
+    def render_prompt(self, messages: list[dict[str, Any]], tools: Any) -> str:
+        """Return the text that asks for the next assistant turn.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        return self._apply(messages, tools, add_generation_prompt=True)
+
     def _render_turn(self, messages: list[dict[str, Any]], turn: int, tools: Any) -> Rendered | None:
         """Return the conversation up to this assistant turn's end token, None if the turn is empty."""
-        prompt = self._apply(messages[:turn], tools, add_generation_prompt=True)
+        prompt = self.render_prompt(messages[:turn], tools)
         text = self._apply(messages[: turn + 1], tools, add_generation_prompt=False)
         start = _turn_start(prompt, text, messages[turn]["content"], turn)
         found = self._end_of_turn.search(text, start)

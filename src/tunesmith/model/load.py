@@ -22,17 +22,19 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
-    """Return the model's tokenizer.
+def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that lies in `folder`, as beside a checkpoint, else the model's.
 
     Raises:
         ModelError: it is absent.
     """
     from transformers import AutoTokenizer
 
-    check_model_path(config)
+    if folder is None:
+        check_model_path(config)
+    options = _hub_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model_source, **_hub_options(config))
+        tokenizer = AutoTokenizer.from_pretrained(folder or config.model_source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded("tokenizer", config, error) from error
     return tokenizer
@@ -107,6 +109,17 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
     return model
 
 
+def load_end_tokens(config: TrainConfig, model_config: PretrainedConfig) -> set[int]:
+    """Return the tokens that the model itself ends its answers with."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(config.model_source, **_hub_options(config)).eos_token_id
+    except OSError:  # few models come without one
+        ends = getattr(model_config.get_text_config(), "eos_token_id", None)
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+
 def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the compute type; `auto` is bfloat16 where there are instructions for it."""
     import torch
@@ -151,7 +164,9 @@ def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> st
         commit = extract_commit_hash(config_file, None)
         if commit is not None:
             return str(commit)
-    digest = hashlib.sha256(json.dumps(model_config.to_dict(), sort_keys=True, default=str).encode())
+    # Not the path, which may be spelt in many ways.
+    content = {key: value for key, value in model_config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     folder = Path(config.model_source)
     for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -92,6 +92,24 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Wrap `model` in the adapter that lies in `folder`, for inference.
+
+    Raises:
+        ModelError: the adapter doesn't fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"can't put the adapter `{folder}` on `{model.name_or_path}`: {reason}",
+            "give the base model that it was trained on with --model_path or --base_model",
+        ) from error
 
 
 def write_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:

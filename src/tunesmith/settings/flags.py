@@ -22,15 +22,16 @@ class ParsedFlags:
     values: Mapping[str, str]
 
 
-def parse_flags(model: type[Settings], argv: Sequence[str]) -> ParsedFlags:
+def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | None = None) -> ParsedFlags:
     """Read the words after the verb; values stay text until `load_settings` checks them.
 
     A flag's next word is its value, except that a switch (a boolean) takes it only if it is one of
     true, false, yes, no, 1, 0, so that `--use_wandb run.yaml` leaves `run.yaml` as the YAML file.
-    A flag given twice counts as given last.
+    A flag given twice counts as given last. A plain word that isn't called `….yaml` is the value of
+    `word_setting`, where there is one.
 
     Raises:
-        ConfigError: a flag is unknown or lacks its value, or there are two YAML files.
+        ConfigError: a flag is unknown or lacks its value, or there are two YAML files or plain words.
     """
     words = list(argv)
     yaml_path: Path | None = None
@@ -40,6 +41,13 @@ def parse_flags(model: type[Settings], argv: Sequence[str]) -> ParsedFlags:
         if word.startswith("-"):
             name, value = _read_flag(model, word, words)
             values[name] = value
+        elif word_setting is not None and not word.endswith((".yaml", ".yml")):
+            if word_setting in values:
+                raise ConfigError(
+                    f"`{word_setting}` is given twice: `{values[word_setting]}` and `{word}`",
+                    "keep one of them",
+                )
+            values[word_setting] = word
         elif yaml_path is None:
             yaml_path = Path(word)
         else:

@@ -23,9 +23,15 @@ _GROUP_TITLES = {
     "adapter": "Adapter",
     "evaluation": "Evaluation",
     "memory": "Memory",
+    "generation": "Generation",
+    "scores": "Scores",
+    "export": "Export",
     "cluster": "Cluster",
     "output": "Output",
 }
+# What the explanations show, of the settings that a model has: one with a value, one switch.
+_SHOWN_VALUES = {"max_steps": "500", "max_samples": "64", "max_shard_size": "2GB"}
+_SHOWN_SWITCHES = ("use_wandb", "full_ft", "overwrite")
 _FLAG_COLUMN = 36
 
 
@@ -57,9 +63,10 @@ def format_help(model: type[Settings], usage: str, width: int | None = None) -> 
     `width` is in characters; the terminal's by default.
     """
     width = max(40, width or shutil.get_terminal_size().columns)
+    shown, _, _ = _shown_settings(model)
     intro = (
         "Each setting is a flag, a key of the YAML file and an environment variable "
-        f"({ENVIRONMENT_PREFIX}MAX_STEPS for --max_steps). Flags win over the environment, the environment "
+        f"({ENVIRONMENT_PREFIX}{shown.upper()} for --{shown}). Flags win over the environment, the environment "
         "over the YAML file, the file over the defaults. Dashes and underscores both work."
     )
     lines = [usage, "", *textwrap.wrap(intro, width)]
@@ -72,6 +79,10 @@ def format_help(model: type[Settings], usage: str, width: int | None = None) -> 
 
 def format_markdown(model: type[Settings], verb: str) -> str:
     """Return the reference page of a verb's settings."""
+    shown, value, switch = _shown_settings(model)
+    dashed = shown.replace("_", "-")
+    nullable = [field for field in read_fields(model).values() if field.nullable]
+    unset = next((field for field in reversed(nullable) if field.unset_word == "auto"), nullable[0])
     lines = [
         f"# Settings of `tunesmith {verb}`",
         "",
@@ -79,15 +90,15 @@ def format_markdown(model: type[Settings], verb: str) -> str:
         "",
         "Each setting is",
         "",
-        f"- a flag: `tunesmith {verb} --max_steps 500`, or `--max-steps=500`,",
-        f"- a key of the YAML file: `max_steps: 500` in `run.yaml`, for `tunesmith {verb} run.yaml`,",
-        f"- an environment variable: `{ENVIRONMENT_PREFIX}MAX_STEPS=500`; an empty one counts as unset.",
+        f"- a flag: `tunesmith {verb} --{shown} {value}`, or `--{dashed}={value}`,",
+        f"- a key of the YAML file: `{shown}: {value}` in `run.yaml`, for `tunesmith {verb} run.yaml`,",
+        f"- an environment variable: `{ENVIRONMENT_PREFIX}{shown.upper()}={value}`; an empty one counts as unset.",
         "",
         "Flags win over the environment, the environment over the YAML file, the file over the defaults.",
         "",
-        "A switch is on with `--use_wandb`, `--use_wandb=true` or `--use_wandb true` (or yes, 1), off with",
-        "`--no-use_wandb` or `--use_wandb=false` (or no, 0). `none` or `auto` unsets a setting that has no value",
-        "by default, as in `--use_gpu auto`.",
+        f"A switch is on with `--{switch}`, `--{switch}=true` or `--{switch} true` (or yes, 1), off with",
+        f"`--no-{switch}` or `--{switch}=false` (or no, 0). `none` or `auto` unsets a setting that has no value",
+        f"by default, as in `--{unset.name} {unset.unset_word}`.",
     ]
     if dataset_field_names(model):
         names = ", ".join(f"`{name}`" for name in read_fields(HFDatasetConfig))
@@ -115,6 +126,14 @@ def group_fields(model: type[Settings]) -> dict[str, list[SettingField]]:
     return groups
 
 
+def _shown_settings(model: type[Settings]) -> tuple[str, str, str]:
+    """Return a setting of the model, a value for it, and a switch, to explain all of them by."""
+    fields = read_fields(model)
+    shown = next((name for name in _SHOWN_VALUES if name in fields), next(iter(fields)))
+    switch = next((name for name in _SHOWN_SWITCHES if name in fields), shown)
+    return shown, _SHOWN_VALUES.get(shown, "VALUE"), switch
+
+
 def _property_schema(field: SettingField) -> dict[str, Any]:
     branches: list[dict[str, Any]] = [field.value_schema]
     if field.kind in ("names", "mapping"):
@@ -131,7 +150,9 @@ def _property_schema(field: SettingField) -> dict[str, Any]:
 
 def _help_lines(field: SettingField, width: int) -> list[str]:
     placeholders = {"int": "INT", "float": "NUMBER", "path": "PATH", "names": "NAMES", "mapping": "MAPPING"}
-    if field.kind == "bool":
+    if field.kind == "bool" and field.name.startswith("no_"):
+        flag = f"  --{field.name}"
+    elif field.kind == "bool":
         flag = f"  --[no-]{field.name}"
     else:
         flag = f"  --{field.name} {placeholders.get(field.kind, 'TEXT')}"

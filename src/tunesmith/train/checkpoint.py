@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 from tunesmith.errors import CheckpointError
 from tunesmith.lease import holds
 from tunesmith.model.lora import write_adapter
+from tunesmith.model.state import STATE_FOLDER, read_weights
 from tunesmith.runs import (
     FORMAT_VERSION,
     STATE_FILE,
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-
-STATE_FOLDER = "state"
 
 
 @dataclass(frozen=True)
@@ -189,19 +187,6 @@ class Checkpointer:
         folder.rename(published)
         run.discard_checkpoints(self._job.config.save_total_limit)
         return Checkpoint(published, progress.step, progress.eval_loss)
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the whole trained weights of a checkpoint, by name, in one process, on the CPU."""
-    reader = dcp.FileSystemReader(folder / STATE_FOLDER)
-    tensors: dict[str, Any] = {}
-    for name, item in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith("model."):
-            tensors[name] = torch.empty(item.size, dtype=item.properties.dtype)  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoint]:

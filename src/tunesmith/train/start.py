@@ -160,7 +160,11 @@ def record_params(
         "data_dir": str(prepared.data_dir),
         "row_format": prepared.row_format,
     }
-    model = {"source": config.model_source, "fingerprint": model_fingerprint(config, model_config)}
+    model = {
+        "source": config.model_source,
+        "path": None if config.model_path is None else str(Path(config.model_source).absolute()),
+        "fingerprint": model_fingerprint(config, model_config),
+    }
     params: dict[str, Any] = {
         "run_name": run.run_name,
         "model_name": run.model_name,

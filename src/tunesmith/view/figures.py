@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import uuid
 from collections.abc import Sequence
@@ -43,6 +44,18 @@ def draw_loss_curve(run_dir: RunDir, path: Path) -> None:
     Raises:
         RunError: the run has no finite loss yet, or a newer version of this program has written it.
     """
+    picture = render_loss_curve(run_dir)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(picture)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render_loss_curve(run_dir: RunDir) -> bytes:
+    """Return what `draw_loss_curve` writes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,13 +77,9 @@ def draw_loss_curve(run_dir: RunDir, path: Path) -> None:
         _draw_evaluations(axes, evaluations)
         _draw_restarts(axes, restarts)
         _dress(axes, run_dir.run_name, training, evaluations)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, format="png")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _draw_training(axes: Axes, training: Sequence[TrainingPoint]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
-from pathlib import Path
 
 import torch
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.load import load_model
+from tunesmith.export.merge import open_merge
+from tunesmith.export.model_files import write_model_files
+from tunesmith.export.shards import write_shards
+from tunesmith.model.state import STATE_FOLDER
 from tunesmith.runs import (
     FORMAT_VERSION,
     ORIGIN_FILE,
@@ -21,9 +23,11 @@ from tunesmith.runs import (
     sync_files,
     write_json,
 )
-from tunesmith.train.checkpoint import STATE_FOLDER, read_weights
+from tunesmith.tuned import TunedModel
 
 logger = logging.getLogger(__name__)
+
+_MAX_SHARD_SIZE = "5GB"
 
 
 def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
@@ -34,10 +38,15 @@ def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
     best = run.best_checkpoint()
     assert best is not None, "a finished run has a checkpoint"
     folder = run.final_path.with_name(f".{run.final_path.name}_{uuid.uuid4().hex[:8]}")
-    shutil.copytree(best.path, folder, ignore=shutil.ignore_patterns(STATE_FOLDER, STATE_FILE, "params.json"))
     if config.full_ft:
         dtype: torch.dtype = getattr(torch, run.read_params()["resolved"]["dtype"])
-        _write_model(config, best.path, folder, dtype)
+        merge = open_merge(TunedModel("state", best.path, config), config, dtype)
+        folder.mkdir()
+        write_shards(merge, folder, _MAX_SHARD_SIZE)
+        write_model_files(merge, config, best.path, folder)
+    else:
+        ignored = shutil.ignore_patterns(STATE_FOLDER, STATE_FILE, "params.json")
+        shutil.copytree(best.path, folder, ignore=ignored)
     write_json(
         folder / ORIGIN_FILE,
         {
@@ -55,13 +64,3 @@ def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
     which = "the last" if best.eval_loss is None else "the best"
     logger.info("`%s` holds step %d, %s of the run", run.final_path, best.step, which)
     return best
-
-
-def _write_model(config: TrainConfig, checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    # The base model brings what isn't trained: buffers, generation settings.
-    model = load_model(config, torch.device("cpu"))
-    weights = {name: tensor.to(dtype) for name, tensor in read_weights(checkpoint).items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    model.config.dtype = dtype
-    model.save_pretrained(folder)

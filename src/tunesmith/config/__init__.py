@@ -1,0 +1,20 @@
+"""Every setting of the program, declared once: type, unit, default, check.
+
+The command line, the environment variables, the YAML file, the JSON schema, the reference page and
+`params.json` all follow from these declarations (`settings/` reads them).
+"""
+
+from tunesmith.config.declare import Settings, setting
+from tunesmith.config.train import HFDatasetConfig, TrainConfig
+from tunesmith.config.tuned import METRICS, ConvertConfig, EvaluateConfig, TunedModelConfig
+
+__all__ = [
+    "METRICS",
+    "ConvertConfig",
+    "EvaluateConfig",
+    "HFDatasetConfig",
+    "Settings",
+    "TrainConfig",
+    "TunedModelConfig",
+    "setting",
+]

@@ -1,0 +1,84 @@
+"""How a setting is declared, and the types that settings share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+Scope = Literal["data", "model", "training", "run"]
+"""What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
+another run by default; `run` never shapes the result."""
+
+
+def setting(default: Any, help: str, *, group: str, scope: Scope, **checks: Any) -> Any:
+    """Declare one setting; `help` is one sentence with the unit and what the extremes mean."""
+    extra: dict[str, JsonValue] = {"group": group, "scope": scope}
+    if callable(default):
+        return Field(default_factory=default, description=help, json_schema_extra=extra, **checks)
+    return Field(default=default, description=help, json_schema_extra=extra, **checks)
+
+
+def _unescape(value: Any) -> Any:
+    # A shell or an unquoted YAML scalar can't hold a newline, so people write backslash-n.
+    if isinstance(value, str):
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    return value
+
+
+def _parse_mapping(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    mapping = {name.strip(): column.strip() for name, _, column in pairs}
+    if len(mapping) < len(pairs) or not all(equals and column.strip() for _, equals, column in pairs):
+        return value  # refused as what it is: not a mapping
+    return mapping
+
+
+def _parse_list(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def parse_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+
+def parse_auto(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
+
+
+Template = Annotated[str, BeforeValidator(_unescape)]
+Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
+Names = Annotated[
+    Annotated[list[str], Field(min_length=1)] | None,
+    BeforeValidator(_parse_list),
+    BeforeValidator(parse_auto),
+]
+AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
+AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
+OptionalPath = Annotated[Path | None, BeforeValidator(parse_none)]
+OptionalStr = Annotated[str | None, BeforeValidator(parse_none)]
+# One folder below another: no slash, no control characters, not hidden and not `..`.
+FolderName = Annotated[str, Field(pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$")]
+
+
+class Settings(BaseModel):
+    """A group of settings that can be read from a YAML file, the environment and flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

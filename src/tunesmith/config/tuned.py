@@ -1,0 +1,187 @@
+"""The settings of `tunesmith evaluate` and `tunesmith convert`: which tuned model, and what to do with it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from tunesmith.config.declare import (
+    AutoBool,
+    AutoInt,
+    Names,
+    OptionalPath,
+    OptionalStr,
+    Settings,
+    setting,
+)
+
+METRICS = ("bertscore", "rougeL", "chrf", "exact_match", "numeric_match")
+
+
+def _check_metrics(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
+        if name not in METRICS:
+            raise ValueError(f"there is no metric `{name}`; the metrics are {', '.join(METRICS)}")
+    return names
+
+
+def _check_checkpoint(value: str) -> str:
+    if value not in ("best", "latest") and not value.isdecimal():
+        raise ValueError("it must be best, latest or a step, as 100")
+    return value
+
+
+def _check_size(value: str) -> str:
+    if not re.fullmatch(r"(?i)\d+(\.\d+)?\s*[KMGT]i?B", value):
+        raise ValueError("it must be a size, as 5GB or 500MB")
+    return value
+
+
+class TunedModelConfig(Settings):
+    """Which tuned model to take."""
+
+    checkpoints_dir: OptionalStr = setting(
+        None,
+        "Run folder, run name under home, checkpoint, PEFT adapter or Hugging Face folder; "
+        "unset: the newest run of base_model under home. The word after the verb means the same.",
+        group="model",
+        scope="run",
+    )
+    checkpoint: Annotated[str, AfterValidator(_check_checkpoint)] = setting(
+        "best",
+        "Checkpoint of the run: best (lowest validation loss), latest, or a step.",
+        group="model",
+        scope="run",
+    )
+    base_model: str = setting(
+        "Qwen/Qwen3-8B",
+        "Hugging Face id of the base model, where the run or adapter doesn't record it; also picks the run by model.",
+        group="model",
+        scope="run",
+        min_length=1,
+    )
+    model_path: OptionalPath = setting(
+        None, "Local folder of the base model, in place of the recorded one.", group="model", scope="run"
+    )
+    trust_remote_code: bool = setting(
+        False, "Run Python code that comes with the model or tokenizer.", group="model", scope="run"
+    )
+    home: OptionalPath = setting(
+        None,
+        "Folder in which runs are looked for, and logs written; unset: runs.",
+        group="output",
+        scope="run",
+    )
+
+
+class EvaluateConfig(TunedModelConfig):
+    """Everything `tunesmith evaluate` can be told."""
+
+    full_ft: AutoBool = setting(
+        None,
+        "The tuned model is a whole model, not an adapter; auto: as its folder says.",
+        group="model",
+        scope="run",
+    )
+    compare: Literal["base", "none"] = setting(
+        "base",
+        "Evaluate the base model on the same samples, or the tuned one alone.",
+        group="model",
+        scope="run",
+    )
+    test_path: OptionalPath = setting(
+        None,
+        "JSONL file of test rows, rendered by the run's templates; unset: the run's own test set.",
+        group="data",
+        scope="run",
+    )
+    max_samples: int = setting(1024, "Test rows at most, from the first on.", group="data", scope="run", ge=1)
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", "What generates; auto is vLLM where it is installed.", group="generation", scope="run"
+    )
+    batch_size: int = setting(
+        128, "Samples generated at once by a replica.", group="generation", scope="run", ge=1
+    )
+    max_tokens: int = setting(512, "Tokens of an answer at most.", group="generation", scope="run", ge=1)
+    temperature: float = setting(
+        0.0, "Sampling temperature; 0 takes the likeliest token.", group="generation", scope="run", ge=0
+    )
+    top_k: int = setting(0, "Tokens to sample from; 0 takes them all.", group="generation", scope="run", ge=0)
+    top_p: float = setting(
+        1.0,
+        "Share of the probability to sample from; 1 takes it all.",
+        group="generation",
+        scope="run",
+        gt=0,
+        le=1,
+    )
+    seed: int = setting(
+        16257, "Seed of the sampling and of the intervals.", group="generation", scope="run", ge=0, lt=2**31
+    )
+    max_model_len: AutoInt = setting(
+        None,
+        "Tokens of prompt and answer at most; auto: what the longest needs, within the model's positions.",
+        group="generation",
+        scope="run",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Compute type; auto is that of the training.", group="generation", scope="run"
+    )
+    metrics: Annotated[Names, AfterValidator(_check_metrics)] = setting(
+        None,
+        f"Scores to compute, of {', '.join(METRICS)}; auto: those that apply and can be had.",
+        group="scores",
+        scope="run",
+    )
+    bertscore_model: OptionalStr = setting(
+        None,
+        "Encoder for BERTScore, a hub id or a folder; unset: bert-score's own for English, roberta-large.",
+        group="scores",
+        scope="run",
+    )
+    tensor_parallel_size: int = setting(
+        1, "GPUs that hold one replica of the model together.", group="cluster", scope="run", ge=1
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of a GPU's memory that vLLM may take.", group="cluster", scope="run", gt=0, le=1
+    )
+    num_replicas: AutoInt = setting(
+        None,
+        "Replicas of the model that generate side by side; auto: as many as the GPUs hold, one on CPUs.",
+        group="cluster",
+        scope="run",
+    )
+
+
+class ConvertConfig(TunedModelConfig):
+    """Everything `tunesmith convert` can be told."""
+
+    no_merge: bool = setting(
+        False, "Export the LoRA adapter by itself, in PEFT format.", group="export", scope="run"
+    )
+    output_dir: OptionalPath = setting(
+        None,
+        "Folder to write; unset: hf_format beside the run's results.",
+        group="export",
+        scope="run",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto",
+        "Type of the written weights; auto is that of the base model's files.",
+        group="export",
+        scope="run",
+    )
+    max_shard_size: Annotated[str, AfterValidator(_check_size)] = setting(
+        "5GB", "Largest weight file, as 5GB or 500MB.", group="export", scope="run"
+    )
+    verify: bool = setting(
+        True,
+        "Prove the export equal to an independent merge before it is put in place.",
+        group="export",
+        scope="run",
+    )
+    overwrite: bool = setting(
+        False, "Replace what output_dir holds, once the new export is whole.", group="export", scope="run"
+    )

@@ -1,0 +1,1 @@
+"""Is the tuned model better? Generate with base and tuned, score both, report."""

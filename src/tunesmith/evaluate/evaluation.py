@@ -1,0 +1,237 @@
+"""One evaluation, top to bottom: samples, generations of tuned and base, scores, report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+from tunesmith.config import EvaluateConfig
+from tunesmith.evaluate.engine import EngineSpec, Generation, Request
+from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_tuned
+from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
+from tunesmith.evaluate.report import write_report
+from tunesmith.evaluate.results import (
+    EngineRecord,
+    GenerationRecord,
+    LossRecord,
+    MetricScores,
+    Prediction,
+    Scores,
+    ThroughputRecord,
+)
+from tunesmith.evaluate.score import Metric, choose_metrics, summarise
+from tunesmith.evaluate.store import GenerationStore, only_writer
+from tunesmith.evaluate.verdict import judge
+from tunesmith.runs import FORMAT_VERSION, read_metrics, write_json, write_json_lines
+from tunesmith.tuned import TunedModel
+from tunesmith.view.bar import track_progress
+from tunesmith.view.figures import render_loss_curve
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[Sequence[Request]], Iterator[Generation]]
+
+
+class Pool(Protocol):
+    """Where engines run: this process, or replicas on a Ray cluster."""
+
+    num_replicas: int
+    use_gpu: bool
+    num_threads: int | None
+    score_device: str
+    """Where this process computes scores: cuda or cpu."""
+
+    def load(self, engine: str, spec: EngineSpec) -> AbstractContextManager[Generate]:
+        """Load the engine in every replica; give what spreads requests over them."""
+        ...
+
+    def score(
+        self, rows: Sequence[Prediction], metrics: Sequence[Metric], bertscore_model: str | None
+    ) -> list[Prediction]:
+        """Return the rows with their scores, computed where the GPUs are."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found: the content of its `scores.json`, and the folder of that and the report."""
+
+    folder: Path
+    scores: Scores
+
+
+def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> EvaluationResult:
+    """Generate, score and report; goes on from what an earlier, unfinished evaluation has kept.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: bad input, before anything is generated.
+    """
+    plan = make_plan(config, tuned, pool.use_gpu)
+    references = [prompt.reference for prompt in plan.test_set.samples.values()]
+    metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, pool.score_device)
+    folder = evaluation_folder(config, tuned)
+    with only_writer(folder):
+        requests = plan_requests(plan.test_set, plan.variants, plan.max_model_len)
+        store = GenerationStore(folder, plan.identity(config))
+        _generate(config, plan, pool, store, requests, folder)
+        rows = _rows(plan, store, requests)
+        rows = pool.score(rows, metrics, config.bertscore_model)
+        results = summarise(rows, metrics, config.seed)
+        scores = _describe(config, plan, pool, store, rows, results, left_out)
+        write_json_lines(folder / "predictions.jsonl", rows)
+        write_json(folder / "scores.json", scores)
+        curve = render_loss_curve(tuned.run) if tuned.run else None
+        write_report(scores, rows, curve, folder / "report.html")
+    return EvaluationResult(folder, scores)
+
+
+def _generate(
+    config: EvaluateConfig,
+    plan: Plan,
+    pool: Pool,
+    store: GenerationStore,
+    requests: Sequence[Request],
+    folder: Path,
+) -> None:
+    missing = store.missing(requests)
+    kept = len(requests) - len(missing)
+    if kept:
+        logger.info("%d of %d answers are kept from an earlier evaluation", kept, len(requests))
+    of_tuned = [request for request in missing if request.variant == "tuned"]
+    of_base = [request for request in missing if request.variant == "base"]
+    if of_tuned:
+        with served_tuned(plan.tuned, plan.engine, folder) as served:
+            if served.adapter is not None:
+                of_tuned, of_base = of_tuned + of_base, []
+            _serve(config, plan, pool, store, served, of_tuned)
+    if of_base:
+        assert plan.tuned.base is not None
+        base = plan.tuned.base
+        _serve(config, plan, pool, store, Served(base.model_source, None, base.model_revision), of_base)
+
+
+def _serve(
+    config: EvaluateConfig,
+    plan: Plan,
+    pool: Pool,
+    store: GenerationStore,
+    served: Served,
+    requests: Sequence[Request],
+) -> None:
+    spec = make_spec(
+        config,
+        served,
+        plan.tokenizer_folder,
+        plan.dtype,
+        plan.max_model_len,
+        stop_token_ids=plan.stop_token_ids,
+        trust_remote_code=plan.trust_remote_code,
+        use_gpu=pool.use_gpu,
+        num_threads=pool.num_threads,
+    )
+    logger.info("loading `%s` in %s, %s", served.model, plan.engine, plan.dtype)
+    with (
+        pool.load(plan.engine, spec) as generate,
+        track_progress("generating", len(requests), "answers", "tokens") as tracker,
+    ):
+        for generation in store.record(generate(requests)):
+            tracker.advance(1, second=len(generation.token_ids))
+
+
+def _rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> list[Prediction]:
+    """Return the lines of `predictions.jsonl`, still without scores."""
+    rows = []
+    for number in sorted({request.sample for request in requests}):
+        prompt, tuned = plan.test_set.samples[number], store.finished["tuned", number]
+        base = store.finished["base", number] if plan.base is not None else None
+        rows.append(
+            Prediction(
+                id=number,
+                input=prompt.text,
+                reference=prompt.reference,
+                prediction=plan.decode(tuned),
+                base_prediction=plan.decode(base) if base else None,
+                scores={},
+                base_scores=None,
+                finish_reason=tuned.finish_reason,
+                base_finish_reason=base.finish_reason if base else None,
+                num_prompt_tokens=len(prompt.input_ids),
+                num_tokens=len(tuned.token_ids),
+                base_num_tokens=len(base.token_ids) if base else None,
+            )
+        )
+    return rows
+
+
+def _describe(
+    config: EvaluateConfig,
+    plan: Plan,
+    pool: Pool,
+    store: GenerationStore,
+    rows: Sequence[Prediction],
+    results: dict[str, MetricScores],
+    left_out: dict[str, str],
+) -> Scores:
+    tuned = plan.tuned
+    finish = {"tuned": dict(Counter(row["finish_reason"] for row in rows))}
+    if plan.base is not None:
+        finish["base"] = dict(Counter(row["base_finish_reason"] or "" for row in rows))
+    return Scores(
+        format_version=FORMAT_VERSION,
+        run=tuned.run.run_name if tuned.run else None,
+        checkpoint=tuned.folder.name,
+        step=tuned.step,
+        why=tuned.why,
+        kind=tuned.kind,
+        base=plan.base.model_name if plan.base else None,
+        tuned=tuned.label,
+        test_set=str(plan.test_set.path),
+        num_samples=len(rows),
+        num_skipped=plan.test_set.num_skipped + len(plan.test_set.samples) - len(rows),
+        engine=EngineRecord(
+            name=plan.engine,
+            version=_engine_version(plan.engine),
+            dtype=plan.dtype,
+            num_replicas=pool.num_replicas,
+        ),
+        generation=GenerationRecord(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+        ),
+        loss=_losses(tuned, plan.base is not None),
+        metrics=results,
+        left_out=left_out,
+        throughput=ThroughputRecord(
+            samples=len(store.finished),
+            tokens=sum(len(generation.token_ids) for generation in store.finished.values()),
+            seconds=store.seconds,
+        ),
+        finish=finish,
+        verdict=judge(results),
+    )
+
+
+def _engine_version(engine: str) -> str:
+    for package in (engine, f"{engine}-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+    return "unknown"
+
+
+def _losses(tuned: TunedModel, with_base: bool) -> LossRecord | None:
+    """Return the validation losses that the training measured; the base model's is that of step 0."""
+    if tuned.run is None or tuned.eval_loss is None:
+        return None
+    lines = read_metrics(tuned.run.metrics_path)
+    before = next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
+    return LossRecord(base=before if with_base else None, tuned=tuned.eval_loss)

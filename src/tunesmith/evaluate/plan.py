@@ -1,0 +1,162 @@
+"""What an evaluation works with, found and checked before anything is generated or written."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.config import EvaluateConfig, TrainConfig
+from tunesmith.errors import ConfigError
+from tunesmith.evaluate.engine import Generation, Variant
+from tunesmith.evaluate.passes import choose_engine, weights_digest
+from tunesmith.evaluate.test_set import TestSet, read_test_set
+from tunesmith.model.fit import check_adapter_fits, check_state_fits, read_adapter_shapes
+from tunesmith.model.load import (
+    build_meta_model,
+    check_weights,
+    load_end_tokens,
+    load_model_config,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_dtype,
+)
+from tunesmith.model.state import list_weights
+from tunesmith.tuned import TunedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The models, the samples and the engine of one evaluation. Lengths are in tokens."""
+
+    tuned: TunedModel
+    base: TrainConfig | None
+    """None where the tuned model is evaluated alone."""
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_folder: Path
+    test_set: TestSet
+    engine: str
+    dtype: str
+    max_model_len: int
+    stop_token_ids: tuple[int, ...]
+    trust_remote_code: bool
+
+    @property
+    def variants(self) -> list[Variant]:
+        return ["tuned", "base"] if self.base is not None else ["tuned"]
+
+    def decode(self, generation: Generation) -> str:
+        """Return an answer as text."""
+        return str(self.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+
+    def identity(self, config: EvaluateConfig) -> dict[str, Any]:
+        """Return everything that shapes a generation, by the names that a message calls it."""
+        sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        return {
+            "tuned weights": weights_digest(self.tuned),
+            "base_model": self.tuned.base.model_source if self.tuned.base else None,
+            "test set": self.test_set.digest,
+            "engine": self.engine,
+            "dtype": self.dtype,
+            "max_tokens": config.max_tokens,
+            "max_model_len": config.max_model_len,
+            "stop tokens": list(self.stop_token_ids),
+            **(sampling if config.temperature > 0 else {"temperature": 0.0}),
+        }
+
+
+def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
+    """Find everything that the evaluation needs, and refuse what can't work.
+
+    Raises:
+        ConfigError, DataError, ModelError: bad input.
+    """
+    _check_kind(config, tuned)
+    base = tuned.base if config.compare == "base" else None
+    if config.compare == "base" and tuned.base is None:
+        if "compare" in config.model_fields_set:
+            raise ConfigError(
+                f"`compare` is base, but the base model of `{tuned.folder}` isn't known",
+                "give --model_path or --base_model",
+            )
+        logger.info("no base model is known: `%s` is evaluated alone (--model_path names one)", tuned.folder)
+    trusts = config.trust_remote_code or (tuned.base is not None and tuned.base.trust_remote_code)
+    loaded = TrainConfig(model_path=tuned.folder, trust_remote_code=trusts)
+    if tuned.kind != "model":
+        assert tuned.base is not None, "only a whole model has no base"
+        loaded = tuned.base
+    model_config = load_model_config(loaded)
+    check_weights(loaded)
+    _check_fit(tuned, model_config)
+    has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
+    test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
+    ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
+    longest = test_set.longest_prompt + config.max_tokens
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
+    return Plan(
+        tuned,
+        base,
+        tokenizer,
+        tuned.folder if has_tokenizer else Path(loaded.model_source),
+        test_set,
+        choose_engine(config),
+        _choose_dtype(config, tuned, use_gpu),
+        config.max_model_len or min(longest, positions),
+        tuple(sorted(ends)),
+        trusts,
+    )
+
+
+def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
+    """Return where the results go: into the run, outside the checkpoint; else into the home."""
+    if tuned.run is not None:
+        return tuned.run.evaluation_path(tuned.folder.name)
+    home = config.home.expanduser() if config.home else Path("runs")
+    return home.absolute() / "evaluation" / tuned.folder.name
+
+
+def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
+    is_full = tuned.kind != "adapter"
+    if config.full_ft is not None and config.full_ft != is_full:
+        found = "a whole model" if is_full else "a LoRA adapter"
+        raise ConfigError(
+            f"`full_ft` is {str(config.full_ft).lower()}, but `{tuned.folder}` holds {found}",
+            "leave `full_ft` out: the folder says what it holds",
+        )
+
+
+def _check_fit(tuned: TunedModel, model_config: PretrainedConfig) -> None:
+    if tuned.kind == "model":
+        return
+    assert tuned.base is not None
+    model = build_meta_model(tuned.base, model_config)
+    if tuned.kind == "adapter":
+        check_adapter_fits(model, read_adapter_shapes(tuned.folder), tuned.base.model_source)
+    else:
+        shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
+        check_state_fits(model, shapes, tuned.base.model_source)
+    recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
+    if recorded and recorded != model_fingerprint(tuned.base, model_config):
+        logger.warning(
+            "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
+            tuned.base.model_source,
+            recorded,
+        )
+
+
+def _choose_dtype(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if tuned.params is not None and tuned.params["resolved"]:
+        return str(tuned.params["resolved"]["dtype"])
+    device = torch.device("cuda" if use_gpu else "cpu")
+    return str(resolve_dtype(TrainConfig(), device)).removeprefix("torch.")

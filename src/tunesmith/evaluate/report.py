@@ -1,0 +1,188 @@
+"""`report.html`: an evaluation on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from tunesmith.evaluate.results import (
+    IntervalRecord,
+    MetricScores,
+    Prediction,
+    Scores,
+    format_gain,
+    format_gain_interval,
+    format_interval,
+    format_score,
+)
+from tunesmith.evaluate.samples import SAMPLES_SHOWN, choose_samples, lay_out, tally_gains
+from tunesmith.evaluate.table import format_throughput, list_losses
+from tunesmith.evaluate.verdict import outcome_of, rank_metrics
+
+_HEADLINES = {
+    "better": "Better than its base",
+    "worse": "Worse than its base",
+    "unclear": "No clear difference",
+    "alone": "Not compared",
+}
+_KINDS = {
+    "adapter": "LoRA adapter",
+    "state": "checkpoint of a full fine-tuning",
+    "model": "Hugging Face folder",
+}
+# The whisker of an interval: its drawing is this wide, with 0 in the middle, and a margin for the dot.
+_WIDTH, _MARGIN = 200, 8
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """Where an interval lies on a drawing with 0 in the middle, in its units."""
+
+    low: float
+    mean: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A line of the score table; each cell is (mean, interval), None without a base."""
+
+    label: str
+    details: str
+    num_samples: int
+    base: tuple[str, str] | None
+    tuned: tuple[str, str]
+    difference: tuple[str, str] | None
+    whisker: Whisker | None
+    outcome: str
+
+
+def write_report(
+    scores: Scores, predictions: Sequence[Prediction], loss_curve_png: bytes | None, path: Path
+) -> None:
+    """Write the page: whole, or not at all.
+
+    What the models said is shown as text, never run: everything is escaped, and the page's policy lets
+    the browser run and load nothing but the page's own script and style.
+    """
+    page = _render(scores, predictions, loss_curve_png)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        # A lone surrogate, which no UTF-8 can hold, becomes a question mark.
+        temporary.write_bytes(page.encode("utf-8", errors="replace"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: bytes | None) -> str:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = _read("report.css"), _read("report.js")
+    ranked = rank_metrics(scores["metrics"])
+    primary = ranked[0]
+    shown = choose_samples(predictions, ranked)
+    return environment.from_string(_read("report.html")).render(
+        style=style,
+        script=script,
+        policy=_content_policy(style, script),
+        headline=_HEADLINES[scores["verdict"]["outcome"]],
+        scores=scores,
+        primary=scores["metrics"][primary],
+        rows=[_score_row(scores["metrics"][name]) for name in ranked],
+        losses=list(list_losses(scores)),
+        loss_curve=None if loss_curve_png is None else f"data:image/png;base64,{_base64(loss_curve_png)}",
+        endings=list(_ending_rows(scores, predictions)),
+        facts=list(_facts(scores)),
+        tally=tally_gains(predictions, primary),
+        samples=[lay_out(row, scores["metrics"], primary) for row in shown],
+        num_hidden=len(predictions) - len(shown),
+        samples_shown=SAMPLES_SHOWN,
+    )
+
+
+def _read(name: str) -> str:
+    return resources.files("tunesmith.evaluate").joinpath(name).read_text(encoding="utf-8")
+
+
+def _content_policy(style: str, script: str) -> str:
+    """Return the Content-Security-Policy that lets nothing run or load but these two texts and the picture."""
+    hashes = [_base64(hashlib.sha256(text.encode()).digest()) for text in (style, script)]
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _base64(content: bytes) -> str:
+    return b64encode(content).decode("ascii")
+
+
+def _score_row(metric: MetricScores) -> ScoreRow:
+    base, tuned, difference, scale = metric["base"], metric["tuned"], metric["difference"], metric["scale"]
+    return ScoreRow(
+        label=metric["label"],
+        details=metric["details"],
+        num_samples=metric["num_samples"],
+        base=None if base is None else (format_score(base["mean"], scale), format_interval(base, scale)),
+        tuned=(format_score(tuned["mean"], scale), format_interval(tuned, scale)),
+        difference=None
+        if difference is None
+        else (format_gain(difference["mean"], scale), format_gain_interval(difference, scale)),
+        whisker=None if difference is None else _place_whisker(difference),
+        outcome=outcome_of(metric),
+    )
+
+
+def _place_whisker(difference: IntervalRecord) -> Whisker:
+    reach = max(abs(difference["low"]), abs(difference["high"])) or 1.0
+    low, mean, high = (
+        round(_WIDTH / 2 + (_WIDTH / 2 - _MARGIN) * difference[end] / reach, 2)
+        for end in ("low", "mean", "high")
+    )
+    return Whisker(low, mean, high)
+
+
+def _ending_rows(scores: Scores, predictions: Sequence[Prediction]) -> Iterator[tuple[str, int, int, str]]:
+    """Yield (model, answers ended by themselves, answers cut off, mean tokens)."""
+    lengths: dict[str, list[int | None]] = {
+        "base": [row["base_num_tokens"] for row in predictions],
+        "tuned": [row["num_tokens"] for row in predictions],
+    }
+    for variant, reasons in sorted(scores["finish"].items()):
+        counts = [count for count in lengths[variant] if count is not None]
+        mean = f"{sum(counts) / len(counts):,.1f}" if counts else "–"
+        yield variant, reasons.get("stop", 0), reasons.get("length", 0), mean
+
+
+def _facts(scores: Scores) -> Iterator[tuple[str, str]]:
+    engine, generation = scores["engine"], scores["generation"]
+    yield "tuned model", f"{scores['tuned']} ({_KINDS.get(scores['kind'], scores['kind'])})"
+    if scores["run"] is not None:
+        yield "run", scores["run"]
+    if scores["checkpoint"] is not None:
+        yield "checkpoint", f"{scores['checkpoint']}: {scores['why']}"
+    if scores["base"] is not None:
+        yield "base model", scores["base"]
+    skipped = f", {scores['num_skipped']:,} more skipped" if scores["num_skipped"] else ""
+    yield "test set", f"{scores['test_set']}: {scores['num_samples']:,} samples{skipped}"
+    replicas = f", {engine['num_replicas']} replicas" if engine["num_replicas"] > 1 else ""
+    yield "engine", f"{engine['name']} {engine['version']}, {engine['dtype']}{replicas}"
+    if generation["temperature"] == 0:
+        yield "decoding", f"greedy, at most {generation['max_tokens']:,} tokens"
+    else:
+        yield (
+            "decoding",
+            f"temperature {generation['temperature']:g}, top_k {generation['top_k']}, top_p {generation['top_p']:g}, "
+            f"at most {generation['max_tokens']:,} tokens",
+        )
+    yield "seed", f"{generation['seed']}"
+    yield "throughput", format_throughput(scores["throughput"])

@@ -1,0 +1,136 @@
+"""What an evaluation leaves behind: the formats of `scores.json` and `predictions.jsonl`."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+# fraction: 0 to 1. points: 0 to 100. share: 0 to 1, of the samples, shown in per cent.
+Scale = Literal["fraction", "points", "share"]
+Outcome = Literal["better", "worse", "unclear", "alone"]
+
+
+class Prediction(TypedDict):
+    """A line of `predictions.jsonl`; `base_…` are None where the tuned model was evaluated alone.
+
+    A score is None where the metric doesn't apply to the sample. `input` is the prompt as the model saw it.
+    """
+
+    id: int
+    input: str
+    reference: str
+    prediction: str
+    base_prediction: str | None
+    scores: dict[str, float | None]
+    base_scores: dict[str, float | None] | None
+    finish_reason: str
+    base_finish_reason: str | None
+    num_prompt_tokens: int
+    num_tokens: int
+    base_num_tokens: int | None
+
+
+class IntervalRecord(TypedDict):
+    """A mean over samples and its 95 % interval, on the metric's own scale."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class MetricScores(TypedDict):
+    """A metric over the samples it applies to; `difference` is tuned − base, paired by sample."""
+
+    label: str
+    scale: Scale
+    details: str
+    num_samples: int
+    base: IntervalRecord | None
+    tuned: IntervalRecord
+    difference: IntervalRecord | None
+
+
+class Verdict(TypedDict):
+    """Whether the tuned model is better, by its primary metric; `alone` where there is no base."""
+
+    metric: str
+    outcome: Outcome
+    text: str
+
+
+class EngineRecord(TypedDict):
+    name: str
+    version: str
+    dtype: str
+    num_replicas: int
+
+
+class GenerationRecord(TypedDict):
+    temperature: float
+    top_k: int
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+class LossRecord(TypedDict):
+    """Validation losses, in nats per trained token."""
+
+    base: float | None
+    tuned: float
+
+
+class ThroughputRecord(TypedDict):
+    """What was generated, for tuned and base together: they may share an engine and its batches."""
+
+    samples: int
+    tokens: int
+    seconds: float
+
+
+class Scores(TypedDict):
+    """`scores.json`; None for what no run recorded. `finish` counts finish reasons of tuned, and of base if it ran."""
+
+    format_version: int
+    run: str | None
+    checkpoint: str | None
+    step: int | None
+    why: str
+    kind: str
+    base: str | None
+    tuned: str
+    test_set: str
+    num_samples: int
+    num_skipped: int
+    engine: EngineRecord
+    generation: GenerationRecord
+    loss: LossRecord | None
+    metrics: dict[str, MetricScores]
+    left_out: dict[str, str]
+    throughput: ThroughputRecord
+    finish: dict[str, dict[str, int]]
+    verdict: Verdict
+
+
+def format_score(value: float, scale: Scale) -> str:
+    """Return a mean score as people read it: 0.312, 31.2 or 31.2 %."""
+    return f"{_number(value, scale)}{' %' if scale == 'share' else ''}"
+
+
+def format_gain(value: float, scale: Scale) -> str:
+    """Return a difference of scores with its sign; that of two shares is in percentage points."""
+    return f"{_number(value, scale, '+')}{' pp' if scale == 'share' else ''}"
+
+
+def format_interval(record: IntervalRecord, scale: Scale) -> str:
+    """Return the ends of a score's interval."""
+    return f"{_number(record['low'], scale)} to {format_score(record['high'], scale)}"
+
+
+def format_gain_interval(record: IntervalRecord, scale: Scale) -> str:
+    """Return the ends of a difference's interval, with their signs."""
+    return f"{_number(record['low'], scale, '+')} to {format_gain(record['high'], scale)}"
+
+
+def _number(value: float, scale: Scale, sign: str = "-") -> str:
+    digits = 3 if scale == "fraction" else 1
+    return f"{100 * value if scale == 'share' else value:{sign}z.{digits}f}".replace("-", "−")

@@ -1,0 +1,129 @@
+"""The samples of an evaluation: test rows as prompts, rendered by the templates that trained the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.prompts import Prompt, PromptEncoder
+from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
+from tunesmith.data.templates import Kind, choose_format
+from tunesmith.errors import DataError
+from tunesmith.tuned import TunedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+_ROWS_FOR_END_TOKENS = 64
+_RENDERED = {"input", "output"}
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The samples by their row number, how many rows were left out, and the tokens that end a trained answer.
+
+    `digest` is of the whole file.
+    """
+
+    path: Path
+    samples: dict[int, Prompt]
+    num_skipped: int
+    end_tokens: frozenset[int]
+    digest: str
+
+    @property
+    def longest_prompt(self) -> int:
+        """Return the length of the longest prompt, in tokens."""
+        return max(len(prompt.input_ids) for prompt in self.samples.values())
+
+
+def read_test_set(
+    tuned: TunedModel, test_path: Path | None, max_samples: int, tokenizer: PreTrainedTokenizerFast
+) -> TestSet:
+    """Return the first `max_samples` rows that ask something.
+
+    The run's own test set holds rendered rows. Rows of another file go through the run's templates, unless
+    they are conversations or are rendered already.
+
+    Raises:
+        DataError: the file is missing, empty or malformed, or no row asks anything.
+    """
+    path = test_path.expanduser() if test_path is not None else _own_test_set(tuned)
+    if not path.exists():
+        raise DataError(f"there is no test file `{path}`", "give a JSONL, JSON, CSV or Parquet file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
+    config = tuned.base if tuned.base is not None else TrainConfig()
+    config = config.model_copy(update={"dataset_name": str(path), "dataset_config": None, "split": "test"})
+    rows, kind = _rendered_rows(tuned, path, config)
+    encoder = PromptEncoder(tokenizer, kind)
+    taken: list[dict[str, Any]] = list(islice(rows, max_samples))
+    prompts = {number: encoder.encode(row) for number, row in enumerate(taken)}
+    samples = {number: prompt for number, prompt in prompts.items() if prompt is not None}
+    if not samples:
+        raise DataError(
+            f"none of the {len(taken):,} rows of `{path}` asks anything: there is no prompt to answer",
+            "plain text has no answers to compare; the run's validation loss tells how well it was learned",
+        )
+    ends = encoder.end_tokens(taken[:_ROWS_FOR_END_TOKENS])
+    return TestSet(path, samples, len(taken) - len(samples), frozenset(ends), source_fingerprint(config))
+
+
+def own_data_dir(tuned: TunedModel) -> Path | None:
+    """Return the folder of the run's training.jsonl, validation.jsonl and test.jsonl; None where no run is known."""
+    if tuned.params is None:
+        return None
+    recorded = Path(tuned.params["data"]["data_dir"])
+    # The home may be mounted elsewhere by now.
+    moved = tuned.run.datasets_path / recorded.name if tuned.run else recorded
+    return recorded if recorded.is_dir() else moved
+
+
+def _own_test_set(tuned: TunedModel) -> Path:
+    data_dir = own_data_dir(tuned)
+    if data_dir is None:
+        raise DataError(
+            f"no run is known for `{tuned.folder}`, and so no test set",
+            "give one with --test_path rows.jsonl",
+        )
+    path = data_dir / "test.jsonl"
+    if not path.is_file():
+        raise DataError(f"the run's test set `{path}` is not there", "give one with --test_path rows.jsonl")
+    if path.stat().st_size == 0:
+        raise DataError(
+            f"the run kept no test set: `{path}` is empty",
+            "give one with --test_path rows.jsonl; a new run keeps one with --train_split_ratio 0.9",
+        )
+    return path
+
+
+def _rendered_rows(
+    tuned: TunedModel, path: Path, config: TrainConfig
+) -> tuple[Iterator[dict[str, Any]], Kind]:
+    data_dir = own_data_dir(tuned)
+    if tuned.params is not None and data_dir is not None and path.parent.absolute() == data_dir.absolute():
+        kind: Kind = tuned.params["data"]["row_format"]
+        return (row for _, row in read_rows(config)), kind
+    _, first = next(read_rows(config))
+    if set(first) == _RENDERED and not _fills_templates(config, first):
+        logger.info("%s: rows are rendered already, as input and output", describe_source(config))
+        return (row for _, row in read_rows(config)), "template"
+    row_format = choose_format(config, first, describe_source(config), config.gives_template)
+    logger.info(
+        "%s: rows are read as %s, because %s", describe_source(config), row_format.kind, row_format.why
+    )
+    return (row_format.render(row, where) for where, row in read_rows(config)), row_format.kind
+
+
+def _fills_templates(config: TrainConfig, row: dict[str, Any]) -> bool:
+    try:
+        return choose_format(config, row, describe_source(config), given=True).kind == "template"
+    except DataError:
+        return False

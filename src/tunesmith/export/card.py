@@ -1,0 +1,143 @@
+"""The model card, README.md: what the model was made from, how, and how good it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.sources import local_path
+from tunesmith.errors import DataError
+from tunesmith.runs import iterate_metrics
+from tunesmith.tuned import TunedModel
+
+# Said elsewhere in the card, or true of one machine alone.
+_UNLISTED = {"hf_model_id", "model_path", "dataset_name", "trust_remote_code"}
+
+
+def write_card(tuned: TunedModel, library: Literal["transformers", "peft"], name: str, folder: Path) -> None:
+    """Write `README.md` into `folder`; `name` is what the folder will be called."""
+    paragraphs = [
+        f"---\n{yaml.safe_dump(_front_matter(tuned, library), sort_keys=False)}---",
+        f"# {name}",
+        _describe_origin(tuned, library),
+        *_describe_data(tuned),
+        *_describe_losses(tuned),
+        *_describe_scores(tuned),
+        *_describe_settings(tuned),
+        f"## Use\n\n```python\n{_USE[library].format(name=name)}```",
+    ]
+    (folder / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+
+_USE = {
+    "transformers": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+    ),
+    "peft": (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("{name}")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+    ),
+}
+
+
+def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if tuned.base is not None:
+        content["base_model"] = _base_name(tuned.base)
+    content |= {"library_name": library, "pipeline_tag": "text-generation"}
+    content["tags"] = ["tunesmith", "lora" if tuned.kind == "adapter" else "full-fine-tuning"]
+    if tuned.kind == "model":
+        content["tags"].pop()
+    if (dataset := _hub_dataset(tuned)) is not None:
+        content["datasets"] = [dataset]
+    return content
+
+
+def _base_name(base: TrainConfig) -> str:
+    """Return the hub's id, or a local folder's name: its path means nothing elsewhere."""
+    return base.hf_model_id if base.model_path is None else Path(base.model_source).resolve().name
+
+
+def _hub_dataset(tuned: TunedModel) -> str | None:
+    if tuned.params is None or tuned.base is None:
+        return None
+    with contextlib.suppress(DataError):  # a local one that is gone
+        return tuned.base.dataset_name if local_path(tuned.base) is None else None
+    return None
+
+
+def _describe_origin(tuned: TunedModel, library: str) -> str:
+    what = {"adapter": "LoRA fine-tuning", "state": "full fine-tuning", "model": "fine-tuning"}[tuned.kind]
+    base = f" of `{_base_name(tuned.base)}`" if tuned.base is not None else ""
+    form = "; this is the adapter alone" if library == "peft" else ""
+    merged = ", merged into its weights" if tuned.kind == "adapter" and library == "transformers" else ""
+    step = f", step {tuned.step:,} of the run `{tuned.run.run_name}`" if tuned.run else ""
+    return f"A {what}{base}{merged}{form}{step}. Made with tunesmith."
+
+
+def _describe_data(tuned: TunedModel) -> list[str]:
+    if tuned.params is None:
+        return []
+    name = _hub_dataset(tuned) or Path(tuned.params["data"]["source"]).name
+    return [f"## Data\n\n`{name}`"]
+
+
+def _describe_losses(tuned: TunedModel) -> list[str]:
+    if tuned.eval_loss is None:
+        return []
+    lines = iterate_metrics(tuned.run.metrics_path) if tuned.run else iter(())
+    first = next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
+    before = f", {first:.4f} before the training" if first is not None else ""
+    return [f"## Loss\n\nValidation loss: {tuned.eval_loss:.4f} nats per token{before}."]
+
+
+def _describe_scores(tuned: TunedModel) -> list[str]:
+    if tuned.run is None:
+        return []
+    path = tuned.run.evaluation_path(tuned.folder.name) / "scores.json"
+    if not path.is_file():
+        return []
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        f"| {metric['label']} | {_interval(metric['base'])} | {_interval(metric['tuned'])} | {_interval(metric['difference'])} |"
+        for metric in scores["metrics"].values()
+    ]
+    table = "\n".join(["| score | base | tuned | difference |", "| --- | --- | --- | --- |", *rows])
+    return [
+        f"## Scores\n\n{scores['verdict']['text']}\n\n{table}\n\nMeans over {scores['num_samples']:,} "
+        "samples of the test set, with 95 % bootstrap intervals."
+    ]
+
+
+def _interval(record: dict[str, float] | None) -> str:
+    return "" if record is None else f"{record['mean']:.4g} ({record['low']:.4g} to {record['high']:.4g})"
+
+
+def _describe_settings(tuned: TunedModel) -> list[str]:
+    if tuned.params is None:
+        return []
+    settings = tuned.params["settings"]
+    rows = [
+        f"| `{name}` | `{json.dumps(settings[name], ensure_ascii=False, default=str)}` |"
+        for name in tuned.params["given"]
+        if name not in _UNLISTED and _shapes_result(name)
+    ]
+    if not rows:
+        return ["## Settings\n\nThose of tunesmith's defaults."]
+    table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
+    return [f"## Settings\n\nOther than tunesmith's defaults:\n\n{table}"]
+
+
+def _shapes_result(name: str) -> bool:
+    field = TrainConfig.model_fields.get(name)
+    extra = field.json_schema_extra if field is not None else None
+    return isinstance(extra, dict) and extra.get("scope") != "run"

@@ -1,0 +1,147 @@
+"""A tuned model → a Hugging Face folder, whole and proven, or nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.errors import ConfigError
+from tunesmith.export.card import write_card
+from tunesmith.export.folder import check_space, new_folder
+from tunesmith.export.merge import open_merge
+from tunesmith.export.model_files import write_model_files, write_tokenizer
+from tunesmith.export.proof import Proof
+from tunesmith.export.shards import count_bytes, write_shards
+from tunesmith.export.verify import prove
+from tunesmith.runs import FORMAT_VERSION, ORIGIN_FILE, write_json
+from tunesmith.tuned import ADAPTER_CONFIG, TunedModel, read_adapter_config, taken
+from tunesmith.view.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+# The tokenizer, configurations and headers beside the weights.
+_OTHER_FILES_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written. `num_bytes` counts its weights; `proof` is None where none was asked for."""
+
+    folder: Path
+    form: Literal["model", "adapter"]
+    num_files: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+    proof: Proof | None
+
+    def describe(self) -> str:
+        """Return in two lines what lies where, and what proves it."""
+        files = f"{self.num_files} weight file" + ("" if self.num_files == 1 else "s")
+        of_type = f" in {' and '.join(self.dtypes)}" if self.dtypes else ""
+        size = format_bytes(self.num_bytes)
+        checked = self.proof.describe() if self.proof else "not compared with what it was made from"
+        return f"the {self.form}{of_type} lies in `{self.folder}`: {files}, {size}\n{checked}"
+
+
+def convert(config: ConvertConfig) -> Exported:
+    """Find the tuned model that the settings mean, and export it; see `export`."""
+    with taken(config, "convert_checkpoint_to_hf") as tuned:
+        beside = tuned.run.export_path if tuned.run else tuned.folder.with_name("hf_format")
+        output = config.output_dir.expanduser() if config.output_dir else beside
+        return export(tuned, config, output.absolute())
+
+
+def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
+    """Write `tuned` as a Hugging Face folder, or as a PEFT folder with `no_merge`, to `output`.
+
+    The folder appears whole, and proven equal unless `verify` is off.
+
+    Raises:
+        ConfigError: `no_merge` was asked for and there is no adapter.
+        RunError: `output` exists, or another process is writing it.
+        ResourceError: the disk has no room for it.
+        ModelError: the base model is absent, or isn't the one that was tuned.
+        CheckpointError: the checkpoint can't be read.
+        ExportError: it can't be written, or isn't equal.
+    """
+    return _export_adapter(tuned, config, output) if config.no_merge else _export_model(tuned, config, output)
+
+
+def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
+    files = _model_files(tuned, config)
+    dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    sources = [tuned.folder] + ([Path(files.model_source)] if files.model_path else [])
+    with new_folder(output, config.overwrite, sources) as folder:
+        merge = open_merge(tuned, files, dtype)
+        num_bytes = count_bytes(merge)
+        check_space(folder, num_bytes + _OTHER_FILES_BYTES)
+        num_files = write_shards(merge, folder, config.max_shard_size)
+        write_model_files(merge, files, tuned.folder, folder)
+        _write_origin(tuned, folder)
+        write_card(tuned, "transformers", output.name, folder)
+        proof = prove(merge, tuned, files, folder) if config.verify else None
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in merge.tensors.values()}
+    return Exported(output, "model", num_files, num_bytes, tuple(sorted(dtypes)), proof)
+
+
+def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
+    if tuned.kind != "adapter":
+        raise ConfigError(
+            f"`no_merge` exports an adapter, and `{tuned.folder}` is a whole model",
+            "leave --no_merge out",
+        )
+    if config.dtype != "auto":
+        raise ConfigError(
+            f"`dtype` is {config.dtype}, but with `no_merge` the adapter is copied as it is",
+            "leave one of the two out",
+        )
+    weights = sorted(tuned.folder.glob("adapter_model.*"))
+    num_bytes = sum(path.stat().st_size for path in weights)
+    with new_folder(output, config.overwrite, [tuned.folder]) as folder:
+        check_space(folder, num_bytes + _OTHER_FILES_BYTES)
+        for path in weights:
+            shutil.copyfile(path, folder / path.name)
+        settings = read_adapter_config(tuned.folder)
+        if tuned.base is not None:
+            settings["base_model_name_or_path"] = _source_of(tuned.base)
+            settings["revision"] = tuned.base.model_revision if tuned.base.model_path is None else None
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_tokenizer(tuned.base, tuned.folder, folder)
+        _write_origin(tuned, folder)
+        write_card(tuned, "peft", output.name, folder)
+    return Exported(output, "adapter", len(weights), num_bytes, (), None)
+
+
+def _model_files(tuned: TunedModel, config: ConvertConfig) -> TrainConfig:
+    """Return the model whose files the weights are made from: the base model, or a whole tuned one."""
+    if tuned.kind == "model":
+        return TrainConfig(model_path=tuned.folder, trust_remote_code=config.trust_remote_code)
+    assert tuned.base is not None, "only a whole model has no base"
+    return tuned.base
+
+
+def _write_origin(tuned: TunedModel, folder: Path) -> None:
+    write_json(
+        folder / ORIGIN_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "run": tuned.run.path.name if tuned.run else None,
+            "checkpoint": tuned.folder.name,
+            "step": tuned.step,
+            "eval_loss": tuned.eval_loss,
+            "base": _source_of(tuned.base) if tuned.base else None,
+        },
+    )
+
+
+def _source_of(base: TrainConfig) -> str:
+    """Return the hub's id of a model, or its folder's whole path."""
+    return base.model_source if base.model_path is None else str(Path(base.model_source).absolute())

@@ -1,0 +1,171 @@
+"""The exported weights, one tensor at a time: the base model's, changed as the tuning changed them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ExportError, ModelError
+from tunesmith.export.changes import Changes, NoChanges, StateChanges
+from tunesmith.export.deltas import AdapterChanges
+from tunesmith.export.names import Group, NameMap
+from tunesmith.export.source import WeightSource, open_source
+from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.tuned import TunedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Merge:
+    """A tuned model's weights under the names that its base model's files use.
+
+    `tensors`: shape and dtype of what is to be written, on the meta device, in the order of writing.
+    `unties`: the tuning changed one of several parameters that share weights, so each is written.
+
+    Raises:
+        ModelError: a changed parameter can't be found in the files.
+    """
+
+    def __init__(
+        self, source: WeightSource, model: PreTrainedModel, changes: Changes, dtype: torch.dtype | None
+    ) -> None:
+        self.source, self.model, self.changes = source, model, changes
+        self.names = NameMap(model, source.tensors)
+        self._ties = _find_ties(model)
+        self.unties = not changes.keeps_ties and not self._ties.keys().isdisjoint(_changed(changes))
+        self._stored = {name: name for name in source.tensors}
+        self.groups = self.names.groups + (self._untied_groups() if self.unties else [])
+        self._group_of = {name: group for group in self.groups for name in group.files}
+        self._check()
+        self.tensors = {
+            name: _cast(source.tensors[self._stored[name]], dtype)
+            for group in self.groups
+            for name in group.files
+        }
+        self._pending: dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is to be written: summed in float32, rounded once.
+
+        What a tuning changed in a group is computed when its first tensor is read, and kept until its last
+        one is: read them in the order of `tensors`.
+
+        Raises:
+            ExportError: float16 can't hold it.
+        """
+        group = self._group_of[name]
+        if name not in self._pending:
+            self._pending = self._change(group)
+        change = self._pending.pop(name, None)
+        stored, dtype = self.tensors[name], self.tensors[name].dtype
+        if change is None:
+            result = self.read_stored(name)
+        elif self._is_replaced(group):
+            result = change.reshape(stored.shape)
+        else:
+            result = change.reshape(stored.shape).add_(self.read_stored(name))
+        result = result.to(dtype)
+        if dtype == torch.float16 and not result.isfinite().all():
+            raise ExportError(
+                f"`{name}` holds values beyond what float16 can hold", "use --dtype bfloat16 or float32"
+            )
+        return result
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Return the base model's tensor that the one called `name` is made from."""
+        return self.source.read(self._stored[name])
+
+    def change_of(self, parameter: str) -> str | None:
+        """Return the name under which the tuning changed a parameter: its own, or that of one tied to it."""
+        same = self._ties.get(parameter, [parameter]) if self.changes.keeps_ties else [parameter]
+        return next((name for name in (parameter, *same) if name in _changed(self.changes)), None)
+
+    def _change(self, group: Group) -> dict[str, torch.Tensor]:
+        changed = {parameter: self.change_of(parameter) for parameter in group.parameters}
+        if not any(changed.values()):
+            return {}
+        expected = self.model.state_dict()
+        return self.names.to_files(
+            group,
+            {
+                parameter: self.changes.read(name)
+                if name is not None
+                else torch.zeros(expected[parameter].shape)
+                for parameter, name in changed.items()
+            },
+        )
+
+    def _is_replaced(self, group: Group) -> bool:
+        return any(self.change_of(parameter) in self.changes.replaced for parameter in group.parameters)
+
+    def _untied_groups(self) -> list[Group]:
+        """Return groups of their own for parameters that the files lack because another one stands for them."""
+        found = {parameter: group for group in self.names.groups for parameter in group.parameters}
+        groups = []
+        for parameter, tied in self._ties.items():
+            stored = next((found[name].files for name in tied if name in found), ())
+            if parameter not in found and len(stored) == 1:
+                name = self.names.name_in_files(parameter)
+                self._stored[name] = stored[0]
+                groups.append(Group((name,), (parameter,)))
+        return groups
+
+    def _check(self) -> None:
+        found = {self.change_of(parameter) for group in self.groups for parameter in group.parameters}
+        absent = sorted(_changed(self.changes) - found)
+        if absent:
+            raise ModelError(
+                f"the weight files in `{self.source.folder}` lack {', '.join(f'`{name}`' for name in absent[:3])}",
+                "give the base model's folder as it was published",
+            )
+        for group in self.groups:
+            replaced = [self.change_of(name) in self.changes.replaced for name in group.parameters]
+            if any(replaced) and not all(replaced):
+                raise ModelError(
+                    f"the adapter replaces a part of what the base model's files hold in one piece: {', '.join(group.parameters)}",
+                    "export the adapter by itself with --no_merge",
+                )
+
+
+def open_merge(tuned: TunedModel, files: TrainConfig, dtype: torch.dtype | None) -> Merge:
+    """Return the weights of `tuned`, from a model's `files` and what the tuning changed; reads headers alone.
+
+    Raises:
+        ModelError: the files hold no such model, or the tuned one wasn't made from it.
+        CheckpointError: the checkpoint's state is torn.
+    """
+    model_config = load_model_config(files)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"`{files.model_source}` is quantized, and a merge would need its weights as they were before",
+            "name the model it was quantized from with --model_path, or export with --no_merge",
+        )
+    model = build_meta_model(files, model_config)
+    base = files.model_source
+    changes: Changes
+    if tuned.kind == "adapter":
+        changes = AdapterChanges(tuned.folder, model, base)
+    elif tuned.kind == "state":
+        changes = StateChanges(tuned.folder, model, base)
+    else:
+        changes = NoChanges()
+    return Merge(open_source(files), model, changes, dtype)
+
+
+def _changed(changes: Changes) -> frozenset[str]:
+    return changes.added | changes.replaced
+
+
+def _find_ties(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Return for each parameter that shares its weights all that share them."""
+    sharing: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        sharing.setdefault(source, [source]).append(target)
+    return {name: names for names in sharing.values() for name in names}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,39 @@
+"""What a proof has shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An export was held against an independent merge, and agrees.
+
+    `way`: `whole` compared every weight, and logits; `sampled` some rows of some tensors, where memory
+    doesn't hold the model. `num_inexact` of the `num_weights` compared are off by one unit of rounding.
+    The rest is None for `sampled`: `logits_error` is the largest difference to the logits of the rounded
+    merge; `distance` that to the unrounded tuned model, over `num_positions` tokens of real prompts, of
+    which `num_flips` have another likeliest next token.
+    """
+
+    way: Literal["whole", "sampled"]
+    num_weights: int
+    num_inexact: int
+    logits_error: float | None = None
+    distance: float | None = None
+    num_positions: int | None = None
+    num_flips: int | None = None
+
+    def describe(self) -> str:
+        """Return in one line what was compared, and how far the export is from the tuned model."""
+        rounding = f", {self.num_inexact:,} of them off by one unit of rounding" if self.num_inexact else ""
+        if self.distance is None:
+            return (
+                f"a sample of {self.num_weights:,} weights equals a second computation of the merge{rounding}"
+            )
+        return (
+            f"all {self.num_weights:,} weights equal an independent merge{rounding}; logits agree with it to "
+            f"{self.logits_error:.1e}, and are {self.distance:.2e} from the tuned model's at most, with another "
+            f"likeliest token at {self.num_flips} of {self.num_positions} positions"
+        )

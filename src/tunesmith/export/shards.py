@@ -1,0 +1,56 @@
+"""Weights into safetensors files of limited size, and the index beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from tunesmith.errors import ExportError
+from tunesmith.export.merge import Merge
+from tunesmith.export.tensors import write_tensors
+from tunesmith.view.bar import track_progress
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def write_shards(merge: Merge, folder: Path, max_shard_size: str) -> int:
+    """Write the weights into `folder`, holding one group of tensors at a time; return the number of files.
+
+    A tensor that is larger than `max_shard_size` gets a file of its own.
+
+    Raises:
+        ExportError: a file can't be written.
+    """
+    plan = split_torch_state_dict_into_shards(merge.tensors, max_shard_size=parse_size(max_shard_size))
+    total = count_bytes(merge)
+    with track_progress("writing weights", total, "bytes") as tracker:
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: merge.tensors[name] for name in names}
+            try:
+                write_tensors(
+                    folder / file, tensors, ((name, merge.read(name)) for name in names), tracker.advance
+                )
+            except OSError as error:
+                raise ExportError(
+                    f"can't write `{folder / file}`: {error.strerror or error}",
+                    "check the folder's permissions and the free space",
+                ) from error
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return len(plan.filename_to_tensors)
+
+
+def count_bytes(merge: Merge) -> int:
+    """Return the bytes of all weights that are to be written."""
+    return sum(tensor.nbytes for tensor in merge.tensors.values())
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` means, such as 5GB (thousands) or 500 MiB (1024s)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B", text.upper())
+    assert match is not None, text
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))

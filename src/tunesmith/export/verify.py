@@ -1,0 +1,171 @@
+"""Proof that an export is the tuned model: held against a merge that others' code has made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import nn
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ExportError
+from tunesmith.export.compare import count_inexact
+from tunesmith.export.merge import Merge
+from tunesmith.export.prompts import choose_prompts
+from tunesmith.export.proof import Proof
+from tunesmith.export.sample import check_headers, prove_by_sample
+from tunesmith.model.lora import apply_adapter
+from tunesmith.model.state import read_weights
+from tunesmith.tuned import TunedModel
+from tunesmith.view.units import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_LOGITS_TOLERANCE = 1e-4
+# Logits are kept for the last tokens of a text: three times their number times the vocabulary.
+_KEPT_POSITIONS = 64
+_MEMORY_FACTOR = 1.2
+
+
+def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> Proof:
+    """Hold the export in `folder` against an independent merge, and log what that showed.
+
+    A model that memory doesn't hold in float32 is checked on a sample of its weights.
+
+    Args:
+        merge: what was written.
+        tuned: what it was made from.
+        files: the model that the weights were read from.
+        folder: the export, not in place yet.
+
+    Raises:
+        ExportError: it differs.
+    """
+    needed = int(_MEMORY_FACTOR * 4 * sum(weights.numel() for weights in merge.model.parameters()))
+    available = psutil.virtual_memory().available
+    if needed > available:
+        logger.info(
+            "the model in float32 takes %s and %s are available: a sample of the weights is checked, no logits",
+            format_bytes(needed),
+            format_bytes(available),
+        )
+        proof = prove_by_sample(merge, folder)
+    else:
+        proof = prove_whole(merge, tuned, files, folder)
+    logger.info("checked: %s", proof.describe())
+    if proof.num_flips:
+        logger.warning(
+            "rounding changes the likeliest token at %d of %d positions: --dtype float32 keeps it",
+            proof.num_flips,
+            proof.num_positions,
+        )
+    return proof
+
+
+@torch.inference_mode()
+def prove_whole(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> Proof:
+    """Compare every weight, and logits on real prompts; holds the model once in float32.
+
+    Raises:
+        ExportError: a weight or a logit differs.
+    """
+    check_headers(merge, folder)
+    prompts = choose_prompts(tuned, folder)
+    reference, tuned_logits = _load_reference(merge, tuned, files, prompts)
+    _round(reference, merge)
+    merged_logits = _compute_logits(reference, prompts)
+    exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), "auto")
+    num_weights, num_inexact = _compare(reference, exported)
+    del reference, exported
+    exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), torch.float32)
+    logits = _compute_logits(exported, prompts)
+    error = float((logits - merged_logits).abs().max())
+    # NaN fails too.
+    if not error <= _LOGITS_TOLERANCE:
+        raise ExportError(
+            f"the export isn't the tuned model: its logits differ by {error:.3g} from those of the merge",
+            "nothing was put in place",
+        )
+    return Proof(
+        "whole",
+        num_weights,
+        num_inexact,
+        error,
+        float((logits - tuned_logits).abs().max()),
+        len(logits),
+        int((logits.argmax(-1) != tuned_logits.argmax(-1)).sum()),
+    )
+
+
+def _load_reference(
+    merge: Merge, tuned: TunedModel, files: TrainConfig, prompts: Sequence[torch.Tensor]
+) -> tuple[nn.Module, torch.Tensor]:
+    """Return the tuned model in float32, merged by PEFT if it is an adapter, and its logits before that."""
+    if tuned.kind == "state":
+        # In the stored type the base's weights are mapped, not held beside the trained ones.
+        model = _load(files, "auto")
+        model.load_state_dict(read_weights(tuned.folder), strict=False, assign=True)
+        model.tie_weights()
+        model = model.float()
+        return model, _compute_logits(model, prompts)
+    model = _load(files, torch.float32)
+    if tuned.kind == "model":
+        return model, _compute_logits(model, prompts)
+    if merge.unties:
+        _untie(model)
+    adapted = apply_adapter(model, tuned.folder)
+    logits = _compute_logits(adapted, prompts)
+    return adapted.merge_and_unload(), logits
+
+
+def _load(config: TrainConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.model_path is None:
+        options["revision"] = config.model_revision or "main"
+    return AutoModelForCausalLM.from_pretrained(config.model_source, dtype=dtype, **options).eval()
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give every parameter that shares its weights with another one a copy of its own."""
+    for name in list(model.all_tied_weights_keys):
+        path, _, last = name.rpartition(".")
+        shared = model.get_parameter(name)
+        setattr(model.get_submodule(path), last, nn.Parameter(shared.clone(), requires_grad=False))
+    model.all_tied_weights_keys = {}
+    model.config.tie_word_embeddings = False
+
+
+def _round(model: nn.Module, merge: Merge) -> None:
+    """Round each weight to the type that it was written in."""
+    weights = model.state_dict()
+    for group in merge.groups:
+        dtype = min((merge.tensors[name].dtype for name in group.files), key=lambda dtype: dtype.itemsize)
+        for name in group.parameters:
+            if dtype.itemsize < 4 and weights[name].is_floating_point():
+                weights[name].copy_(weights[name].to(dtype))
+
+
+def _compare(reference: nn.Module, exported: nn.Module) -> tuple[int, int]:
+    """Return how many weights there are, and how many of them are off by a unit of rounding."""
+    expected, num_weights, num_inexact = reference.state_dict(), 0, 0
+    for name, found in exported.state_dict().items():
+        num_inexact += count_inexact(name, found, expected[name].to(found.dtype))
+        num_weights += found.numel()
+    return num_weights, num_inexact
+
+
+def _compute_logits(model: nn.Module, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the logits [positions, vocabulary] after the last tokens of each prompt."""
+    rows = [model(input_ids=ids_BT, use_cache=False).logits[0, -_KEPT_POSITIONS:] for ids_BT in prompts]
+    return torch.cat(rows).float()
