@@ -22,11 +22,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tunesmith.runs import sync_files
+
 _MODEL = Path(__file__).parents[1] / "examples/quickstart/build/SmolLM2-135M-Instruct"
 _WAYS = {
-    "peft": "PEFT: merge_and_unload, save_pretrained",
-    "tunesmith": "tunesmith convert --no-verify",
-    "tunesmith proven": "tunesmith convert",
+    "peft": "PEFT",
+    "tunesmith": "tunesmith, --no-verify",
+    "tunesmith proven": "tunesmith",
 }
 
 
@@ -70,10 +72,8 @@ def _measure(way: str, model: Path, adapter: Path) -> dict[str, float]:
         gc.collect()
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        os.sync()
         start = time.monotonic()
         convert(model, adapter, Path(folder) / "out", way)
-        os.sync()
         seconds = time.monotonic() - start
     return {"seconds": seconds, "peak": _memory("VmHWM"), "raised": _memory("VmHWM") - before}
 
@@ -100,6 +100,7 @@ def _convert_with_peft(model: Path, adapter: Path, output: Path, way: str) -> No
     base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(output)
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    sync_files(output)
 
 
 def _convert_with_tunesmith(model: Path, adapter: Path, output: Path, way: str) -> None:
@@ -131,26 +132,17 @@ def _memory(kind: str) -> int:
 
 
 def _tabulate(figures: dict[str, list[dict[str, float]]], model: Path) -> Table:
-    table = Table(title=f"{model.name}, median of {len(figures['peft'])} rounds")
-    for name in (
-        "way",
-        "seconds",
-        "peak memory",
-        "above imports",
-        "time ratio",
-        "memory ratio",
-        "above ratio",
-    ):
-        table.add_column(name, justify="left" if name == "way" else "right")
+    table = Table(title=f"{model.name}: medians of {len(figures['peft'])} rounds, and shares of PEFT's")
+    for name in ("way", "time", "peak memory", "above imports"):
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     medians = {
         way: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
         for way, measured in figures.items()
     }
-    theirs = medians["peft"]
     for way, ours in medians.items():
-        sizes = [f"{ours[key] / 2**20:,.0f} MiB" for key in ("peak", "raised")]
-        ratios = [f"{ours[key] / theirs[key]:.2f}" for key in ("seconds", "peak", "raised")]
-        table.add_row(_WAYS[way], f"{ours['seconds']:.2f}", *sizes, *ratios)
+        shares = {key: ours[key] / medians["peft"][key] for key in ours}
+        sizes = [f"{ours[key] / 2**20:,.0f} MiB ({shares[key]:.2f})" for key in ("peak", "raised")]
+        table.add_row(_WAYS[way], f"{ours['seconds']:.2f} s ({shares['seconds']:.2f})", *sizes)
     return table
 
 

@@ -337,7 +337,7 @@ def test_sampling_follows_its_settings(fresh: RunDir) -> None:
         (["--checkpoint", "newest"], "`--checkpoint` is `newest`", "best"),
         (
             ["--model_path", "{wider}"],
-            "`model.layers.0.mlp.gate_proj` is 64×48, the adapter 64×32",
+            "`model.layers.0.mlp.gate_proj` is 64×48, the adapter's 64×32",
             "--model_path",
         ),
         (["--model_path", "{phi3}"], "`model.layers.0.mlp.gate_proj` is absent", "--model_path"),

@@ -29,6 +29,7 @@ FLOORS = {
     "settings": 1,
     "logs": 1,
     "config": 0,
+    "machine": 0,
     "errors": 0,
 }
 

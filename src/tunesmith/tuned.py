@@ -61,6 +61,16 @@ class TunedModel:
         """What to call it: `checkpoint_00000040 of SmolLM2-5e1f22aa`, or its folder's name."""
         return f"{self.folder.name} of {self.run.run_name}" if self.run else self.folder.name
 
+    @property
+    def data_dir(self) -> Path | None:
+        """Folder of the run's training.jsonl, validation.jsonl and test.jsonl; None where no run recorded one."""
+        if self.params is None:
+            return None
+        recorded = Path(self.params["data"]["data_dir"])
+        # The home may be mounted elsewhere by now.
+        moved = self.run.datasets_path / recorded.name if self.run else recorded
+        return recorded if recorded.is_dir() else moved
+
 
 @contextmanager
 def taken(config: TunedModelConfig, log_name: str) -> Iterator[TunedModel]:

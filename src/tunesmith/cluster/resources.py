@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ResourceError
+from tunesmith.machine import usable_cpus
 
 _CONNECT_TIMEOUT_S = 10
 
@@ -78,7 +77,7 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
     else:
         import torch
 
-        yield [Node(_usable_cpus(), torch.cuda.device_count())], "this machine"
+        yield [Node(usable_cpus(), torch.cuda.device_count())], "this machine"
 
 
 def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
@@ -130,15 +129,6 @@ def _no_answer(address: str, error: Exception) -> ResourceError:
         f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
         "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS to train here",
     )
-
-
-def _usable_cpus() -> int:
-    """Return the processors this process may use; a container's quota counts."""
-    cpus = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    return cpus
 
 
 def _cluster_nodes() -> list[Node]:

@@ -76,24 +76,13 @@ def read_test_set(
     return TestSet(path, samples, len(taken) - len(samples), frozenset(ends), source_fingerprint(config))
 
 
-def own_data_dir(tuned: TunedModel) -> Path | None:
-    """Return the folder of the run's training.jsonl, validation.jsonl and test.jsonl; None where no run is known."""
-    if tuned.params is None:
-        return None
-    recorded = Path(tuned.params["data"]["data_dir"])
-    # The home may be mounted elsewhere by now.
-    moved = tuned.run.datasets_path / recorded.name if tuned.run else recorded
-    return recorded if recorded.is_dir() else moved
-
-
 def _own_test_set(tuned: TunedModel) -> Path:
-    data_dir = own_data_dir(tuned)
-    if data_dir is None:
+    if tuned.data_dir is None:
         raise DataError(
             f"no run is known for `{tuned.folder}`, and so no test set",
             "give one with --test_path rows.jsonl",
         )
-    path = data_dir / "test.jsonl"
+    path = tuned.data_dir / "test.jsonl"
     if not path.is_file():
         raise DataError(f"the run's test set `{path}` is not there", "give one with --test_path rows.jsonl")
     if path.stat().st_size == 0:
@@ -107,8 +96,8 @@ def _own_test_set(tuned: TunedModel) -> Path:
 def _rendered_rows(
     tuned: TunedModel, path: Path, config: TrainConfig
 ) -> tuple[Iterator[dict[str, Any]], Kind]:
-    data_dir = own_data_dir(tuned)
-    if tuned.params is not None and data_dir is not None and path.parent.absolute() == data_dir.absolute():
+    is_own = tuned.data_dir is not None and path.parent.absolute() == tuned.data_dir.absolute()
+    if is_own and tuned.params is not None:
         kind: Kind = tuned.params["data"]["row_format"]
         return (row for _, row in read_rows(config)), kind
     _, first = next(read_rows(config))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,33 +17,42 @@ import pydantic
 
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engine import EngineSpec, Generation, Request
-from tunesmith.model.lora import ADAPTER_CONFIG
+from tunesmith.evaluate.vllm_adapter import lora_arguments, unservable_reason
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
-logger = logging.getLogger(__name__)
-
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
 _ENVIRONMENT = {
-    # In this process: whatever ends it, SIGKILL and `ray.kill` too, ends the engine. One of its own would live on.
+    # In this process: what ends it, SIGKILL and `ray.kill` too, ends the engine. One of its own would live on.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_CPU_BLOCK_TOKENS = 128
-_CACHE_SHARE = 0.25
+_START_ERRORS = (
+    ValueError,
+    RuntimeError,
+    OSError,
+    ImportError,
+    AssertionError,
+    AttributeError,
+    KeyError,
+)
+_BLOCK_TOKENS = 128  # of the cache on CPUs
+_CACHE_SHARE = 0.25  # of the free memory, at most
+# vLLM's CPU kernels copy the adapter's weights for every token of a step: large steps are slow and take gigabytes.
+_PROMPT_TOKENS_A_STEP = 128
 
 
 class VLLMEngine:
-    """Hands vLLM every request at once; it runs `batch_size` of them and takes the next as one finishes."""
+    """Hands vLLM all requests at once; it runs `batch_size` of them and takes the next as one finishes."""
 
     name = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Load the model, and the adapter if there is one.
+        """Load the model, and the adapter if there is one. Takes the process's torch.distributed group for itself.
 
         Raises:
             ModelError: vLLM can't load or serve them on this machine.
@@ -56,10 +64,27 @@ class VLLMEngine:
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         self._llm: LLM | None
-        self._lora: LoRARequest | None
         self._llm, self._lora = _start(spec)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        if self._spec.use_gpu or self._lora is None:
+            yield from self._generate_together(requests)
+            return
+        # vLLM's CPU kernels (0.32) put the adapter on base requests that share a step with tuned ones.
+        for variant in ("tuned", "base"):
+            yield from self._generate_together([r for r in requests if r.variant == variant])
+
+    def close(self) -> None:
+        import torch
+
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        torch.set_num_threads(self._num_threads)
+
+    def _generate_together(self, requests: Sequence[Request]) -> Iterator[Generation]:
         assert self._llm is not None, "the engine is closed"
         engine = self._llm.llm_engine
         pending: dict[str, Request] = {}
@@ -71,20 +96,9 @@ class VLLMEngine:
                 pending[str(number)] = request
             while pending:
                 for output in engine.step():
-                    if output.finished:
-                        yield self._generation(pending.pop(output.request_id), output)
+                    yield _generation(pending.pop(output.request_id), output)
         finally:
             engine.abort_request(list(pending))
-
-    def close(self) -> None:
-        import torch
-
-        if self._llm is None:
-            return
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        gc.collect()
-        torch.set_num_threads(self._num_threads)
 
     def _sampling(self, request: Request) -> SamplingParams:
         from vllm import SamplingParams
@@ -98,89 +112,88 @@ class VLLMEngine:
             top_p=spec.top_p,
             max_tokens=spec.max_tokens,
             stop_token_ids=list(spec.stop_token_ids),
-            ignore_eos=True,  # the end token is among the stop tokens; no other of the model's own ends an answer
-            seed=None if spec.temperature == 0 else int(seed),
+            ignore_eos=True,  # the stop tokens alone end an answer
+            seed=int(seed) if spec.temperature > 0 else None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _generation(self, request: Request, output: RequestOutput) -> Generation:
-        (completion,) = output.outputs
-        ids = tuple(completion.token_ids)
-        if completion.finish_reason == "stop":
-            return Generation(request.sample, request.variant, ids[:-1], "stop")
-        return Generation(request.sample, request.variant, ids, "length")
-
-
-def unservable_reason(adapter: Path) -> str | None:
-    return None
-
 
 def _start(spec: EngineSpec) -> tuple[LLM, LoRARequest | None]:
+    """Return the loaded model and the handle of its adapter, if there is one."""
+    from transformers import AutoConfig
+
     with _contained():
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.lora.request import LoRARequest
 
         try:
-            llm = LLM(**_arguments(spec))
+            model_config = AutoConfig.from_pretrained(
+                spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            )
             if spec.adapter is None:
-                return llm, None
+                return LLM(**_arguments(spec, model_config)), None
+            if reason := unservable_reason(spec.adapter, model_config, spec.use_gpu):
+                raise _not_served(spec, reason)
             lora = LoRARequest("tuned", 1, str(spec.adapter))
-            llm.llm_engine.add_lora(lora)  # here, so that an adapter it refuses shows before anything is generated
-            return llm, lora
-        except (ValueError, RuntimeError, OSError, ImportError, AssertionError) as error:
+            llm = LLM(**_arguments(spec, model_config), **lora_arguments(spec.adapter))
+            # Here, so that an adapter it refuses shows before anything is generated.
+            llm.llm_engine.add_lora(lora)
+        except ModelError:
+            raise
+        except _START_ERRORS as error:
             cleanup_dist_env_and_memory()
-            raise _not_started(spec, error) from None
+            raise _not_started(spec, error) from None  # its frames hold the model
+        return llm, lora
 
 
-def _arguments(spec: EngineSpec) -> dict[str, Any]:
-    """Return the arguments of vllm.LLM."""
+def _arguments(spec: EngineSpec, model_config: PretrainedConfig) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM, adapters aside."""
     arguments: dict[str, Any] = {
         "model": spec.model,
         "revision": spec.revision,
         "trust_remote_code": spec.trust_remote_code,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # the model's own may hold penalties, with which greedy wouldn't be greedy
+        "generation_config": "vllm",  # a model's own may hold penalties, with which greedy wouldn't be greedy
         "dtype": spec.dtype,
         "seed": spec.seed,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.batch_size,
         "tensor_parallel_size": spec.tensor_parallel_size,
-        # Not Ray's, whose workers would want GPUs that the replica itself holds.
+        # Not Ray's workers: they would want GPUs of their own, and the replica holds them already.
         "distributed_executor_backend": "mp" if spec.tensor_parallel_size > 1 else "uni",
         "gpu_memory_utilization": spec.gpu_memory_utilization,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if not spec.use_gpu:
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _cache_bytes(spec)}
-    if spec.adapter is not None:
-        rank = _rank(json.loads((spec.adapter / ADAPTER_CONFIG).read_text()))
-        limit = min(limit for limit in _LORA_RANKS if limit >= rank)
-        # vLLM's CPU kernels (0.32) give requests without an adapter the last slot's: a second slot stays empty.
-        arguments |= {"enable_lora": True, "max_lora_rank": limit, "max_loras": 1 if spec.use_gpu else 2}
+        arguments |= {
+            "enforce_eager": True,
+            "max_num_batched_tokens": spec.batch_size + _PROMPT_TOKENS_A_STEP,
+            "kv_cache_memory_bytes": _cache_bytes(spec, model_config.get_text_config()),
+        }
     return arguments
 
 
-def _cache_bytes(spec: EngineSpec) -> int:
+def _cache_bytes(spec: EngineSpec, text_config: Any) -> int:
     """Return the bytes of keys and values that `batch_size` full sequences need, within a share of the free memory.
 
-    With less than that vLLM runs fewer sequences at once.
+    With less than they need vLLM runs fewer sequences at once.
     """
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    ).get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = text_config.num_attention_heads
+    num_key_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
     item_bytes = getattr(torch, spec.dtype).itemsize
-    block_bytes = 2 * config.num_hidden_layers * num_heads * head_size * item_bytes * _CPU_BLOCK_TOKENS
-    blocks_each = -(-spec.max_model_len // _CPU_BLOCK_TOKENS)
-    needed = (spec.batch_size * blocks_each + 1) * block_bytes
-    return min(needed, max(int(psutil.virtual_memory().available * _CACHE_SHARE), blocks_each * block_bytes))
+    block_bytes: int = (
+        2 * text_config.num_hidden_layers * num_key_heads * head_size * item_bytes * _BLOCK_TOKENS
+    )
+    sequence_bytes = -(-spec.max_model_len // _BLOCK_TOKENS) * block_bytes
+    share_bytes = int(psutil.virtual_memory().available * _CACHE_SHARE)
+    # vLLM keeps one block empty.
+    return min(spec.batch_size * sequence_bytes, max(share_bytes, sequence_bytes)) + block_bytes
 
 
 @contextmanager
@@ -188,25 +201,42 @@ def _contained() -> Iterator[None]:
     """Set vLLM's switches where the user hasn't, and undo what vLLM changes in this process while it starts."""
     import torch
 
-    environment, set_num_threads = dict(os.environ), torch.set_num_threads
+    environment = dict(os.environ)
+    set_num_threads, excepthook = torch.set_num_threads, sys.excepthook
     os.environ.update({**_ENVIRONMENT, **environment})
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # CPUs have none
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        torch.set_num_threads = set_num_threads  # on the CPU vLLM puts one in its place that does nothing
+        torch.set_num_threads, sys.excepthook = set_num_threads, excepthook
         for name in set(os.environ) - set(environment):
             del os.environ[name]
         os.environ.update(environment)
 
 
-def _rank(adapter_config: dict[str, Any]) -> int:
-    """Return the adapter's largest rank."""
-    return max([adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()])
+def _generation(request: Request, output: RequestOutput) -> Generation:
+    (completion,) = output.outputs
+    ids = tuple(completion.token_ids)
+    if completion.finish_reason == "stop":
+        return Generation(request.sample, request.variant, ids[:-1], "stop")
+    return Generation(request.sample, request.variant, ids, "length")
 
 
 def _not_started(spec: EngineSpec, error: Exception) -> ModelError:
-    is_settings = isinstance(error, pydantic.ValidationError)
-    reason = error.errors()[0]["msg"] if is_settings else str(error)
-    return ModelError(f"{reason}")
+    text = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
+    reason = text.strip().split("\n")[0][:300] or type(error).__name__
+    if spec.adapter is not None and "lora" in reason.lower():
+        return _not_served(spec, reason)
+    return ModelError(
+        f"vLLM can't load `{spec.model}`: {reason}",
+        "try --engine transformers; or, where memory is short, a smaller --batch_size or --max_model_len",
+    )
+
+
+def _not_served(spec: EngineSpec, reason: str) -> ModelError:
+    return ModelError(
+        f"vLLM can't serve the adapter `{spec.adapter}` on `{spec.model}`: {reason}",
+        "evaluate what `tunesmith convert` makes of it, or use --engine transformers",
+    )

@@ -102,6 +102,7 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
             f"`dtype` is {config.dtype}, but with `no_merge` the adapter is copied as it is",
             "leave one of the two out",
         )
+    assert tuned.base is not None, "only a whole model has no base"
     weights = sorted(tuned.folder.glob("adapter_model.*"))
     num_bytes = sum(path.stat().st_size for path in weights)
     with new_folder(output, config.overwrite, [tuned.folder]) as folder:
@@ -109,9 +110,8 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
         for path in weights:
             shutil.copyfile(path, folder / path.name)
         settings = read_adapter_config(tuned.folder)
-        if tuned.base is not None:
-            settings["base_model_name_or_path"] = _source_of(tuned.base)
-            settings["revision"] = tuned.base.model_revision if tuned.base.model_path is None else None
+        settings["base_model_name_or_path"] = _source_of(tuned.base)
+        settings["revision"] = tuned.base.model_revision if tuned.base.model_path is None else None
         text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
         write_tokenizer(tuned.base, tuned.folder, folder)

@@ -90,7 +90,7 @@ class AdapterChanges:
             self._add(name, model)
         deltas = {parameter: self._shape_of(factors) for parameter, factors in self.factors.items()}
         whole = {parameter: shapes[name] for parameter, name in self._whole.items()}
-        check_state_fits(model, {**deltas, **whole}, base)
+        check_state_fits(model, {**deltas, **whole}, base, "adapter")
         self.added = frozenset(self.factors) - frozenset(self._whole)
         self.replaced = frozenset(self._whole)
 

@@ -59,6 +59,11 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
             if output.exists():
                 remove_folder(output)
             folder.rename(output)
+        except OSError as error:
+            raise ExportError(
+                f"the export to `{output}` broke off: {error.strerror or error}",
+                "nothing was put in place; check the free space and the folder's permissions",
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

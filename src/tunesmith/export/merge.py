@@ -35,6 +35,7 @@ class Merge:
         self.source, self.model, self.changes = source, model, changes
         self.names = NameMap(model, source.tensors)
         self._ties = _find_ties(model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.unties = not changes.keeps_ties and not self._ties.keys().isdisjoint(_changed(changes))
         self._stored = {name: name for name in source.tensors}
         self.groups = self.names.groups + (self._untied_groups() if self.unties else [])
@@ -87,13 +88,12 @@ class Merge:
         changed = {parameter: self.change_of(parameter) for parameter in group.parameters}
         if not any(changed.values()):
             return {}
-        expected = self.model.state_dict()
         return self.names.to_files(
             group,
             {
                 parameter: self.changes.read(name)
                 if name is not None
-                else torch.zeros(expected[parameter].shape)
+                else torch.zeros(self._shapes[parameter])
                 for parameter, name in changed.items()
             },
         )

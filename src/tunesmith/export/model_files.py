@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,8 +14,6 @@ from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.export.merge import Merge
 from tunesmith.export.source import locate_file
-
-logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -46,7 +43,7 @@ def write_model_files(merge: Merge, files: TrainConfig, tuned: Path, folder: Pat
     write_tokenizer(files, tuned, folder)
 
 
-def write_tokenizer(files: TrainConfig | None, tuned: Path, folder: Path) -> None:
+def write_tokenizer(files: TrainConfig, tuned: Path, folder: Path) -> None:
     """Write the tokenizer, with its chat template, of the tuned model's folder; else that of `files`.
 
     Raises:
@@ -55,11 +52,8 @@ def write_tokenizer(files: TrainConfig | None, tuned: Path, folder: Path) -> Non
     from transformers import AutoTokenizer
 
     source = str(tuned)
-    options: dict[str, Any] = {"trust_remote_code": files is not None and files.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": files.trust_remote_code}
     if not any((tuned / name).is_file() for name in _TOKENIZERS):
-        if files is None:
-            logger.warning("there is no tokenizer in `%s`, so the export has none", tuned)
-            return
         source = files.model_source
         if files.model_path is None:
             options["revision"] = files.model_revision or "main"

@@ -44,15 +44,14 @@ def choose_prompts(tuned: TunedModel, tokenizer_folder: Path) -> list[torch.Tens
 def _encode_rows(tuned: TunedModel, tokenizer: object) -> list[list[int]]:
     from tunesmith.data.encode import Encoder
 
-    if tuned.params is None:
+    if tuned.params is None or tuned.data_dir is None:
         return []
-    data = tuned.params["data"]
     for name in ("test", "validation"):
-        path = Path(data["data_dir"]) / f"{name}.jsonl"
+        path = tuned.data_dir / f"{name}.jsonl"
         if path.is_file() and path.stat().st_size:
             with path.open(encoding="utf-8") as file:
                 rows = [json.loads(line) for line in islice(file, _NUM_TEXTS)]
-            encoded = Encoder(tokenizer, data["row_format"]).encode_batch(rows)
+            encoded = Encoder(tokenizer, tuned.params["data"]["row_format"]).encode_batch(rows)
             return [examples[0].input_ids for examples in encoded if examples]
     logger.info("the run's data set is gone, so fixed texts stand in for its prompts")
     return []

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from tunesmith.errors import ExportError
 from tunesmith.export.merge import Merge
 from tunesmith.export.tensors import write_tensors
 from tunesmith.view.bar import track_progress
@@ -22,22 +21,16 @@ def write_shards(merge: Merge, folder: Path, max_shard_size: str) -> int:
     A tensor that is larger than `max_shard_size` gets a file of its own.
 
     Raises:
-        ExportError: a file can't be written.
+        ExportError: float16 can't hold a weight.
+        OSError: a file can't be written or read.
     """
     plan = split_torch_state_dict_into_shards(merge.tensors, max_shard_size=parse_size(max_shard_size))
     total = count_bytes(merge)
     with track_progress("writing weights", total, "bytes") as tracker:
         for file, names in plan.filename_to_tensors.items():
             tensors = {name: merge.tensors[name] for name in names}
-            try:
-                write_tensors(
-                    folder / file, tensors, ((name, merge.read(name)) for name in names), tracker.advance
-                )
-            except OSError as error:
-                raise ExportError(
-                    f"can't write `{folder / file}`: {error.strerror or error}",
-                    "check the folder's permissions and the free space",
-                ) from error
+            contents = ((name, merge.read(name)) for name in names)
+            write_tensors(folder / file, tensors, contents, tracker.advance)
     if plan.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

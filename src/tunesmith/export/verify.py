@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -18,6 +18,7 @@ from tunesmith.export.merge import Merge
 from tunesmith.export.prompts import choose_prompts
 from tunesmith.export.proof import Proof
 from tunesmith.export.sample import check_headers, prove_by_sample
+from tunesmith.machine import available_memory
 from tunesmith.model.lora import apply_adapter
 from tunesmith.model.state import read_weights
 from tunesmith.tuned import TunedModel
@@ -49,7 +50,7 @@ def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> 
         ExportError: it differs.
     """
     needed = int(_MEMORY_FACTOR * 4 * sum(weights.numel() for weights in merge.model.parameters()))
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if needed > available:
         logger.info(
             "the model in float32 takes %s and %s are available: a sample of the weights is checked, no logits",
@@ -84,6 +85,7 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Pat
     exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), "auto")
     num_weights, num_inexact = _compare(reference, exported)
     del reference, exported
+    gc.collect()  # PEFT's modules refer to each other
     exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), torch.float32)
     logits = _compute_logits(exported, prompts)
     error = float((logits - merged_logits).abs().max())
@@ -156,12 +158,13 @@ def _round(model: nn.Module, merge: Merge) -> None:
                 weights[name].copy_(weights[name].to(dtype))
 
 
-def _compare(reference: nn.Module, exported: nn.Module) -> tuple[int, int]:
+def _compare(reference: nn.Module, exported: PreTrainedModel) -> tuple[int, int]:
     """Return how many weights there are, and how many of them are off by a unit of rounding."""
     expected, num_weights, num_inexact = reference.state_dict(), 0, 0
     for name, found in exported.state_dict().items():
-        num_inexact += count_inexact(name, found, expected[name].to(found.dtype))
-        num_weights += found.numel()
+        inexact = count_inexact(name, found, expected[name].to(found.dtype))
+        if name not in exported.all_tied_weights_keys:  # counted under the name it shares weights with
+            num_weights, num_inexact = num_weights + found.numel(), num_inexact + inexact
     return num_weights, num_inexact
 
 

@@ -31,7 +31,8 @@ def check_adapter_fits(model: PreTrainedModel, shapes: Mapping[str, Shape], base
     Raises:
         ModelError: it names modules that are absent, or whose shapes differ.
     """
-    weights = {name.rsplit(".", 1)[0]: tuple(p.shape) for name, p in model.named_parameters()}
+    parameters = model.named_parameters(remove_duplicate=False)
+    weights = {name.removesuffix(".weight"): tuple(p.shape) for name, p in parameters}
     problems = []
     for name, shape in shapes.items():
         for first, second in ((".lora_A.", ".lora_B."), (".lora_embedding_A", ".lora_embedding_B")):
@@ -45,27 +46,29 @@ def check_adapter_fits(model: PreTrainedModel, shapes: Mapping[str, Shape], base
             if module not in weights:
                 problems.append(f"`{module}` is absent")
             elif product not in (weights[module], weights[module][::-1]):
-                problems.append(f"`{module}` is {_show(weights[module])}, the adapter {_show(product)}")
+                problems.append(f"`{module}` is {_show(weights[module])}, the adapter's {_show(product)}")
     if problems:
         raise _misfit("adapter", base, problems)
 
 
-def check_state_fits(model: PreTrainedModel, shapes: Mapping[str, Shape], base: str) -> None:
-    """Refuse a full checkpoint whose weights, by the model's names, are not those of `model`.
+def check_state_fits(
+    model: PreTrainedModel, shapes: Mapping[str, Shape], base: str, what: str = "checkpoint"
+) -> None:
+    """Refuse `what` if its weights, by the model's names, are not those of `model`.
 
     Raises:
         ModelError: it names weights that are absent, or whose shapes differ.
     """
     weights = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     problems = [
-        f"`{name}` is {_show(weights[name])}, the checkpoint's {_show(shape)}"
+        f"`{name}` is {_show(weights[name])}, the {what}'s {_show(shape)}"
         if name in weights
         else f"`{name}` is absent"
         for name, shape in shapes.items()
         if weights.get(name) != shape
     ]
     if problems:
-        raise _misfit("checkpoint", base, problems)
+        raise _misfit(what, base, problems)
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, Shape]:
