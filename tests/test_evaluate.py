@@ -108,7 +108,9 @@ def test_both_variants_are_what_their_models_say_one_prompt_at_a_time(
         for variant in plan.variants
     ]
     engine = make_engine("transformers", spec)
-    found = {(g.sample, g.variant): list(g.token_ids) for g in engine.generate(requests)}
+    found = {
+        (g.sample, g.variant): list(g.token_ids) for together in engine.generate(requests) for g in together
+    }
     engine.close()
 
     base = AutoModelForCausalLM.from_pretrained(model_of("llama"))

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from exports_at_hand import convert, load, load_adapted, write_adapter
 from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
-from tunesmith.config import TrainConfig
+from tunesmith.cluster.ray_eval import evaluate
+from tunesmith.config import EvaluateConfig, TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engine import EngineSpec, Generation, Request, Variant, vllm_is_installed
 from tunesmith.evaluate.vllm_engine import VLLMEngine
@@ -68,6 +69,10 @@ def spec_of(model: Path, **changes: Any) -> EngineSpec:
         "num_threads": 1,
     }
     return EngineSpec(**{**settings, **changes})
+
+
+def generated(engine: VLLMEngine, requests: Sequence[Request]) -> list[Generation]:
+    return [generation for together in engine.generate(requests) for generation in together]
 
 
 def requests_for(prompts: Sequence[Ids], *variants: Variant) -> list[Request]:
@@ -158,7 +163,7 @@ def served(trained: Trained) -> dict[tuple[Variant, int], Generation]:
     """What vLLM generates for the prompts with the adapter and, from the same engine, without."""
     spec = spec_of(SMOLLM2, adapter=trained.adapter, max_tokens=MAX_TOKENS, stop_token_ids=(trained.end_id,))
     with closing(VLLMEngine(spec)) as engine:
-        return by_request(engine.generate(requests_for(trained.prompts, *VARIANTS)))
+        return by_request(generated(engine, requests_for(trained.prompts, *VARIANTS)))
 
 
 def test_the_adapter_gives_transformers_text(trained: Trained, served: dict[Any, Generation]) -> None:
@@ -179,7 +184,7 @@ def test_the_merged_export_gives_the_adapters_text_and_its_memory_back(
     spec = spec_of(trained.merged, max_tokens=MAX_TOKENS, stop_token_ids=(trained.end_id,))
     process = psutil.Process()
     with closing(VLLMEngine(spec)) as engine:
-        merged = by_request(engine.generate(requests_for(trained.prompts, "tuned")))
+        merged = by_request(generated(engine, requests_for(trained.prompts, "tuned")))
         loaded_bytes = process.memory_info().rss
     assert process.memory_info().rss < loaded_bytes - 500e6  # 540 MB of weights, 200 MB of keys and values
     model = load_adapted(SMOLLM2, trained.adapter)
@@ -201,7 +206,7 @@ def test_a_rank_of_24_is_served_and_the_base_model_beside_it_untouched(tiny: Pat
     write_adapter(tiny, tmp_path, r=24, target_modules="all-linear", task_type="CAUSAL_LM")
     model = load_adapted(tiny, tmp_path)
     with closing(VLLMEngine(spec_of(tiny, adapter=tmp_path, batch_size=4))) as engine:
-        served = by_request(engine.generate(requests_for(PROMPTS, *VARIANTS)))
+        served = by_request(generated(engine, requests_for(PROMPTS, *VARIANTS)))
     for n, prompt in enumerate(PROMPTS):
         assert served["tuned", n].token_ids == decode_greedily(model, prompt, 16)
         with model.disable_adapter():
@@ -217,7 +222,7 @@ def test_stop_tokens_end_an_answer_at_once_and_the_others_go_on(tiny: Path) -> N
         if not any(token in other for m, other in enumerate(answers) if m != n)
     )
     with closing(VLLMEngine(spec_of(tiny, stop_token_ids=(token,)))) as engine:
-        found = list(engine.generate(requests_for(PROMPTS, "base")))
+        found = generated(engine, requests_for(PROMPTS, "base"))
     assert found[0] == Generation(early, "base", answers[early][: answers[early].index(token)], "stop")
     others = {generation.sample: generation for generation in found[1:]}
     assert others == {n: Generation(n, "base", answers[n], "length") for n in range(8) if n != early}
@@ -231,7 +236,7 @@ def test_an_engine_yields_each_request_once_and_leaves_the_process_as_it_was(tin
         abandoned = engine.generate(requests)
         next(abandoned)
         abandoned.close()
-        found = list(engine.generate(requests))
+        found = generated(engine, requests)
         assert psutil.Process().children(recursive=True) == children
     assert sorted((g.sample, g.variant) for g in found) == sorted((r.sample, r.variant) for r in requests)
     assert all(len(g.token_ids) == 5 and g.finish_reason == "length" for g in found)
@@ -243,7 +248,7 @@ def test_sampling_follows_from_the_seed_and_the_sample(tiny: Path) -> None:
     def sample(seed: int) -> dict[Any, Generation]:
         spec = spec_of(tiny, temperature=1.0, top_k=50, top_p=0.95, seed=seed)
         with closing(VLLMEngine(spec)) as engine:
-            return by_request(engine.generate(requests_for(PROMPTS[:1] * 4, "base")))
+            return by_request(generated(engine, requests_for(PROMPTS[:1] * 4, "base")))
 
     first = sample(1)
     assert first == sample(1)
@@ -251,12 +256,16 @@ def test_sampling_follows_from_the_seed_and_the_sample(tiny: Path) -> None:
     assert len({generation.token_ids for generation in first.values()}) > 1
 
 
-def test_an_engine_that_cannot_start_says_why_and_the_next_one_starts(tiny: Path) -> None:
+def test_an_engine_that_cannot_start_says_why_and_the_next_one_starts(
+    tiny: Path, model_of: Callable[[str], Path]
+) -> None:
     with pytest.raises(ModelError, match="max_model_len") as raised:
         VLLMEngine(spec_of(tiny, max_model_len=4096))
     assert "--engine transformers" in str(raised.value.hint)
+    with pytest.raises(ModelError, match="head_dim=8"):
+        VLLMEngine(spec_of(model_of("llama")))
     with closing(VLLMEngine(spec_of(tiny))) as engine:
-        assert len(list(engine.generate(requests_for(PROMPTS, "base")))) == 8
+        assert len(generated(engine, requests_for(PROMPTS, "base"))) == 8
 
 
 def test_an_adapter_for_a_family_without_them_is_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -275,3 +284,48 @@ def test_a_model_with_experts_is_served_without_an_adapter_alone(
     write_adapter(model_of("mixtral"), tmp_path, target_modules=["q_proj"])
     with pytest.raises(ModelError, match="experts"):
         VLLMEngine(spec_of(model_of("mixtral"), adapter=tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_evaluation_finds_with_vllm_what_it_finds_with_transformers(
+    family: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    model, target = tiny, "q_proj"
+    if family == "gpt2":  # a family that vLLM serves without adapters
+        model, target = tmp_path / "gpt2", "c_attn"
+        tokenizer = build_tokenizer("byte_bpe")
+        config = GPT2Config(
+            vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3
+        )
+        GPT2LMHeadModel(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    adapter = tmp_path / "adapter"
+    write_adapter(model, adapter, target_modules=[target], fan_in_fan_out=family == "gpt2")
+    rows = tmp_path / "rows.jsonl"
+    texts = (
+        "one and two",
+        "a lazy dog",
+        "def add(a, b):",
+        "the quick brown",
+        "12 plus 7?",
+        "again and again",
+    )
+    rows.write_text("".join(json.dumps({"input": text, "output": "19"}) + "\n" for text in texts))
+
+    def answers(engine: str) -> list[tuple[str, str]]:
+        config = EvaluateConfig(
+            checkpoints_dir=str(adapter),
+            test_path=rows,
+            home=tmp_path / engine,
+            engine=engine,
+            dtype="float32",
+            max_tokens=12,
+            metrics=["chrf"],
+        )
+        lines = (evaluate(config).folder / "predictions.jsonl").read_text().splitlines()
+        return [(line["prediction"], line["base_prediction"]) for line in map(json.loads, lines)]
+
+    assert answers("vllm") == answers("transformers")
+    assert ("to a temporary folder" in caplog.text) == (family == "gpt2")
+    assert not list(tmp_path.rglob(".export_*"))

@@ -66,6 +66,7 @@ def configure_logging() -> None:
     # transformers and datasets set their own loggers' levels when they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _dispatch(words: list[str]) -> int:

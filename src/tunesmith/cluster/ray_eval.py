@@ -152,7 +152,7 @@ class Replica:
         if self._engine is None:
             self._engine = make_engine(self._engine_name, self._spec)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
         self.load()
         yield from self._engine.generate(requests)
 
@@ -165,7 +165,7 @@ def _score_on_gpu(
     return score_predictions(rows, metrics)
 
 
-def _spread(requests: Sequence[Request], replicas: Sequence[Any], start: Any) -> Iterator[Generation]:
+def _spread(requests: Sequence[Request], replicas: Sequence[Any], start: Any) -> Iterator[list[Generation]]:
     """Yield every request's generation; what a lost replica has not yielded goes to the one in its place."""
     import ray
     from ray.exceptions import RayActorError
@@ -180,7 +180,7 @@ def _spread(requests: Sequence[Request], replicas: Sequence[Any], start: Any) ->
         (ready, *_), _ = ray.wait(list(streams), num_returns=1)
         share = streams[ready]
         try:
-            generation: Generation = _get(next(ready))
+            finished: list[Generation] = _get(next(ready))
         except StopIteration:
             del streams[ready]
             continue
@@ -195,10 +195,9 @@ def _spread(requests: Sequence[Request], replicas: Sequence[Any], start: Any) ->
             logger.warning("a replica has died; another takes its %d remaining samples", len(share))
             streams[_stream(start(), share)] = share
             continue
-        share.remove(
-            next(r for r in share if (r.sample, r.variant) == (generation.sample, generation.variant))
-        )
-        yield generation
+        done = {(generation.sample, generation.variant) for generation in finished}
+        streams[ready] = [request for request in share if (request.sample, request.variant) not in done]
+        yield finished
 
 
 def _stream(replica: Any, share: Sequence[Request]) -> Any:

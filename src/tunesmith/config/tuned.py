@@ -106,7 +106,7 @@ class EvaluateConfig(TunedModelConfig):
     )
     max_tokens: int = setting(512, "Tokens of an answer at most.", group="generation", scope="run", ge=1)
     temperature: float = setting(
-        0.0, "Sampling temperature; 0 takes the likeliest token.", group="generation", scope="run", ge=0
+        0.0, "Sampling temperature; 0 takes the likeliest token.", group="generation", scope="run", ge=0, le=2
     )
     top_k: int = setting(0, "Tokens to sample from; 0 takes them all.", group="generation", scope="run", ge=0)
     top_p: float = setting(

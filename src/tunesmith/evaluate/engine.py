@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from tunesmith.errors import ModelError
+
 Variant = Literal["tuned", "base"]
 
 
@@ -59,13 +61,17 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+class AdapterRefusedError(ModelError):
+    """The engine serves the model, but not this adapter on it."""
+
+
 class Engine(Protocol):
     """A loaded model that generates."""
 
     name: str
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield every request's generation as soon as it is finished, in any order."""
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
+        """Yield generations as soon as they are finished, in any order, those together that end together."""
         ...
 
     def close(self) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from tunesmith.config import EvaluateConfig
-from tunesmith.evaluate.engine import EngineSpec, Generation, Request
-from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_tuned
+from tunesmith.evaluate.engine import AdapterRefusedError, EngineSpec, Generation, Request
+from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_as_adapter, served_whole
 from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.results import (
@@ -36,7 +36,7 @@ from tunesmith.view.figures import render_loss_curve
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[Sequence[Request]], Iterator[Generation]]
+Generate = Callable[[Sequence[Request]], Iterator[list[Generation]]]
 
 
 class Pool(Protocol):
@@ -104,12 +104,19 @@ def _generate(
     kept = len(requests) - len(missing)
     if kept:
         logger.info("%d of %d answers are kept from an earlier evaluation", kept, len(requests))
+    if not missing:
+        return
     of_tuned = [request for request in missing if request.variant == "tuned"]
     of_base = [request for request in missing if request.variant == "base"]
+    adapter, refusal = served_as_adapter(plan.tuned, plan.engine, pool.use_gpu)
+    if adapter is not None:
+        try:
+            _serve(config, plan, pool, store, adapter, missing)
+            return
+        except AdapterRefusedError as error:
+            refusal = error.message
     if of_tuned:
-        with served_tuned(plan.tuned, plan.engine, folder) as served:
-            if served.adapter is not None:
-                of_tuned, of_base = of_tuned + of_base, []
+        with served_whole(plan.tuned, refusal, folder) as served:
             _serve(config, plan, pool, store, served, of_tuned)
     if of_base:
         assert plan.tuned.base is not None
@@ -141,8 +148,8 @@ def _serve(
         pool.load(plan.engine, spec) as generate,
         track_progress("generating", len(requests), "answers", "tokens") as tracker,
     ):
-        for generation in store.record(generate(requests)):
-            tracker.advance(1, second=len(generation.token_ids))
+        for together in store.record(generate(requests)):
+            tracker.advance(len(together), second=sum(len(each.token_ids) for each in together))
 
 
 def _rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> list[Prediction]:

@@ -15,7 +15,9 @@ from tunesmith.config import ConvertConfig, EvaluateConfig
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.engine import EngineSpec, Request, Variant, vllm_is_installed
 from tunesmith.evaluate.test_set import TestSet
+from tunesmith.evaluate.vllm_adapter import unservable_reason
 from tunesmith.export.convert import export
+from tunesmith.model.load import load_model_config
 from tunesmith.runs import ORIGIN_FILE, read_versioned_json
 from tunesmith.tuned import TunedModel
 
@@ -73,29 +75,33 @@ def plan_requests(test_set: TestSet, variants: list[Variant], max_model_len: int
     return [Request(n, variant, p.input_ids) for variant in variants for n, p in fitting.items()]
 
 
-@contextmanager
-def served_tuned(tuned: TunedModel, engine: str, folder: Path) -> Iterator[Served]:
-    """Give what the engine can serve of the tuned model: exported to a temporary folder where it must be."""
-    if tuned.kind == "model":
-        yield Served(str(tuned.folder))
-        return
-    assert tuned.base is not None
-    reason = "its weights are sharded"
-    if tuned.kind == "adapter":
-        from tunesmith.evaluate.vllm_engine import unservable_reason
+def served_as_adapter(tuned: TunedModel, engine: str, use_gpu: bool) -> tuple[Served | None, str | None]:
+    """Return the base model with the adapter on it, or None and why the engine can't serve that."""
+    if tuned.kind != "adapter":
+        return None, "its weights are sharded"
+    assert tuned.base is not None, "an adapter has a base"
+    if engine == "vllm":
+        reason = unservable_reason(tuned.folder, load_model_config(tuned.base), use_gpu)
+        if reason is not None:
+            return None, f"vLLM can't serve it as an adapter: {reason}"
+    return Served(tuned.base.model_source, tuned.folder, tuned.base.model_revision), None
 
-        unservable = unservable_reason(tuned.folder) if engine == "vllm" else None
-        if unservable is None:
-            yield Served(tuned.base.model_source, tuned.folder, tuned.base.model_revision)
-            return
-        reason = f"vLLM can't serve it as an adapter: {unservable}"
-    elif (final := _final_of(tuned)) is not None:
-        yield Served(str(final))
+
+@contextmanager
+def served_whole(tuned: TunedModel, reason: str | None, folder: Path) -> Iterator[Served]:
+    """Give the tuned model as a folder of whole weights: its own, `final/`, or an export into `folder` for now.
+
+    `reason` says why an export is needed.
+    """
+    found = tuned.folder if tuned.kind == "model" else _final_of(tuned)
+    if found is not None:
+        yield Served(str(found))
         return
     with TemporaryDirectory(prefix=".export_", dir=folder) as temporary:
         logger.info("exporting %s to a temporary folder, because %s", tuned.label, reason)
-        export(tuned, ConvertConfig(verify=False), Path(temporary) / tuned.folder.name)
-        yield Served(str(Path(temporary) / tuned.folder.name))
+        exported = Path(temporary) / tuned.folder.name
+        export(tuned, ConvertConfig(verify=False), exported)
+        yield Served(str(exported))
 
 
 def make_spec(

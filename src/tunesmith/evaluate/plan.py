@@ -101,7 +101,8 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
     ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
     longest = test_set.longest_prompt + config.max_tokens
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or longest
     return Plan(
         tuned,
         base,
@@ -111,7 +112,8 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         choose_engine(config),
         _choose_dtype(config, tuned, use_gpu),
         config.max_model_len or min(longest, positions),
-        tuple(sorted(ends)),
+        # A model's configuration may name tokens that it doesn't have.
+        tuple(sorted(token for token in ends if token < text_config.vocab_size)),
         trusts,
     )
 

@@ -44,17 +44,17 @@ class GenerationStore:
         """Return the requests that are not generated yet."""
         return [request for request in requests if (request.variant, request.sample) not in self.finished]
 
-    def record(self, generations: Iterable[Generation]) -> Iterator[Generation]:
-        """Write each generation down as it comes, and hand it on."""
+    def record(self, generations: Iterable[list[Generation]]) -> Iterator[list[Generation]]:
+        """Write generations down as they come, and hand them on."""
         start = last = time.monotonic()
         with self._path.open("a", encoding="utf-8") as file:
             try:
-                for generation in generations:
-                    file.write(json.dumps(asdict(generation)) + "\n")
+                for together in generations:
+                    file.write("".join(json.dumps(asdict(generation)) + "\n" for generation in together))
                     file.flush()
-                    self.finished[generation.variant, generation.sample] = generation
+                    self.finished |= {(each.variant, each.sample): each for each in together}
                     last = time.monotonic()
-                    yield generation
+                    yield together
             finally:
                 self.seconds += last - start
                 file.write(json.dumps({"pass_seconds": last - start}) + "\n")

@@ -36,18 +36,18 @@ class TransformersEngine:
         self._model: Any = model if spec.adapter is None else apply_adapter(model, spec.adapter)
         self._device = device
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
         # The longest first: whether a batch fits in memory shows at once, and the estimated time only falls.
         ordered = sorted(requests, key=lambda request: (request.variant, -len(request.prompt_ids)))
         for variant in ("base", "tuned"):
             of_variant = [request for request in ordered if request.variant == variant]
             for start in range(0, len(of_variant), self._spec.batch_size):
-                yield from self._generate_batch(of_variant[start : start + self._spec.batch_size], variant)
+                yield self._generate_batch(of_variant[start : start + self._spec.batch_size], variant)
 
     def close(self) -> None:
         del self._model
 
-    def _generate_batch(self, batch: Sequence[Request], variant: Variant) -> Iterator[Generation]:
+    def _generate_batch(self, batch: Sequence[Request], variant: Variant) -> list[Generation]:
         import torch
 
         longest = max(len(request.prompt_ids) for request in batch)
@@ -67,8 +67,8 @@ class TransformersEngine:
                 attention_mask=mask_BT.to(self._device),
                 generation_config=self._generation_config(max(rooms)),
             )
-        for request, room, ids in zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True):
-            yield _generation(request, ids[:room], self._spec.stop_token_ids)
+        answers = zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True)
+        return [_generation(request, ids[:room], self._spec.stop_token_ids) for request, room, ids in answers]
 
     def _room(self, request: Request) -> int:
         """Return how many tokens the answer may have."""

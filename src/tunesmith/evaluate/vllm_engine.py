@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import pydantic
 
 from tunesmith.errors import ModelError
-from tunesmith.evaluate.engine import EngineSpec, Generation, Request
+from tunesmith.evaluate.engine import AdapterRefusedError, EngineSpec, Generation, Request
 from tunesmith.evaluate.vllm_adapter import lora_arguments, unservable_reason
+from tunesmith.machine import available_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,13 +66,19 @@ class VLLMEngine:
         self._llm: LLM | None
         self._llm, self._lora = _start(spec)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
         if self._spec.use_gpu or self._lora is None:
             yield from self._generate_together(requests)
             return
         # vLLM's CPU kernels (0.32) put the adapter on base requests that share a step with tuned ones.
         for variant in ("tuned", "base"):
             yield from self._generate_together([r for r in requests if r.variant == variant])
+
+    @property
+    def llm(self) -> LLM:
+        """The loaded model, until the engine is closed."""
+        assert self._llm is not None, "the engine is closed"
+        return self._llm
 
     def close(self) -> None:
         import torch
@@ -84,9 +90,8 @@ class VLLMEngine:
         gc.collect()
         torch.set_num_threads(self._num_threads)
 
-    def _generate_together(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        assert self._llm is not None, "the engine is closed"
-        engine = self._llm.llm_engine
+    def _generate_together(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
+        engine = self.llm.llm_engine
         pending: dict[str, Request] = {}
         try:
             for number, request in enumerate(requests):
@@ -95,8 +100,9 @@ class VLLMEngine:
                 engine.add_request(str(number), prompt, self._sampling(request), lora_request=lora)
                 pending[str(number)] = request
             while pending:
-                for output in engine.step():
-                    yield _generation(pending.pop(output.request_id), output)
+                finished = engine.step()
+                if finished:
+                    yield [_generation(pending.pop(output.request_id), output) for output in finished]
         finally:
             engine.abort_request(list(pending))
 
@@ -124,25 +130,30 @@ def _start(spec: EngineSpec) -> tuple[LLM, LoRARequest | None]:
     from transformers import AutoConfig
 
     with _contained():
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.lora.request import LoRARequest
 
+        llm = lora = None
         try:
             model_config = AutoConfig.from_pretrained(
                 spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
             )
-            if spec.adapter is None:
-                return LLM(**_arguments(spec, model_config)), None
-            if reason := unservable_reason(spec.adapter, model_config, spec.use_gpu):
-                raise _not_served(spec, reason)
-            lora = LoRARequest("tuned", 1, str(spec.adapter))
-            llm = LLM(**_arguments(spec, model_config), **lora_arguments(spec.adapter))
-            # Here, so that an adapter it refuses shows before anything is generated.
-            llm.llm_engine.add_lora(lora)
+            arguments = _arguments(spec, model_config)
+            if spec.adapter is not None:
+                if reason := unservable_reason(spec.adapter, model_config, spec.use_gpu):
+                    raise _not_served(spec, reason)
+                arguments |= lora_arguments(spec.adapter)
+                lora = LoRARequest("tuned", 1, str(spec.adapter))
+            llm = LLM(**arguments)
+            # One token: an adapter that it refuses, or kernels that it lacks, show only now.
+            trial = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+            llm.generate({"prompt_token_ids": [0]}, trial, lora_request=lora, use_tqdm=False)
         except ModelError:
             raise
         except _START_ERRORS as error:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
             cleanup_dist_env_and_memory()
             raise _not_started(spec, error) from None  # its frames hold the model
         return llm, lora
@@ -191,7 +202,7 @@ def _cache_bytes(spec: EngineSpec, text_config: Any) -> int:
         2 * text_config.num_hidden_layers * num_key_heads * head_size * item_bytes * _BLOCK_TOKENS
     )
     sequence_bytes = -(-spec.max_model_len // _BLOCK_TOKENS) * block_bytes
-    share_bytes = int(psutil.virtual_memory().available * _CACHE_SHARE)
+    share_bytes = int(available_memory() * _CACHE_SHARE)
     # vLLM keeps one block empty.
     return min(spec.batch_size * sequence_bytes, max(share_bytes, sequence_bytes)) + block_bytes
 
@@ -235,8 +246,8 @@ def _not_started(spec: EngineSpec, error: Exception) -> ModelError:
     )
 
 
-def _not_served(spec: EngineSpec, reason: str) -> ModelError:
-    return ModelError(
+def _not_served(spec: EngineSpec, reason: str) -> AdapterRefusedError:
+    return AdapterRefusedError(
         f"vLLM can't serve the adapter `{spec.adapter}` on `{spec.model}`: {reason}",
         "evaluate what `tunesmith convert` makes of it, or use --engine transformers",
     )
