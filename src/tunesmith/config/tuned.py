@@ -131,7 +131,7 @@ class EvaluateConfig(TunedModelConfig):
     )
     metrics: Annotated[Names, AfterValidator(_check_metrics)] = setting(
         None,
-        f"Scores to compute, of {', '.join(METRICS)}; auto: those that apply and can be had.",
+        f"Scores to compute, of {', '.join(METRICS)}; unset: those that apply and can be had.",
         group="scores",
         scope="run",
     )

@@ -45,7 +45,11 @@ class TransformersEngine:
                 yield self._generate_batch(of_variant[start : start + self._spec.batch_size], variant)
 
     def close(self) -> None:
-        del self._model
+        import torch
+
+        self._model = None
+        if self._spec.use_gpu:
+            torch.cuda.empty_cache()
 
     def _generate_batch(self, batch: Sequence[Request], variant: Variant) -> list[Generation]:
         import torch

@@ -88,6 +88,8 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
+        if self._spec.use_gpu:
+            torch.cuda.empty_cache()  # else the next engine finds its share of the GPU taken
         torch.set_num_threads(self._num_threads)
 
     def _generate_together(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:

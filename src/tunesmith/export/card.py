@@ -23,7 +23,7 @@ def write_card(tuned: TunedModel, library: Literal["transformers", "peft"], name
     """Write `README.md` into `folder`; `name` is what the folder will be called."""
     paragraphs = [
         f"---\n{yaml.safe_dump(_front_matter(tuned, library), sort_keys=False)}---",
-        f"# {name}",
+        f"# {_base_name(tuned.base)}, fine-tuned" if tuned.base is not None else f"# {name}",
         _describe_origin(tuned, library),
         *_describe_data(tuned),
         *_describe_losses(tuned),
