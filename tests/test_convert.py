@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tokenizers_at_hand import build_tokenizer
 from tunesmith.config import ConvertConfig
 from tunesmith.errors import ConfigError
 from tunesmith.export.convert import export
+from tunesmith.export.final import write_final
 from tunesmith.model.state import read_weights
 from tunesmith.runs import RunDir
 
@@ -168,6 +170,7 @@ def test_the_folder_says_what_it_was_made_from(model_of: ModelOf, rows: Path, tm
         "metrics": {"rougeL": {"label": "ROUGE-L F1", "base": None, "tuned": interval, "difference": None}},
         "verdict": {"text": "The tuned model is better."},
         "num_samples": 3,
+        "test_set": "/somewhere/sums.jsonl",
     }
     evaluation = run.evaluation_path(tuned.folder.name)
     evaluation.mkdir(parents=True)
@@ -179,15 +182,70 @@ def test_the_folder_says_what_it_was_made_from(model_of: ModelOf, rows: Path, tm
         "library_name: transformers",
         "`rows.jsonl`",
         "| `lora_rank` | `4` |",
+        "| `max_steps` | `4` |",
+        "3 samples of the test set `sums.jsonl`",
         f"{losses(run, 'eval_loss')[tuned.step or 0]:.4f} nats",
         "The tuned model is better.",
         "| ROUGE-L F1 |  | 0.5 (0.25 to 0.75) |  |",
     ):
         assert part in card
     assert str(tmp_path) not in card
+    assert "/somewhere" not in card
     origin = json.loads((folder / "tunesmith.json").read_text())
     assert (origin["run"], origin["checkpoint"]) == (run.path.name, tuned.folder.name)
-    assert origin["base"] == str(model_of("llama"))
+    assert (origin["base"], origin["base_fingerprint"]) == (
+        "llama",
+        run.read_params()["model"]["fingerprint"],
+    )
+    assert origin["templates"] == {
+        "input_template": "{instruction} ",
+        "output_template": "{output}",
+        "field_mapping": {"instruction": "question", "output": "answer"},
+        "row_format": "template",
+    }
+    alone = convert(tuned, tmp_path / "alone", no_merge=True)
+    assert json.loads((alone / "tunesmith.json").read_text()) == origin
+
+
+@pytest.mark.parametrize("full_ft", [False, True])
+def test_final_says_what_an_export_says_and_a_killed_replacement_of_it_is_put_right(
+    full_ft: bool, model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    run = train(model_of("llama"), rows, tmp_path / "home", full_ft=full_ft)
+    tuned = tuned_of(run)
+    assert tuned.base is not None
+    write_final(run, tuned.base)
+    final = run.final_path
+    origin = json.loads((final / "tunesmith.json").read_text())
+    assert origin == json.loads((convert(tuned, tmp_path / "out") / "tunesmith.json").read_text())
+    assert str(tmp_path) not in (final / "tunesmith.json").read_text()
+
+    # As a process leaves it that is killed between the two renames.
+    final.rename(final.with_name(".removed_final_0123abcd"))
+    final.with_name(".final_4567cdef").mkdir()
+    run.clean()
+    assert run.holds_final()
+    final.rename(final.with_name(".removed_final_0123abcd"))
+    write_final(run, tuned.base)
+    assert run.holds_final()
+    assert [path.name for path in final.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_target_modules": ["q_proj", "lm_head"]}, {"full_ft": True}])
+def test_the_proof_counts_each_written_weight_once_and_is_told_once(
+    changes: dict[str, Any],
+    model_of: ModelOf,
+    rows: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tuned = tuned_of(train(model_of("llama"), rows, tmp_path, **changes))
+    with caplog.at_level(logging.INFO, "tunesmith"):
+        exported = export(tuned, ConvertConfig(), tmp_path / "out")
+    assert exported.proof is not None
+    assert exported.proof.num_weights == sum(t.numel() for t in load_weights(exported.folder).values())
+    assert exported.proof.describe() in exported.describe()
+    assert exported.proof.describe() not in caplog.text
 
 
 def test_an_exported_model_can_be_exported_again_in_other_files(

@@ -6,6 +6,7 @@ import html
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,18 +19,23 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs_at_hand import small_config, start, train_here
-from tiny_models import save_model
+from tiny_models import build_config, save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith import cli
 from tunesmith.cluster.ray_eval import RayPool, evaluate
-from tunesmith.config import EvaluateConfig
+from tunesmith.config import ConvertConfig, EvaluateConfig
+from tunesmith.data.prompts import opening_of
+from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.evaluate.engine import Request, make_engine
 from tunesmith.evaluate.evaluation import run_evaluation
 from tunesmith.evaluate.passes import Served, make_spec
 from tunesmith.evaluate.plan import Plan, make_plan
+from tunesmith.evaluate.store import GenerationStore, only_writer
+from tunesmith.export.convert import convert
 from tunesmith.runs import RunDir
 from tunesmith.tuned import find_tuned
 
@@ -60,8 +66,6 @@ def run(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory, alone: None
 @pytest.fixture
 def fresh(run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of the run that nothing has evaluated."""
-    import shutil
-
     shutil.copytree(run.home, tmp_path / "home", ignore=shutil.ignore_patterns("evaluation"))
     return RunDir(tmp_path / "home", run.results_dir, run.model_name, run.run_name)
 
@@ -99,9 +103,7 @@ def test_both_variants_are_what_their_models_say_one_prompt_at_a_time(
     plan = plan_of(config)
     served = Served(str(model_of("llama")), plan.tuned.folder)
     stop = plan.stop_token_ids
-    spec = make_spec(
-        config, served, plan.tokenizer_folder, "float32", plan.max_model_len, stop_token_ids=stop
-    )
+    spec = make_spec(config, served, "float32", plan.max_model_len, stop_token_ids=stop)
     requests = [
         Request(n, variant, prompt.input_ids)
         for n, prompt in plan.test_set.samples.items()
@@ -256,6 +258,82 @@ def test_rows_of_another_file_go_through_the_runs_templates(fresh: RunDir, tmp_p
     assert plan_of(settings(fresh.path, test_path=rendered)).test_set.samples == own.samples
 
 
+def test_what_every_answer_begins_with_belongs_to_the_prompt(
+    model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(model_of("llama"), rows, tmp_path, max_steps=2, train_split_ratio=0.7)
+    config = config.model_copy(update={"output_template": "### Response:\n{output}"})
+    run = train_here(start(config))
+    asked = plan_of(settings(run.path)).test_set.samples
+    assert all(prompt.text.endswith(" ### Response:\n") for prompt in asked.values())
+    assert all(prompt.reference.isdecimal() for prompt in asked.values())
+    assert opening_of("Answer: {output}") == "Answer:"
+    assert opening_of("{{{output}}}") == "{"
+
+
+def test_an_answer_is_kept_for_its_own_prompt_and_weights_alone(
+    model_of: ModelOf, run: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = tmp_path / "model"
+    shutil.copytree(model_of("llama"), model)
+    changed = tmp_path / "changed.jsonl"
+    test = {"test_path": changed, "home": tmp_path}
+    changed.write_text(_test_file(run).read_text())
+    first = evaluate(settings(model, **test))
+    weights = load_file(model / "model.safetensors")
+    last = max(weights)
+    weights[last] = weights[last] * 0.5
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    second = evaluate(settings(model, **test))
+    assert "generating anew: tuned weights differ" in caplog.text
+    assert second.folder == first.folder
+    kept = (first.folder / "generations.jsonl").read_text()
+    (first.folder / "generations.jsonl").write_text(kept.replace('"prompt": "', '"prompt": "another', 3))
+    caplog.clear()
+    evaluate(settings(model, **test))
+    assert "9 of 12 answers are kept" in caplog.text
+
+
+def test_a_base_model_that_cant_answer_is_refused_before_anything_is_generated(
+    model_of: ModelOf, run: RunDir, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(build_config("llama", 50)).save_pretrained(tmp_path / "small")
+    for base, message in ((tmp_path / "small", "knows 50 tokens"), (tmp_path / "absent", "not a folder")):
+        config = settings(model_of("llama"), model_path=base, test_path=_test_file(run), home=tmp_path)
+        with pytest.raises(ModelError, match=message):
+            evaluate(config)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_the_speed_is_that_of_what_was_generated_though_a_pass_was_killed(fresh: RunDir) -> None:
+    result = evaluate(settings(fresh.path))
+    generations = result.folder / "generations.jsonl"
+    lines = generations.read_text().splitlines(keepends=True)
+    generations.write_text("".join(lines[:13]))
+    store = GenerationStore(result.folder, json.loads(lines[0])["identity"], {})
+    assert store.seconds == pytest.approx(sum(json.loads(line)["seconds"] for line in lines[1:13]))
+    assert len(store.finished) == 12
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_row(fresh: RunDir, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1?", "answer": "1"}\n{"question": "2?", "answer": "\\ud800"}\n')
+    with pytest.raises(DataError, match="row 2 of"):
+        evaluate(settings(fresh.path, test_path=path))
+
+
+def test_an_export_elsewhere_keeps_the_templates_of_its_run(fresh: RunDir, tmp_path: Path) -> None:
+    exported = convert(
+        ConvertConfig(checkpoints_dir=str(fresh.path), output_dir=tmp_path / "out", verify=False)
+    )
+    own = plan_of(settings(fresh.path)).test_set
+    raw = tmp_path / "raw.jsonl"
+    asked = [(prompt.text.removesuffix(" "), prompt.reference) for prompt in own.samples.values()]
+    raw.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in asked))
+    assert plan_of(settings(exported.folder, test_path=raw)).test_set.samples == own.samples
+
+
 def test_conversations_are_asked_up_to_the_last_answer_and_end_with_its_turn(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", build_tokenizer("chatml"))
     data = tmp_path / "chats.jsonl"
@@ -307,7 +385,8 @@ def test_a_model_folder_is_evaluated_alone_or_beside_a_base_that_is_named(
 ) -> None:
     test = {"test_path": _test_file(run), "home": tmp_path}
     alone = evaluate(settings(model_of("llama"), **test))
-    assert alone.folder == tmp_path / "evaluation" / "llama"
+    assert alone.folder.parent == tmp_path / "evaluation"
+    assert alone.folder.name.startswith("llama-")
     assert alone.scores["verdict"]["outcome"] == "alone"
     assert predictions(alone.folder)[0]["base_prediction"] is None
     both = evaluate(settings(model_of("llama"), model_path=model_of("llama"), **test))
@@ -381,9 +460,6 @@ def test_vllm_where_it_is_not_installed_is_refused(
 
 
 def test_another_process_that_evaluates_is_waited_for(fresh: RunDir) -> None:
-    from tunesmith.errors import RunError
-    from tunesmith.evaluate.store import only_writer
-
     folder = fresh.evaluation_path("checkpoint_00000008")
     with only_writer(folder), pytest.raises(RunError, match="another process is evaluating"):
         evaluate(settings(fresh.path))

@@ -85,7 +85,6 @@ def outcome(config: EvaluateConfig) -> dict[str, Any]:
         spec = make_spec(
             config,
             Served("model"),
-            plan.tokenizer_folder,
             plan.dtype,
             plan.max_model_len,
             stop_token_ids=(0,),
@@ -127,4 +126,6 @@ def test_a_setting_changes_the_evaluation(run: RunDir, name: str) -> None:
     assert "error" not in before
     assert after != before
     if "error" in after:
-        assert name in ("engine", "full_ft", "home", "checkpoints_dir"), after["error"]
+        assert name in ("engine", "full_ft", "home", "checkpoints_dir", "tensor_parallel_size"), after[
+            "error"
+        ]

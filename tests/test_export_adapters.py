@@ -33,8 +33,10 @@ from exports_at_hand import (
 )
 from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
-from tunesmith.config import TrainConfig
+from tunesmith.config import ConvertConfig, TrainConfig
 from tunesmith.errors import ExportError, ModelError
+from tunesmith.export.adapter import open_adapter, prove_copy, write_adapter_folder
+from tunesmith.export.convert import export
 from tunesmith.tuned import TunedModel
 
 pytestmark = pytest.mark.slow
@@ -136,9 +138,7 @@ def test_pickled_weights_are_read_too(model_of: ModelOf, tmp_path: Path) -> None
     build_tokenizer("byte_bpe").save_pretrained(base)
     torch.save(load_weights(model_of("qwen3")), base / "pytorch_model.bin")
     tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"])
-    weights = tmp_path / "adapter/adapter_model.safetensors"
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
-    weights.unlink()
+    pickle_adapter(tuned.folder)
     tuned = TunedModel("adapter", tuned.folder, TrainConfig(model_path=base))
     assert_merged(model_of("qwen3"), tuned, tmp_path / "out")
 
@@ -216,6 +216,66 @@ def test_a_wrong_base_model_is_refused_with_what_differs(
         convert(TunedModel("adapter", adapter, TrainConfig(model_path=wrong)), tmp_path / "out")
     assert "--base_model" in str(error.value.hint)
     assert error.value.exit_code == 2
+
+    with pytest.raises(ModelError, match=said.replace(r"\.weight", "")):
+        convert(
+            TunedModel("adapter", adapter, TrainConfig(model_path=wrong)), tmp_path / "out", no_merge=True
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_adapter_by_itself_is_the_one_it_was_made_from_byte_for_byte(
+    suffix: str, model_of: ModelOf, tmp_path: Path
+) -> None:
+    tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    weights = pickle_adapter(tuned.folder) if suffix == ".bin" else tuned.folder / "adapter_model.safetensors"
+    exported = export(tuned, ConvertConfig(no_merge=True), tmp_path / "out")
+    assert (exported.folder / weights.name).read_bytes() == weights.read_bytes()
+    assert exported.describe().endswith("\nthe adapter's weights are the checkpoint's, byte for byte")
+    unproven = export(tuned, ConvertConfig(no_merge=True, verify=False), tmp_path / "unproven")
+    assert "not compared" in unproven.describe()
+
+
+def pickle_adapter(folder: Path) -> Path:
+    """Turn an adapter's weights into the file that older versions of PEFT wrote."""
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    return weights.with_suffix(".bin")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("no_merge", [True, False])
+def test_torn_and_absent_weights_are_refused(
+    no_merge: bool, suffix: str, model_of: ModelOf, tmp_path: Path
+) -> None:
+    tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"])
+    weights = pickle_adapter(tuned.folder) if suffix == ".bin" else tuned.folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is not a whole"):
+        convert(tuned, tmp_path / "out", no_merge=no_merge)
+    weights.unlink()
+    with pytest.raises(ModelError, match="holds no adapter_model"):
+        convert(tuned, tmp_path / "out", no_merge=no_merge)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_that_differs_in_one_bit_is_caught(model_of: ModelOf, tmp_path: Path) -> None:
+    tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"])
+    assert tuned.base is not None
+    adapter = open_adapter(tuned.folder, tuned.base)
+    (tmp_path / "out").mkdir()
+    write_adapter_folder(adapter, tmp_path / "out")
+    assert prove_copy(adapter, tmp_path / "out").num_weights == sum(
+        tensor.numel() for tensor in load_file(adapter.weights).values()
+    )
+    copy = tmp_path / "out" / adapter.weights.name
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(ExportError, match="isn't the adapter"):
+        prove_copy(adapter, tmp_path / "out")
 
 
 def test_a_quantized_base_is_refused(model_of: ModelOf, tmp_path: Path) -> None:

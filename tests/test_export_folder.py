@@ -43,13 +43,35 @@ export(tuned, ConvertConfig(max_shard_size="500KB"), output)
 """
 
 
+# Ends itself by SIGKILL before its n-th change of the folder tree.
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.runs import replace_folder
+
+left = int(sys.argv[2])
+
+def count_down(event, arguments):
+    global left
+    if event in ("os.rename", "os.remove", "os.rmdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count_down)
+with replace_folder(Path(sys.argv[1])) as folder:
+    for name in ("config.json", "a", "b"):
+        (folder / name).write_text("new")
+"""
+
+
 @pytest.fixture
 def tuned(model_of: ModelOf, tmp_path: Path) -> TunedModel:
     return write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"])
 
 
 def unfinished(output: Path) -> list[Path]:
-    return list(output.parent.glob(f".{output.name}_*"))
+    return [*output.parent.glob(f".{output.name}_*"), *output.parent.glob(f".removed_{output.name}_*")]
 
 
 def test_a_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(tmp_path: Path) -> None:
@@ -75,6 +97,45 @@ def test_a_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(tmp_path
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     assert load_weights(output).keys() == load_weights(base).keys()
     assert unfinished(output) == []
+
+
+def read_texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_killed_at_any_moment_a_replacement_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    old, new = (dict.fromkeys(("config.json", "a", "b"), text) for text in ("old", "new"))
+    found = []
+    for num_changes in range(20):
+        output.mkdir()
+        for name, text in old.items():
+            (output / name).write_text(text)
+        words = [sys.executable, "-c", REPLACE, str(output), str(num_changes)]
+        code = subprocess.run(words, check=False).returncode
+        assert code in (0, -signal.SIGKILL)
+        set_aside = list(tmp_path.glob(".removed_out_*"))
+        assert all(read_texts(folder) == old for folder in set_aside), "put back later, it must be whole"
+        with pytest.raises(RunError, match="exists already"), new_folder(output, False, []):
+            pass
+        found.append(read_texts(output))
+        assert unfinished(output) == []
+        shutil.rmtree(output)
+        if code == 0:
+            break
+    # Killed before the old one is set aside, before the new one takes its place, and at each change after that.
+    assert found == [old, old, *[new] * (len(found) - 2)]
+    assert len(found) > 6
+
+
+def test_a_replacement_that_fails_keeps_the_old_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").touch()
+    with pytest.raises(ExportError, match="broke off"), new_folder(output, True, []) as folder:
+        shutil.rmtree(folder)
+    assert unfinished(output) == []
+    assert os.listdir(output) == ["config.json"]
 
 
 def test_a_folder_that_exists_is_kept_unless_told_otherwise(tuned: TunedModel, tmp_path: Path) -> None:

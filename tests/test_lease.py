@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,29 @@ def test_a_replaced_holder_leaves_the_new_lease_alone(path: Path) -> None:
     assert json.loads(path.read_text())["token"] == "another"
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_holder_survives_a_disk_that_fails_for_a_moment(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "RENEW_S", 0.05)
+    failures = []
+
+    def fail(path: Path) -> None:
+        failures.append(path)
+        raise OSError("stale file handle")
+
     with Lease(path) as lease:
-        content = path.read_text()
-        path.unlink()
-        path.mkdir()  # reading it fails as a stale handle does
-        time.sleep(0.3)
-        path.rmdir()
-        path.write_text(content)
-        time.sleep(0.3)
-        assert json.loads(path.read_text())["renewed_at"] > json.loads(content)["renewed_at"]
+        before = json.loads(path.read_text())["renewed_at"]
+        with monkeypatch.context() as disk:
+            disk.setattr(lease_module, "read_holder", fail)
+            wait_until(lambda: len(failures) > 2)
+        wait_until(lambda: json.loads(path.read_text())["renewed_at"] > before)
         assert not lease.is_lost
 
 
@@ -123,8 +134,7 @@ def test_a_holder_that_was_replaced_knows_it(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(lease_module, "RENEW_S", 0.05)
     with Lease(path) as lease:
         edit(path, token="another")
-        time.sleep(0.3)
-        assert lease.is_lost
+        wait_until(lambda: lease.is_lost)
 
 
 def test_a_holder_in_another_container_of_the_same_host_name_is_alive(path: Path) -> None:

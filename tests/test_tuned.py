@@ -186,3 +186,33 @@ def test_a_lost_base_model_is_asked_for(run: RunDir, tmp_path: Path, model_of: M
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ModelError, match=r"is not there any more.*\n.*--model_path"):
         find(lost.path)
+
+
+def test_a_folder_that_holds_one_model_has_no_other_checkpoint(run: RunDir) -> None:
+    with pytest.raises(ConfigError, match="holds one model"):
+        find(run.final_path, checkpoint="2")
+
+
+def test_a_home_that_cant_be_written_gets_no_log_and_stops_nothing(
+    run: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run.home, tmp_path / "home")
+    shutil.rmtree(tmp_path / "home/logs", ignore_errors=True)
+    (tmp_path / "home/logs").write_text("a file where the folder should be")
+    with taken(EvaluateConfig(checkpoints_dir=str(tmp_path / "home")), "a_log") as tuned:
+        assert tuned.step == 4
+    assert "there will be no log" in caplog.text
+
+
+def test_a_runs_word_on_foreign_code_counts_in_its_home_alone(run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.home, tmp_path / "home")
+    copy = RunDir(tmp_path / "home", run.results_dir, run.model_name, run.run_name)
+    for path in (copy.params_path, copy.checkpoint_path(4) / "params.json"):
+        path.write_text(path.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
+    shutil.copytree(copy.checkpoint_path(4), tmp_path / "sent")
+    trusted = [
+        find(copy.path).base,
+        find(tmp_path / "sent").base,
+        find(tmp_path / "sent", trust_remote_code=True).base,
+    ]
+    assert [base and base.trust_remote_code for base in trusted] == [True, False, True]

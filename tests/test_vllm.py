@@ -55,7 +55,6 @@ class Trained:
 def spec_of(model: Path, **changes: Any) -> EngineSpec:
     settings: dict[str, Any] = {
         "model": str(model),
-        "tokenizer": str(model),
         "adapter": None,
         "dtype": "float32",
         "max_model_len": 256,

@@ -13,24 +13,31 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 RUN_PREFIX = "TorchTrainer_"
 STATE_FILE = "trainer_state.json"
 ORIGIN_FILE = "tunesmith.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ENDINGS = ("finished", "stopped", "failed")
+_TOKEN_LENGTH = 8
 _CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})")
 
 
@@ -138,10 +145,9 @@ class RunDir:
                 remove_folder(checkpoint.path)
 
     def clean(self) -> None:
-        """Delete what a killed attempt left; only the holder of the lease may call it."""
+        """Put right what a killed attempt left; only the holder of the lease may call it."""
         self.discard_unfinished()
-        for path in self._model_path.glob(f".{self.final_path.name}_*"):
-            shutil.rmtree(path, ignore_errors=True)
+        repair_folder(self.final_path)
         self.stop_path.unlink(missing_ok=True)
 
     def discard_unfinished(self) -> None:
@@ -304,9 +310,47 @@ def _write_text(path: Path, text: str) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder such that no reader sees half of it."""
-    removed = path.with_name(f".removed_{path.name}_{uuid.uuid4().hex[:8]}")
+    removed = _beside(path, ".removed_")
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder, which takes the place of `path` when the body has ended without an error.
+
+    Killed at any moment, it leaves the old folder or the new one, whole, for `repair_folder` to put right.
+    Only one process at a time may call it for the same `path`.
+    """
+    repair_folder(path)
+    folder = _beside(path)
+    folder.mkdir()
+    try:
+        yield folder
+        sync_files(folder)
+        if path.exists():
+            path.rename(_beside(path, ".removed_"))
+        folder.rename(path)
+    finally:
+        repair_folder(path)
+
+
+def repair_folder(path: Path) -> None:
+    """Delete what `replace_folder` left beside `path` when it broke off; put the old folder back if `path` is gone."""
+    token, name = "[0-9a-f]" * _TOKEN_LENGTH, glob.escape(path.name)
+    for removed in list(path.parent.glob(f".removed_{name}_{token}")):
+        if path.exists():
+            removed.rename(_beside(path))  # half deleted, it must not be taken for whole
+        else:
+            logger.info("putting `%s` back: its replacement broke off", path)
+            removed.rename(path)
+    for unfinished in list(path.parent.glob(f".{name}_{token}")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(path: Path, prefix: str = ".") -> Path:
+    """Return a new name beside `path`."""
+    return path.with_name(f"{prefix}{path.name}_{uuid.uuid4().hex[:_TOKEN_LENGTH]}")
 
 
 def sync_files(folder: Path) -> None:

@@ -6,8 +6,8 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tunesmith.config import TrainConfig, TunedModelConfig
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.logs import log_to_file
 from tunesmith.runs import (
+    ADAPTER_CONFIG,
     ORIGIN_FILE,
     RUN_PREFIX,
     STATE_FILE,
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "state", "model"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 _DEFAULT_HOME = Path("runs")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -44,7 +44,8 @@ class TunedModel:
     checkpoint with its weights in `state/`, `model` a Hugging Face folder.
     `base` loads the base model with the functions of `model.load`; None where no base is known, which
     only a `model` can be. `run`, `params` (its params.json), `step` and `eval_loss` (nats) are None for
-    what no run recorded. `why` tells why this one was taken.
+    what no run recorded. `why` tells why this one was taken; `templates` are the settings that rendered its
+    rows, where it was exported from a run that isn't here.
     """
 
     kind: Kind
@@ -55,6 +56,7 @@ class TunedModel:
     step: int | None = None
     eval_loss: float | None = None
     why: str = "it was named"
+    templates: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -77,7 +79,12 @@ def taken(config: TunedModelConfig, log_name: str) -> Iterator[TunedModel]:
     """Give what `find_tuned` returns; log which and why, and all inside, to `{home}/logs/{log_name}.log`."""
     tuned = find_tuned(config)
     home = tuned.run.home if tuned.run else config.home
-    with log_to_file(home.expanduser() / "logs" / f"{log_name}.log") if home else nullcontext():
+    with ExitStack() as stack:
+        if home is not None:
+            try:
+                stack.enter_context(log_to_file(home.expanduser() / "logs" / f"{log_name}.log"))
+            except OSError as error:
+                logger.warning("there will be no log in `%s`: %s", home, error.strerror or error)
         logger.info("taking %s: %s (`%s`)", tuned.label, tuned.why, tuned.folder)
         yield tuned
 
@@ -130,7 +137,7 @@ def _from_run(config: TunedModelConfig, folder: Path | None) -> TunedModel:
     return TunedModel(
         kind,
         checkpoint.path,
-        _recorded_base(config, params, checkpoint.path),
+        _recorded_base(config, params, checkpoint.path, trusts=True),
         run,
         params,
         checkpoint.step,
@@ -200,15 +207,20 @@ def _named_checkpoint(config: TunedModelConfig, run: RunDir, folder: Path) -> Ch
     return found
 
 
-def _recorded_base(config: TunedModelConfig, params: dict[str, Any], folder: Path) -> TrainConfig:
+def _recorded_base(
+    config: TunedModelConfig, params: dict[str, Any], folder: Path, trusts: bool
+) -> TrainConfig:
+    """Return the settings that load the run's base model; `trusts`: the run's own word on foreign code counts."""
     recorded = settings_from_dump(TrainConfig, params["settings"], params["given"])
-    changes: dict[str, Any] = {"trust_remote_code": recorded.trust_remote_code or config.trust_remote_code}
+    trusted = config.trust_remote_code or (trusts and recorded.trust_remote_code)
+    changes: dict[str, Any] = {"trust_remote_code": trusted}
+    same_name = config.base_model.rsplit("/", 1)[-1] == params["model_name"]
+    means_recorded = same_name and (
+        recorded.model_path is not None or config.base_model == recorded.hf_model_id
+    )
     if config.model_path is not None:
         changes["model_path"] = config.model_path.expanduser().absolute()
-    elif (
-        "base_model" in config.model_fields_set
-        and config.base_model.rsplit("/", 1)[-1] != params["model_name"]
-    ):
+    elif "base_model" in config.model_fields_set and not means_recorded:
         changes |= {"model_path": None, "hf_model_id": config.base_model, "model_revision": None}
     elif recorded.model_path is not None:
         changes["model_path"] = _recorded_path(params["model"], folder)
@@ -231,12 +243,29 @@ def _recorded_path(model: dict[str, Any], folder: Path) -> Path:
 
 
 def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
+    if "checkpoint" in config.model_fields_set:
+        raise ConfigError(
+            f"`checkpoint` is {config.checkpoint}, but `{folder}` is no run, and holds one model",
+            "leave `checkpoint` out, or name the run",
+        )
     run, params, origin = _origin_of(folder)
     kind: Kind = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "model"
     if kind == "model" and (folder / STATE_FILE).is_file():
         kind = "state"
-    base = _recorded_base(config, params, folder) if params else _named_base(folder, kind, config, origin)
-    return TunedModel(kind, folder, base, run, params, origin.get("step"), origin.get("eval_loss"))
+    if params:
+        base: TrainConfig | None = _recorded_base(config, params, folder, trusts=run is not None)
+    else:
+        base = _named_base(folder, kind, config, origin)
+    return TunedModel(
+        kind,
+        folder,
+        base,
+        run,
+        params,
+        origin.get("step"),
+        origin.get("eval_loss"),
+        templates=_templates_of(origin),
+    )
 
 
 def _origin_of(folder: Path) -> tuple[RunDir | None, dict[str, Any] | None, dict[str, Any]]:
@@ -260,12 +289,14 @@ def _named_base(
     folder: Path, kind: Kind, config: TunedModelConfig, origin: dict[str, Any]
 ) -> TrainConfig | None:
     """Return the base model of what no run is known for: as given, else as recorded beside the weights."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **_templates_of(origin)}
     if config.model_path is not None:
         return TrainConfig(model_path=config.model_path.expanduser().absolute(), **options)
     if "base_model" in config.model_fields_set:
         return TrainConfig(hf_model_id=config.base_model, **options)
     source, revision = origin.get("base"), None
+    if source is not None and "/" not in source:  # the name of a local folder: where that lies isn't recorded
+        source = None
     if kind == "adapter":
         adapter = read_adapter_config(folder)
         source, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
@@ -282,15 +313,23 @@ def _named_base(
     return TrainConfig(hf_model_id=source, model_revision=revision, **options)
 
 
+def _templates_of(origin: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that rendered the rows of the run that an export came from."""
+    templates = dict(origin.get("templates", {}))
+    return templates if templates.pop("row_format", None) == "template" else {}
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return `adapter_config.json`.
 
     Raises:
         ModelError: it isn't valid JSON.
     """
+    path = folder / ADAPTER_CONFIG
     try:
-        return dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"`{folder / ADAPTER_CONFIG}` is not valid JSON: {error}", "export it again"
-        ) from error
+        raise ModelError(f"`{path}` is not valid JSON: {error}", "get the adapter again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"`{path}` holds no settings of an adapter", "get the adapter again")
+    return content

@@ -8,21 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
 
 from tunesmith.cluster.local_ray import ray_at_hand
+from tunesmith.cluster.replicas import Replicas, explain, fetch
 from tunesmith.cluster.resources import Node, connected_nodes
 from tunesmith.config import EvaluateConfig
-from tunesmith.errors import EvaluationError, ResourceError, TunesmithError
-from tunesmith.evaluate.engine import EngineSpec, Generation, Request, make_engine
+from tunesmith.errors import ConfigError, ResourceError
+from tunesmith.evaluate.engine import EngineSpec, make_engine, vllm_is_installed
 from tunesmith.evaluate.evaluation import EvaluationResult, Generate, Pool, run_evaluation
 from tunesmith.evaluate.results import Prediction
 from tunesmith.evaluate.score import Metric, choose_metrics, score_predictions
 from tunesmith.tuned import taken
 
 logger = logging.getLogger(__name__)
-
-_MAX_LOST_REPLICAS = 3
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
@@ -46,6 +44,7 @@ def choose_pool(config: EvaluateConfig, nodes: Sequence[Node], place: str) -> Po
     """Return where the engines run.
 
     Raises:
+        ConfigError: transformers is asked to spread one model over several GPUs.
         ResourceError: the evaluation asks for more GPUs or replicas than there are.
     """
     size = config.tensor_parallel_size
@@ -54,6 +53,12 @@ def choose_pool(config: EvaluateConfig, nodes: Sequence[Node], place: str) -> Po
         raise ResourceError(
             f"`tensor_parallel_size` is {size}, but no node of {place} has {size} GPUs",
             "set it to at most the GPUs of one node",
+        )
+    with_vllm = vllm_is_installed() if config.engine == "auto" else config.engine == "vllm"
+    if size > 1 and not with_vllm:
+        raise ConfigError(
+            f"`tensor_parallel_size` is {size}, but transformers generates on one GPU per replica",
+            "tensor_parallel_size works with vLLM alone: leave it out, or use --engine vllm",
         )
     fitting = sum(node.gpus // size for node in nodes) if use_gpu else sum(node.cpus for node in nodes)
     num_replicas = config.num_replicas or (fitting if use_gpu else 1)
@@ -81,7 +86,7 @@ class LocalPool:
 
     @contextmanager
     def load(self, engine: str, spec: EngineSpec) -> Iterator[Generate]:
-        with closing(make_engine(engine, spec)) as loaded:
+        with _memory_explained(), closing(make_engine(engine, spec)) as loaded:
             yield loaded.generate
 
     def score(
@@ -91,7 +96,7 @@ class LocalPool:
 
 
 class RayPool:
-    """Replicas of an engine on a Ray cluster, each on its own GPUs; one that dies is replaced."""
+    """Replicas of an engine on a Ray cluster, each on its own GPUs."""
 
     score_device = "cpu"  # the driver may run on a head without GPUs
 
@@ -101,29 +106,16 @@ class RayPool:
         self.num_replicas = num_replicas
         self.use_gpu = use_gpu
         self.num_threads = num_threads
-        self._gpus_each = gpus_each
+        self.gpus_each = gpus_each
         self._cpus_each = cpus_each
 
     @contextmanager
     def load(self, engine: str, spec: EngineSpec) -> Iterator[Generate]:
-        import ray
-
         with ray_at_hand(self.num_replicas * self._cpus_each):
-            replicas: list[Any] = []
-
-            def start() -> Any:
-                actor = ray.remote(Replica).options(num_cpus=self._cpus_each, num_gpus=self._gpus_each)
-                replicas.append(actor.remote(engine, spec))
-                return replicas[-1]
-
-            try:
-                first = [start() for _ in range(self.num_replicas)]
-                for replica in first:
-                    _get(replica.load.remote())
-                yield lambda requests: _spread(requests, first, start)
-            finally:
-                for replica in replicas:
-                    ray.kill(replica)
+            replicas = Replicas(engine, spec, self.num_replicas, self._cpus_each, self.gpus_each)
+            with closing(replicas):
+                replicas.wait_until_loaded()
+                yield replicas.generate
 
     def score(
         self, rows: Sequence[Prediction], metrics: Sequence[Metric], bertscore_model: str | None
@@ -133,28 +125,11 @@ class RayPool:
         if not self.use_gpu:
             return score_predictions(rows, metrics)
         names = [metric.name for metric in metrics]
+        logger.info("scoring on a GPU of the cluster, as soon as one is free")
         with ray_at_hand(self._cpus_each):
             task = ray.remote(_score_on_gpu).options(num_gpus=1)
-            scored: list[Prediction] = _get(task.remote(rows, names, bertscore_model))
+            scored: list[Prediction] = fetch(task.remote(rows, names, bertscore_model))
         return scored
-
-
-class Replica:
-    """One engine, in a process of its own."""
-
-    def __init__(self, engine: str, spec: EngineSpec) -> None:
-        self._engine_name = engine
-        self._spec = spec
-        self._engine: Any = None
-
-    def load(self) -> None:
-        # Not when it is made: an error of that reaches nobody whole.
-        if self._engine is None:
-            self._engine = make_engine(self._engine_name, self._spec)
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
-        self.load()
-        yield from self._engine.generate(requests)
 
 
 def _score_on_gpu(
@@ -165,56 +140,15 @@ def _score_on_gpu(
     return score_predictions(rows, metrics)
 
 
-def _spread(requests: Sequence[Request], replicas: Sequence[Any], start: Any) -> Iterator[list[Generation]]:
-    """Yield every request's generation; what a lost replica has not yielded goes to the one in its place."""
-    import ray
-    from ray.exceptions import RayActorError
-
-    # In turn, so that each gets short and long ones, tuned and base.
-    shares = [list(requests[number :: len(replicas)]) for number in range(len(replicas))]
-    streams = {
-        _stream(replica, share): share for replica, share in zip(replicas, shares, strict=True) if share
-    }
-    num_lost = 0
-    while streams:
-        (ready, *_), _ = ray.wait(list(streams), num_returns=1)
-        share = streams[ready]
-        try:
-            finished: list[Generation] = _get(next(ready))
-        except StopIteration:
-            del streams[ready]
-            continue
-        except RayActorError as error:
-            del streams[ready]
-            num_lost += 1
-            if num_lost > _MAX_LOST_REPLICAS:
-                raise EvaluationError(
-                    f"{num_lost} replicas have died: {str(error).splitlines()[0]}",
-                    "the finished samples are kept, and the same command goes on; a smaller --batch_size needs less memory",
-                ) from error
-            logger.warning("a replica has died; another takes its %d remaining samples", len(share))
-            streams[_stream(start(), share)] = share
-            continue
-        done = {(generation.sample, generation.variant) for generation in finished}
-        streams[ready] = [request for request in share if (request.sample, request.variant) not in done]
-        yield finished
-
-
-def _stream(replica: Any, share: Sequence[Request]) -> Any:
-    return replica.generate.options(num_returns="streaming").remote(list(share))
-
-
-def _get(reference: Any) -> Any:
-    """Return what a replica has made; raise an error of ours as it was raised there."""
-    import ray
-    from ray.exceptions import RayTaskError
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn a lack of memory, the GPU's or the machine's, into an error of ours."""
+    import torch
 
     try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, TunesmithError):
-            raise error.cause from error
-        raise
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise explain(error) from error
 
 
 @contextmanager

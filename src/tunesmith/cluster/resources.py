@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tunesmith.cluster.local_ray import signal_handlers_kept
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ResourceError
 from tunesmith.machine import usable_cpus
@@ -67,7 +68,8 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
     elif address:
         _check_address(address)
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            with signal_handlers_kept():
+                ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _no_answer(address, error) from error
         try:

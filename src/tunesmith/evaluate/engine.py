@@ -19,11 +19,9 @@ class EngineSpec:
 
     With an `adapter`, `model` is the base model and the engine serves both variants. Without, the engine
     serves `model` as whichever variant it is asked for. `num_threads` limits CPU threads; None leaves the library's choice.
-    `tokenizer` is the folder whose tokenizer the prompts were made with.
     """
 
     model: str
-    tokenizer: str
     adapter: Path | None
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int

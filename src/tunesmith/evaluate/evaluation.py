@@ -49,7 +49,7 @@ class Pool(Protocol):
     """Where this process computes scores: cuda or cpu."""
 
     def load(self, engine: str, spec: EngineSpec) -> AbstractContextManager[Generate]:
-        """Load the engine in every replica; give what spreads requests over them."""
+        """Load the engine; give what spreads requests over the replicas, which join as they are loaded."""
         ...
 
     def score(
@@ -79,7 +79,8 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     folder = evaluation_folder(config, tuned)
     with only_writer(folder):
         requests = plan_requests(plan.test_set, plan.variants, plan.max_model_len)
-        store = GenerationStore(folder, plan.identity(config))
+        prompts = {number: prompt.input_ids for number, prompt in plan.test_set.samples.items()}
+        store = GenerationStore(folder, plan.identity(config), prompts)
         _generate(config, plan, pool, store, requests, folder)
         rows = _rows(plan, store, requests)
         rows = pool.score(rows, metrics, config.bertscore_model)
@@ -135,7 +136,6 @@ def _serve(
     spec = make_spec(
         config,
         served,
-        plan.tokenizer_folder,
         plan.dtype,
         plan.max_model_len,
         stop_token_ids=plan.stop_token_ids,
@@ -215,7 +215,7 @@ def _describe(
             max_tokens=config.max_tokens,
             seed=config.seed,
         ),
-        loss=_losses(tuned, plan.base is not None),
+        loss=_losses(plan),
         metrics=results,
         left_out=left_out,
         throughput=ThroughputRecord(
@@ -235,10 +235,11 @@ def _engine_version(engine: str) -> str:
     return "unknown"
 
 
-def _losses(tuned: TunedModel, with_base: bool) -> LossRecord | None:
+def _losses(plan: Plan) -> LossRecord | None:
     """Return the validation losses that the training measured; the base model's is that of step 0."""
+    tuned = plan.tuned
     if tuned.run is None or tuned.eval_loss is None:
         return None
     lines = read_metrics(tuned.run.metrics_path)
     before = next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
-    return LossRecord(base=before if with_base else None, tuned=tuned.eval_loss)
+    return LossRecord(base=before if plan.base_is_recorded else None, tuned=tuned.eval_loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _WHOLE_FILE_BYTES = 1 << 30
 _HEAD_BYTES = 1 << 20
+_EXPORT_PREFIX = ".export_"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def served_whole(tuned: TunedModel, reason: str | None, folder: Path) -> Iterato
     if found is not None:
         yield Served(str(found))
         return
-    with TemporaryDirectory(prefix=".export_", dir=folder) as temporary:
+    for left in folder.glob(f"{_EXPORT_PREFIX}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=_EXPORT_PREFIX, dir=folder) as temporary:
         logger.info("exporting %s to a temporary folder, because %s", tuned.label, reason)
         exported = Path(temporary) / tuned.folder.name
         export(tuned, ConvertConfig(verify=False), exported)
@@ -105,12 +109,11 @@ def served_whole(tuned: TunedModel, reason: str | None, folder: Path) -> Iterato
 
 
 def make_spec(
-    config: EvaluateConfig, served: Served, tokenizer: Path, dtype: str, max_model_len: int, **more: Any
+    config: EvaluateConfig, served: Served, dtype: str, max_model_len: int, **more: Any
 ) -> EngineSpec:
     """Return what the engine is made from; `more` are the fields that follow from the machine and the test set."""
     return EngineSpec(
         model=served.model,
-        tokenizer=str(tokenizer),
         adapter=served.adapter,
         revision=served.revision,
         dtype=dtype,  # type: ignore[arg-type]
@@ -128,15 +131,17 @@ def make_spec(
 
 
 def weights_digest(tuned: TunedModel) -> str:
-    """Return a digest of the tuned weights: of an adapter's whole files, of the heads of larger ones."""
+    """Return a digest of the tuned weights: of an adapter's whole files, of place, time and head of larger ones."""
     digest = hashlib.blake2b(digest_size=16)
     patterns = ("*.safetensors", "*.bin", "adapter_config.json", "state/*", "state/.metadata")
     for path in sorted({path for pattern in patterns for path in tuned.folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\0".encode())
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size}\0".encode())
         with path.open("rb") as file:
-            whole = tuned.kind == "adapter" and size <= _WHOLE_FILE_BYTES
-            digest.update(file.read() if whole else file.read(_HEAD_BYTES))
+            if tuned.kind == "adapter" and stat.st_size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(f"{path.resolve()} {stat.st_mtime_ns}\0".encode() + file.read(_HEAD_BYTES))
     return digest.hexdigest()
 
 

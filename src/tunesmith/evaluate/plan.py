@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.config import EvaluateConfig, TrainConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.engine import Generation, Variant
 from tunesmith.evaluate.passes import choose_engine, weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
@@ -41,13 +42,20 @@ class Plan:
     base: TrainConfig | None
     """None where the tuned model is evaluated alone."""
     tokenizer: PreTrainedTokenizerFast
-    tokenizer_folder: Path
     test_set: TestSet
     engine: str
     dtype: str
     max_model_len: int
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool
+    base_fingerprint: str | None
+
+    @property
+    def base_is_recorded(self) -> bool:
+        """Whether the base model to compare is the very one that the run was started from."""
+        if self.base is None or self.tuned.params is None:
+            return False
+        return bool(self.tuned.params["model"]["fingerprint"] == self.base_fingerprint)
 
     @property
     def variants(self) -> list[Variant]:
@@ -62,7 +70,7 @@ class Plan:
         sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
         return {
             "tuned weights": weights_digest(self.tuned),
-            "base_model": self.tuned.base.model_source if self.tuned.base else None,
+            "base_model": self.base_fingerprint,
             "test set": self.test_set.digest,
             "engine": self.engine,
             "dtype": self.dtype,
@@ -96,9 +104,14 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     model_config = load_model_config(loaded)
     check_weights(loaded)
     _check_fit(tuned, model_config)
+    base_config = load_model_config(tuned.base) if tuned.base is not None else None
+    fingerprint = model_fingerprint(tuned.base, base_config) if tuned.base and base_config else None
     has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
     test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
+    if base is not None and base_config is not None:
+        check_weights(base)
+        _check_vocabulary(test_set, base, base_config)
     ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
     longest = test_set.longest_prompt + config.max_tokens
     text_config = model_config.get_text_config()
@@ -107,7 +120,6 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         tuned,
         base,
         tokenizer,
-        tuned.folder if has_tokenizer else Path(loaded.model_source),
         test_set,
         choose_engine(config),
         _choose_dtype(config, tuned, use_gpu),
@@ -115,15 +127,21 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         # A model's configuration may name tokens that it doesn't have.
         tuple(sorted(token for token in ends if token < text_config.vocab_size)),
         trusts,
+        fingerprint,
     )
 
 
 def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
-    """Return where the results go: into the run, outside the checkpoint; else into the home."""
+    """Return where the results go: into the run, outside the checkpoint; else into the home.
+
+    Other test sets than the run's own, and folders of the same name, have folders of their own.
+    """
+    test_name = f"-{config.test_path.stem}" if config.test_path is not None else ""
     if tuned.run is not None:
-        return tuned.run.evaluation_path(tuned.folder.name)
+        return tuned.run.evaluation_path(f"{tuned.folder.name}{test_name}")
     home = config.home.expanduser() if config.home else Path("runs")
-    return home.absolute() / "evaluation" / tuned.folder.name
+    place = hashlib.blake2b(str(tuned.folder.resolve()).encode(), digest_size=4).hexdigest()
+    return home.absolute() / "evaluation" / f"{tuned.folder.name}-{place}{test_name}"
 
 
 def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
@@ -155,10 +173,23 @@ def _check_fit(tuned: TunedModel, model_config: PretrainedConfig) -> None:
         )
 
 
+def _check_vocabulary(test_set: TestSet, base: TrainConfig, base_config: PretrainedConfig) -> None:
+    """Refuse a base model that doesn't know the tuned model's tokens."""
+    highest = max(max(prompt.input_ids) for prompt in test_set.samples.values())
+    known = base_config.get_text_config().vocab_size
+    if highest >= known:
+        raise ModelError(
+            f"`{base.model_source}` knows {known:,} tokens, and the prompts of the tuned model use token {highest:,}",
+            "give the base model that it was trained on with --model_path or --base_model",
+        )
+
+
 def _choose_dtype(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> str:
     if config.dtype != "auto":
         return config.dtype
     if tuned.params is not None and tuned.params["resolved"]:
         return str(tuned.params["resolved"]["dtype"])
+    if use_gpu and not torch.cuda.is_available():  # they are elsewhere in the cluster
+        return "bfloat16"
     device = torch.device("cuda" if use_gpu else "cpu")
     return str(resolve_dtype(TrainConfig(), device)).removeprefix("torch.")

@@ -119,7 +119,7 @@ def _make_numeric_match(references: Sequence[str]) -> Metric:
             "`numeric_match` compares answers that end in `#### 72`, and no reference does",
             "it applies to test sets such as GSM8K",
         )
-    details = "equal numbers after the last ####"
+    details = "equal numbers after ####, an answer's first and a reference's last"
     return Metric("numeric_match", "numeric match", "share", details, _match_numbers)
 
 
@@ -146,8 +146,9 @@ def _reference_number(text: str) -> Decimal | None:
 
 
 def _predicted_number(text: str) -> Decimal | None:
-    # What follows the number doesn't count against it: "#### 72 dollars" says 72.
-    _, marker, answer = text.rpartition(_MARKER)
+    # The first: a model that runs on asks and answers questions of its own. What follows the number doesn't
+    # count against it: "#### 72 dollars" says 72.
+    _, marker, answer = text.partition(_MARKER)
     return _to_number(_AFTER_MARKER.match(answer)) if marker else None
 
 

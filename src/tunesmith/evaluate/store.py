@@ -1,15 +1,16 @@
 """What an evaluation has generated so far, kept line by line, so that one cut short goes on.
 
-generations.jsonl: a header with the evaluation's identity, then a line for each finished generation, and
-one for each pass with its duration.
+generations.jsonl: a header with the evaluation's identity, then a line for each finished generation, with a
+digest of its prompt and its share of the time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,12 +33,17 @@ class GenerationStore:
     `identity` holds everything that shapes a generation, by the names that a message calls it.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], prompts: Mapping[int, Sequence[int]]) -> None:
         self._path = folder / "generations.jsonl"
         self._identity = identity
+        self._digests = {
+            sample: hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=8).hexdigest()
+            for sample, ids in prompts.items()
+        }
+        self._lines: list[dict[str, Any]] = []
         self.finished: dict[Key, Generation] = {}
         self.seconds = 0.0
-        """Time that generating took, over all passes, without loading the model."""
+        """Time that generating took, without loading the model."""
         self._read()
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
@@ -46,37 +52,44 @@ class GenerationStore:
 
     def record(self, generations: Iterable[list[Generation]]) -> Iterator[list[Generation]]:
         """Write generations down as they come, and hand them on."""
-        start = last = time.monotonic()
+        # Only now: what another evaluation has kept is lost when something takes its place.
+        header = {"format_version": FORMAT_VERSION, "identity": self._identity}
+        write_json_lines(self._path, [header, *self._lines])
+        last = time.monotonic()
         with self._path.open("a", encoding="utf-8") as file:
-            try:
-                for together in generations:
-                    file.write("".join(json.dumps(asdict(generation)) + "\n" for generation in together))
-                    file.flush()
-                    self.finished |= {(each.variant, each.sample): each for each in together}
-                    last = time.monotonic()
-                    yield together
-            finally:
-                self.seconds += last - start
-                file.write(json.dumps({"pass_seconds": last - start}) + "\n")
+            for together in generations:
+                now = time.monotonic()
+                lines = [self._line(generation, (now - last) / len(together)) for generation in together]
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+                for line in lines:
+                    self._keep(line)
+                last = now
+                yield together
+
+    def _line(self, generation: Generation, seconds: float) -> dict[str, Any]:
+        return {**asdict(generation), "prompt": self._digests[generation.sample], "seconds": seconds}
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        generation = Generation(
+            line["sample"], line["variant"], tuple(line["token_ids"]), line["finish_reason"]
+        )
+        self.finished[generation.variant, generation.sample] = generation
+        self.seconds += line["seconds"]
+        self._lines.append(line)
 
     def _read(self) -> None:
-        lines = list(_whole_lines(self._path))
-        if lines and lines[0].get("identity") == self._identity:
-            for line in lines[1:]:
-                if "pass_seconds" in line:
-                    self.seconds += line["pass_seconds"]
-                else:
-                    generation = Generation(**{**line, "token_ids": tuple(line["token_ids"])})
-                    self.finished[generation.variant, generation.sample] = generation
-        elif lines:
-            recorded = lines[0].get("identity", {})
+        header, *lines = [*_whole_lines(self._path)] or [{}]
+        recorded = header.get("identity", {})
+        if recorded == self._identity:
+            for line in lines:
+                if self._digests.get(line["sample"], line["prompt"]) == line["prompt"]:
+                    self._keep(line)
+        elif recorded:
             differing = [name for name in self._identity if recorded.get(name) != self._identity[name]]
             logger.info(
                 "generating anew: %s differ from the last evaluation", ", ".join(differing) or "formats"
             )
-        # Without what a killed writer left half-written.
-        header = {"format_version": FORMAT_VERSION, "identity": self._identity}
-        write_json_lines(self._path, [header, *(lines[1:] if self.finished or self.seconds else [])])
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,11 +61,12 @@ def read_test_set(
         raise DataError(f"there is no test file `{path}`", "give a JSONL, JSON, CSV or Parquet file")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
-    config = tuned.base if tuned.base is not None else TrainConfig()
+    config = tuned.base if tuned.base is not None else TrainConfig(**tuned.templates)
     config = config.model_copy(update={"dataset_name": str(path), "dataset_config": None, "split": "test"})
     rows, kind = _rendered_rows(tuned, path, config)
-    encoder = PromptEncoder(tokenizer, kind)
+    encoder = PromptEncoder(tokenizer, kind, config.output_template)
     taken: list[dict[str, Any]] = list(islice(rows, max_samples))
+    _check_characters(path, taken)
     prompts = {number: encoder.encode(row) for number, row in enumerate(taken)}
     samples = {number: prompt for number, prompt in prompts.items() if prompt is not None}
     if not samples:
@@ -74,6 +76,17 @@ def read_test_set(
         )
     ends = encoder.end_tokens(taken[:_ROWS_FOR_END_TOKENS])
     return TestSet(path, samples, len(taken) - len(samples), frozenset(ends), source_fingerprint(config))
+
+
+def _check_characters(path: Path, rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows, start=1):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"row {number} of `{path}` holds half a surrogate pair, which is no character",
+                "mend the row's text",
+            ) from error
 
 
 def _own_test_set(tuned: TunedModel) -> Path:

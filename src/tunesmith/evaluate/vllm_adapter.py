@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from tunesmith.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.lora import ADAPTER_WEIGHTS
+from tunesmith.tuned import read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,7 +43,7 @@ def unservable_reason(
 
     `model_config` is the base model's. Families without LoRA in vLLM are found only when the engine starts.
     """
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    settings = read_adapter_config(adapter)
     init = settings.get("init_lora_weights", True)
     if settings.get("peft_type", "LORA") != "LORA":
         return f"its type is {settings['peft_type']}"
@@ -65,7 +65,7 @@ def unservable_reason(
 
 def lora_arguments(adapter: Path) -> dict[str, Any]:
     """Return the arguments of vllm.LLM with which it serves the adapter."""
-    rank = _rank(json.loads((adapter / ADAPTER_CONFIG).read_text()))
+    rank = _rank(read_adapter_config(adapter))
     arguments: dict[str, Any] = {
         "enable_lora": True,
         "max_lora_rank": min(limit for limit in _LORA_RANKS if limit >= rank),

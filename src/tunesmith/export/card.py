@@ -12,18 +12,21 @@ import yaml
 from tunesmith.config import TrainConfig
 from tunesmith.data.sources import local_path
 from tunesmith.errors import DataError
+from tunesmith.export.origin import name_base
 from tunesmith.runs import iterate_metrics
 from tunesmith.tuned import TunedModel
 
 # Said elsewhere in the card, or true of one machine alone.
 _UNLISTED = {"hf_model_id", "model_path", "dataset_name", "trust_remote_code"}
+# May be raised on the way, like what concerns the machine; but it bends the learning rate.
+_LISTED = {"max_steps"}
 
 
 def write_card(tuned: TunedModel, library: Literal["transformers", "peft"], name: str, folder: Path) -> None:
     """Write `README.md` into `folder`; `name` is what the folder will be called."""
     paragraphs = [
         f"---\n{yaml.safe_dump(_front_matter(tuned, library), sort_keys=False)}---",
-        f"# {_base_name(tuned.base)}, fine-tuned" if tuned.base is not None else f"# {name}",
+        f"# {name_base(tuned.base)}, fine-tuned" if tuned.base is not None else f"# {name}",
         _describe_origin(tuned, library),
         *_describe_data(tuned),
         *_describe_losses(tuned),
@@ -52,7 +55,7 @@ _USE = {
 def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if tuned.base is not None:
-        content["base_model"] = _base_name(tuned.base)
+        content["base_model"] = name_base(tuned.base)
     content |= {"library_name": library, "pipeline_tag": "text-generation"}
     content["tags"] = ["tunesmith", "lora" if tuned.kind == "adapter" else "full-fine-tuning"]
     if tuned.kind == "model":
@@ -60,11 +63,6 @@ def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
     if (dataset := _hub_dataset(tuned)) is not None:
         content["datasets"] = [dataset]
     return content
-
-
-def _base_name(base: TrainConfig) -> str:
-    """Return the hub's id, or a local folder's name: its path means nothing elsewhere."""
-    return base.hf_model_id if base.model_path is None else Path(base.model_source).resolve().name
 
 
 def _hub_dataset(tuned: TunedModel) -> str | None:
@@ -77,7 +75,7 @@ def _hub_dataset(tuned: TunedModel) -> str | None:
 
 def _describe_origin(tuned: TunedModel, library: str) -> str:
     what = {"adapter": "LoRA fine-tuning", "state": "full fine-tuning", "model": "fine-tuning"}[tuned.kind]
-    base = f" of `{_base_name(tuned.base)}`" if tuned.base is not None else ""
+    base = f" of `{name_base(tuned.base)}`" if tuned.base is not None else ""
     form = "; this is the adapter alone" if library == "peft" else ""
     merged = ", merged into its weights" if tuned.kind == "adapter" and library == "transformers" else ""
     step = f", step {tuned.step:,} of the run `{tuned.run.run_name}`" if tuned.run else ""
@@ -114,7 +112,7 @@ def _describe_scores(tuned: TunedModel) -> list[str]:
     table = "\n".join(["| score | base | tuned | difference |", "| --- | --- | --- | --- |", *rows])
     return [
         f"## Scores\n\n{scores['verdict']['text']}\n\n{table}\n\nMeans over {scores['num_samples']:,} "
-        "samples of the test set, with 95 % bootstrap intervals."
+        f"samples of the test set `{Path(scores['test_set']).name}`, with 95 % bootstrap intervals."
     ]
 
 
@@ -129,7 +127,7 @@ def _describe_settings(tuned: TunedModel) -> list[str]:
     rows = [
         f"| `{name}` | `{json.dumps(settings[name], ensure_ascii=False, default=str)}` |"
         for name in tuned.params["given"]
-        if name not in _UNLISTED and _shapes_result(name)
+        if name not in _UNLISTED and (name in _LISTED or _shapes_result(name))
     ]
     if not rows:
         return ["## Settings\n\nThose of tunesmith's defaults."]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,18 +10,17 @@ import torch
 
 from tunesmith.config import ConvertConfig, TrainConfig
 from tunesmith.errors import ConfigError
+from tunesmith.export.adapter import open_adapter, prove_copy, write_adapter_folder
 from tunesmith.export.card import write_card
 from tunesmith.export.folder import check_space, new_folder
 from tunesmith.export.merge import open_merge
-from tunesmith.export.model_files import write_model_files, write_tokenizer
+from tunesmith.export.model_files import write_model_files
+from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
-from tunesmith.runs import FORMAT_VERSION, ORIGIN_FILE, write_json
-from tunesmith.tuned import ADAPTER_CONFIG, TunedModel, read_adapter_config, taken
+from tunesmith.tuned import TunedModel, taken
 from tunesmith.view.units import format_bytes
-
-logger = logging.getLogger(__name__)
 
 # The tokenizer, configurations and headers beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
@@ -84,7 +80,7 @@ def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exp
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
         num_files = write_shards(merge, folder, config.max_shard_size)
         write_model_files(merge, files, tuned.folder, folder)
-        _write_origin(tuned, folder)
+        write_origin(tuned, folder)
         write_card(tuned, "transformers", output.name, folder)
         proof = prove(merge, tuned, files, folder) if config.verify else None
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in merge.tensors.values()}
@@ -103,21 +99,15 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
             "leave one of the two out",
         )
     assert tuned.base is not None, "only a whole model has no base"
-    weights = sorted(tuned.folder.glob("adapter_model.*"))
-    num_bytes = sum(path.stat().st_size for path in weights)
     with new_folder(output, config.overwrite, [tuned.folder]) as folder:
+        adapter = open_adapter(tuned.folder, tuned.base)
+        num_bytes = adapter.weights.stat().st_size
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
-        for path in weights:
-            shutil.copyfile(path, folder / path.name)
-        settings = read_adapter_config(tuned.folder)
-        settings["base_model_name_or_path"] = _source_of(tuned.base)
-        settings["revision"] = tuned.base.model_revision if tuned.base.model_path is None else None
-        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_tokenizer(tuned.base, tuned.folder, folder)
-        _write_origin(tuned, folder)
+        write_adapter_folder(adapter, folder)
+        write_origin(tuned, folder)
         write_card(tuned, "peft", output.name, folder)
-    return Exported(output, "adapter", len(weights), num_bytes, (), None)
+        proof = prove_copy(adapter, folder) if config.verify else None
+    return Exported(output, "adapter", 1, num_bytes, (), proof)
 
 
 def _model_files(tuned: TunedModel, config: ConvertConfig) -> TrainConfig:
@@ -126,22 +116,3 @@ def _model_files(tuned: TunedModel, config: ConvertConfig) -> TrainConfig:
         return TrainConfig(model_path=tuned.folder, trust_remote_code=config.trust_remote_code)
     assert tuned.base is not None, "only a whole model has no base"
     return tuned.base
-
-
-def _write_origin(tuned: TunedModel, folder: Path) -> None:
-    write_json(
-        folder / ORIGIN_FILE,
-        {
-            "format_version": FORMAT_VERSION,
-            "run": tuned.run.path.name if tuned.run else None,
-            "checkpoint": tuned.folder.name,
-            "step": tuned.step,
-            "eval_loss": tuned.eval_loss,
-            "base": _source_of(tuned.base) if tuned.base else None,
-        },
-    )
-
-
-def _source_of(base: TrainConfig) -> str:
-    """Return the hub's id of a model, or its folder's whole path."""
-    return base.model_source if base.model_path is None else str(Path(base.model_source).absolute())

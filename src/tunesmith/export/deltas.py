@@ -23,7 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
-from tunesmith.export.source import PickledFile
+from tunesmith.export.source import PickledFile, find_adapter_weights
 from tunesmith.export.tensors import TensorFile
 from tunesmith.model.fit import check_state_fits
 from tunesmith.tuned import read_adapter_config
@@ -184,11 +184,8 @@ class _AdapterFile(Protocol):
 
 
 def _open_adapter(folder: Path) -> _AdapterFile:
-    if (folder / "adapter_model.safetensors").is_file():
-        return TensorFile(folder / "adapter_model.safetensors")
-    if (folder / "adapter_model.bin").is_file():
-        return PickledFile(folder / "adapter_model.bin")
-    raise ModelError(f"`{folder}` holds no adapter_model.safetensors", "get the adapter again")
+    path = find_adapter_weights(folder)
+    return PickledFile(path) if path.suffix == ".bin" else TensorFile(path)
 
 
 def _refuse_unsupported(folder: Path, settings: Mapping[str, Any]) -> None:

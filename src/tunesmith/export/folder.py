@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import ExportError, ResourceError, RunError
-from tunesmith.runs import remove_folder, sync_files
+from tunesmith.runs import replace_folder
 from tunesmith.view.units import format_bytes
-
-logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -25,7 +20,7 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """Yield a folder beside `output`, which gets that name when the body has ended without an error.
 
-    What a killed process left beside `output` is removed first.
+    What a killed process left beside `output` is put right first.
 
     Args:
         output: the folder's name at the end.
@@ -36,11 +31,9 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
         RunError: `output` exists, or another process is writing it.
         ExportError: it can't be written.
     """
-    _check_output(output, overwrite, sources)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output.with_name(f".{output.name}.lock"))
-        lock.acquire(timeout=0)
+        held = FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=0)
     except Timeout:
         raise RunError(
             f"another conversion is writing `{output}`", "wait for it, or give another --output_dir"
@@ -49,23 +42,17 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
         raise ExportError(
             f"can't write beside `{output}`: {error.strerror or error}", "give another --output_dir"
         ) from error
-    with lock:
-        _remove_leftovers(output)
-        folder = output.with_name(f".{output.name}_{uuid.uuid4().hex[:8]}")
-        folder.mkdir()
+    with held:
         try:
-            yield folder
-            sync_files(folder)
-            if output.exists():
-                remove_folder(output)
-            folder.rename(output)
+            with replace_folder(output) as folder:
+                # Not before: the folder that a killed conversion was to replace is back only now.
+                _check_output(output, overwrite, sources)
+                yield folder
         except OSError as error:
             raise ExportError(
                 f"the export to `{output}` broke off: {error.strerror or error}",
                 "nothing was put in place; check the free space and the folder's permissions",
             ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -100,13 +87,3 @@ def _check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> Non
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _remove_leftovers(output: Path) -> None:
-    unfinished = re.compile(
-        rf"\.{re.escape(output.name)}_[0-9a-f]{{8}}|\.removed_{re.escape(output.name)}_[0-9a-f]{{8}}"
-    )
-    for path in output.parent.iterdir():
-        if unfinished.fullmatch(path.name):
-            logger.info("removing what a conversion that broke off has left: `%s`", path)
-            shutil.rmtree(path, ignore_errors=True)

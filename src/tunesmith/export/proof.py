@@ -8,16 +8,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Proof:
-    """An export was held against an independent merge, and agrees.
+    """An export was held against what it was made from, and agrees.
 
-    `way`: `whole` compared every weight, and logits; `sampled` some rows of some tensors, where memory
-    doesn't hold the model. `num_inexact` of the `num_weights` compared are off by one unit of rounding.
-    The rest is None for `sampled`: `logits_error` is the largest difference to the logits of the rounded
+    `way`: `whole` compared every weight with an independent merge, and logits; `sampled` some rows of some
+    tensors, where memory doesn't hold the model; `copied` the bytes of an adapter by itself.
+    `num_inexact` of the `num_weights` compared are off by one unit of rounding; shared ones count once.
+    The rest is of `whole` alone: `logits_error` is the largest difference to the logits of the rounded
     merge; `distance` that to the unrounded tuned model, over `num_positions` tokens of real prompts, of
     which `num_flips` have another likeliest next token.
     """
 
-    way: Literal["whole", "sampled"]
+    way: Literal["whole", "sampled", "copied"]
     num_weights: int
     num_inexact: int
     logits_error: float | None = None
@@ -27,6 +28,8 @@ class Proof:
 
     def describe(self) -> str:
         """Return in one line what was compared, and how far the export is from the tuned model."""
+        if self.way == "copied":
+            return "the adapter's weights are the checkpoint's, byte for byte"
         rounding = f", {self.num_inexact:,} of them off by one unit of rounding" if self.num_inexact else ""
         if self.distance is None:
             return (

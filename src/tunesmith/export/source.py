@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tunesmith.export.tensors import TensorFile
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class _File(Protocol):
@@ -25,10 +27,18 @@ class _File(Protocol):
 
 
 class PickledFile:
-    """A `.bin` file, mapped; only tensors are unpickled."""
+    """A `.bin` file, mapped; only tensors are unpickled.
+
+    Raises:
+        ModelError: it is torn, or holds something else.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            self._content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"`{path}` is not a whole file of weights: {reason}", "get it again") from error
         self.tensors = {
             name: torch.empty_like(tensor, device="meta") for name, tensor in self._content.items()
         }
@@ -79,6 +89,18 @@ def _collect(folder: Path, files: Iterable[_File]) -> WeightSource:
         tensors.update(file.tensors)
         by_name.update(dict.fromkeys(file.tensors, file))
     return WeightSource(folder, tensors, by_name)
+
+
+def find_adapter_weights(folder: Path) -> Path:
+    """Return the file of an adapter's weights; PEFT too takes safetensors first.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    if found is None:
+        raise ModelError(f"`{folder}` holds no {_ADAPTERS[0]}", "get the adapter again")
+    return found
 
 
 def locate_file(config: TrainConfig, name: str) -> Path | None:

@@ -36,7 +36,7 @@ _MEMORY_FACTOR = 1.2
 
 
 def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> Proof:
-    """Hold the export in `folder` against an independent merge, and log what that showed.
+    """Hold the export in `folder` against an independent merge, and warn where rounding changes a token.
 
     A model that memory doesn't hold in float32 is checked on a sample of its weights.
 
@@ -60,7 +60,6 @@ def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> 
         proof = prove_by_sample(merge, folder)
     else:
         proof = prove_whole(merge, tuned, files, folder)
-    logger.info("checked: %s", proof.describe())
     if proof.num_flips:
         logger.warning(
             "rounding changes the likeliest token at %d of %d positions: --dtype float32 keeps it",

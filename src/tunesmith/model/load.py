@@ -187,7 +187,7 @@ def check_model_path(config: TrainConfig) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"`model_path` is `{config.model_path}`, which is not a folder",
-            "give the folder that holds config.json and the weights, or use --hf_model_id",
+            "give the folder that holds config.json and the weights, or name a model of the hub instead",
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -229,7 +229,7 @@ def _hub_options(config: TrainConfig) -> dict[str, Any]:
 def _not_loaded(what: str, config: TrainConfig, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
     if config.model_path is None:
-        hint = "check --hf_model_id, the network, and HF_TOKEN for a gated model; or give --model_path"
+        hint = "check the model's name, the network, and HF_TOKEN for a gated model; or give --model_path"
     else:
         hint = (
             "check that the folder is complete; --trust_remote_code allows a model that brings its own code"

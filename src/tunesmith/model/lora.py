@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.runs import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_NAME = "default"
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 

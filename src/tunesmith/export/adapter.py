@@ -1,0 +1,81 @@
+"""An adapter by itself, as a PEFT folder: held against its base model first, then copied as it is."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ExportError, ModelError
+from tunesmith.export.model_files import write_tokenizer
+from tunesmith.export.proof import Proof
+from tunesmith.export.source import PickledFile, find_adapter_weights
+from tunesmith.model.fit import check_adapter_fits, read_adapter_shapes
+from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.runs import ADAPTER_CONFIG
+from tunesmith.tuned import read_adapter_config
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits its base model. `weights` is the file of its `num_weights` numbers."""
+
+    base: TrainConfig
+    weights: Path
+    num_weights: int
+
+
+def open_adapter(folder: Path, base: TrainConfig) -> Adapter:
+    """Return the adapter that lies in `folder`; reads names and shapes alone.
+
+    Raises:
+        ModelError: it has no weights, or torn ones, or wasn't made from `base`; or `base` is absent.
+    """
+    weights = find_adapter_weights(folder)
+    if weights.suffix == ".bin":
+        shapes = {name: tuple(tensor.shape) for name, tensor in PickledFile(weights).tensors.items()}
+    else:
+        shapes = read_adapter_shapes(folder)
+    if not shapes:
+        raise ModelError(f"`{weights}` holds no weights", "get the adapter again")
+    model = build_meta_model(base, load_model_config(base))
+    check_adapter_fits(model, shapes, base.model_source)
+    return Adapter(base, weights, sum(map(math.prod, shapes.values())))
+
+
+def write_adapter_folder(adapter: Adapter, folder: Path) -> None:
+    """Write the weights, PEFT's settings and the tokenizer into `folder`.
+
+    Raises:
+        ModelError: the settings or the tokenizer can't be read.
+    """
+    source, base = adapter.weights.parent, adapter.base
+    shutil.copyfile(adapter.weights, folder / adapter.weights.name)
+    settings = read_adapter_config(source)
+    local = base.model_path is not None
+    # PEFT finds a local base model by its path only.
+    settings["base_model_name_or_path"] = (
+        str(Path(base.model_source).absolute()) if local else base.model_source
+    )
+    settings["revision"] = None if local else base.model_revision
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_tokenizer(base, source, folder)
+
+
+def prove_copy(adapter: Adapter, folder: Path) -> Proof:
+    """Compare the weights in `folder` with the adapter's own, byte for byte.
+
+    Raises:
+        ExportError: they differ.
+    """
+    if not filecmp.cmp(adapter.weights, folder / adapter.weights.name, shallow=False):
+        raise ExportError(
+            f"the export isn't the adapter: its `{adapter.weights.name}` isn't that of `{adapter.weights.parent}`",
+            "nothing was put in place; try again, and check the disk if it happens again",
+        )
+    return Proof("copied", adapter.num_weights, 0)

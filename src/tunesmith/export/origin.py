@@ -1,0 +1,34 @@
+"""tunesmith.json: what an export says of where it came from; nothing in it is true of one machine alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import TrainConfig
+from tunesmith.runs import FORMAT_VERSION, ORIGIN_FILE, write_json
+from tunesmith.tuned import TunedModel
+
+_TEMPLATES = ("input_template", "output_template", "field_mapping")
+
+
+def write_origin(tuned: TunedModel, folder: Path) -> None:
+    """Write `tunesmith.json` into `folder`: run, checkpoint and base model; templates where a run recorded them."""
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "run": tuned.run.path.name if tuned.run else None,
+        "checkpoint": tuned.folder.name,
+        "step": tuned.step,
+        "eval_loss": tuned.eval_loss,
+        "base": name_base(tuned.base) if tuned.base else None,
+    }
+    if tuned.params is not None:
+        templates = {name: tuned.params["settings"][name] for name in _TEMPLATES}
+        content["base_fingerprint"] = tuned.params["model"]["fingerprint"]
+        content["templates"] = {**templates, "row_format": tuned.params["data"]["row_format"]}
+    write_json(folder / ORIGIN_FILE, content)
+
+
+def name_base(base: TrainConfig) -> str:
+    """Return the hub's id, or a local folder's name: its path means nothing elsewhere."""
+    return base.hf_model_id if base.model_path is None else Path(base.model_source).resolve().name
