@@ -15,6 +15,7 @@ PACKAGE = Path(tunesmith.__file__).parent
 FLOORS = {
     "__main__": 10,
     "__init__": 10,
+    "chart": 10,
     "cli": 9,
     "cluster": 8,
     "evaluate": 7,
