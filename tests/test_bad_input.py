@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     # what is wrong: (settings, part of the error, part of the hint)
-    "unknown model path": ({"model_path": "{folder}/nowhere"}, "which is not a folder", "--hf_model_id"),
+    "unknown model path": ({"model_path": "{folder}/nowhere"}, "which is not a folder", "name a model of the hub"),
     "a folder that is no model": (
         {"model_path": "{folder}"},
         "holds no config.json",
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown hub model": (
         {"model_path": "none", "hf_model_id": "nobody/nothing"},
         "`nobody/nothing`",
-        "--hf_model_id",
+        "HF_TOKEN",
     ),
     "unknown data file": ({"dataset_name": "{folder}/nowhere.jsonl"}, "nowhere.jsonl", ""),
     "unknown hub data set": ({"dataset_name": "nobody/nothing"}, "nobody/nothing", ""),
