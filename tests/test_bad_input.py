@@ -40,7 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     # what is wrong: (settings, part of the error, part of the hint)
-    "unknown model path": ({"model_path": "{folder}/nowhere"}, "which is not a folder", "name a model of the hub"),
+    "unknown model path": (
+        {"model_path": "{folder}/nowhere"},
+        "which is not a folder",
+        "name a model of the hub",
+    ),
     "a folder that is no model": (
         {"model_path": "{folder}"},
         "holds no config.json",
