@@ -243,6 +243,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return sorted(last.values(), key=lambda line: line["step"])
 
 
+def untrained_loss(run: RunDir) -> float | None:
+    """Return the validation loss before the first step, in nats: the base model's; None if it wasn't measured."""
+    lines = read_metrics(run.metrics_path)
+    return next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
+
+
 def newest_attempt(run: RunDir) -> int:
     """Return the number of the newest attempt that has written anything, 0 before the first."""
     return max((line["attempt"] for line in iterate_metrics(run.metrics_path)), default=0)
@@ -288,19 +294,20 @@ def read_versioned_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is either the old or the new one, never half."""
-    _write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    write_text(path, [json.dumps(content, indent=2, default=str), "\n"])
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON-lines file so that it is either the old or the new one, never half."""
-    _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file so that it is either the old or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -6,8 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from tunesmith.config import TrainConfig
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.errors import DataError
+from tunesmith.runs import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def write_converted(config: TrainConfig, convert: Converter) -> tuple[Path, bool
     if not path.exists():
         logger.info("converting %s with `%s`", describe_source(config), convert.__name__)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_rows(path, _convert_rows(config, convert))
+        write_text(path, _convert_rows(config, convert))
     logger.info("the rows are those that `%s` has made, in `%s`: no templates", convert.__name__, path)
     with path.open(encoding="utf-8") as file:
         return path, "messages" not in json.loads(file.readline())
@@ -66,16 +65,3 @@ def _convert_rows(config: TrainConfig, convert: Converter) -> Iterator[str]:
                 'it must return {"input": …, "output": …} or {"messages": […]}',
             )
         yield json.dumps(converted, ensure_ascii=False) + "\n"
-
-
-def _write_rows(path: Path, rows: Iterator[str]) -> None:
-    """Write the file whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from tunesmith.evaluate.results import (
 from tunesmith.evaluate.score import Metric, choose_metrics, summarise
 from tunesmith.evaluate.store import GenerationStore, only_writer
 from tunesmith.evaluate.verdict import judge
-from tunesmith.runs import FORMAT_VERSION, read_metrics, write_json, write_json_lines
+from tunesmith.runs import FORMAT_VERSION, untrained_loss, write_json, write_json_lines
 from tunesmith.tuned import TunedModel
 from tunesmith.view.bar import track_progress
 from tunesmith.view.figures import render_loss_curve
@@ -240,6 +240,5 @@ def _losses(plan: Plan) -> LossRecord | None:
     tuned = plan.tuned
     if tuned.run is None or tuned.eval_loss is None:
         return None
-    lines = read_metrics(tuned.run.metrics_path)
-    before = next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
-    return LossRecord(base=before if plan.base_is_recorded else None, tuned=tuned.eval_loss)
+    before = untrained_loss(tuned.run) if plan.base_is_recorded else None
+    return LossRecord(base=before, tuned=tuned.eval_loss)

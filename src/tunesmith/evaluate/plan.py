@@ -101,16 +101,18 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     if tuned.kind != "model":
         assert tuned.base is not None, "only a whole model has no base"
         loaded = tuned.base
-    model_config = load_model_config(loaded)
+    model_config = base_config = load_model_config(loaded)
     check_weights(loaded)
-    _check_fit(tuned, model_config)
-    base_config = load_model_config(tuned.base) if tuned.base is not None else None
-    fingerprint = model_fingerprint(tuned.base, base_config) if tuned.base and base_config else None
+    if loaded is not tuned.base and tuned.base is not None:
+        base_config = load_model_config(tuned.base)
+    fingerprint = model_fingerprint(tuned.base, base_config) if tuned.base is not None else None
+    _check_fit(tuned, model_config, fingerprint)
     has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
     test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
-    if base is not None and base_config is not None:
-        check_weights(base)
+    if base is not None:
+        if base is not loaded:
+            check_weights(base)
         _check_vocabulary(test_set, base, base_config)
     ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
     longest = test_set.longest_prompt + config.max_tokens
@@ -154,7 +156,7 @@ def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
         )
 
 
-def _check_fit(tuned: TunedModel, model_config: PretrainedConfig) -> None:
+def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, fingerprint: str | None) -> None:
     if tuned.kind == "model":
         return
     assert tuned.base is not None
@@ -165,7 +167,7 @@ def _check_fit(tuned: TunedModel, model_config: PretrainedConfig) -> None:
         shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
         check_state_fits(model, shapes, tuned.base.model_source)
     recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
-    if recorded and recorded != model_fingerprint(tuned.base, model_config):
+    if recorded and recorded != fingerprint:
         logger.warning(
             "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
             tuned.base.model_source,

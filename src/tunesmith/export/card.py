@@ -13,7 +13,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.sources import local_path
 from tunesmith.errors import DataError
 from tunesmith.export.origin import name_base
-from tunesmith.runs import iterate_metrics
+from tunesmith.runs import untrained_loss
 from tunesmith.tuned import TunedModel
 
 # Said elsewhere in the card, or true of one machine alone.
@@ -92,8 +92,7 @@ def _describe_data(tuned: TunedModel) -> list[str]:
 def _describe_losses(tuned: TunedModel) -> list[str]:
     if tuned.eval_loss is None:
         return []
-    lines = iterate_metrics(tuned.run.metrics_path) if tuned.run else iter(())
-    first = next((line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0), None)
+    first = untrained_loss(tuned.run) if tuned.run else None
     before = f", {first:.4f} before the training" if first is not None else ""
     return [f"## Loss\n\nValidation loss: {tuned.eval_loss:.4f} nats per token{before}."]
 
