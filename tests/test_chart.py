@@ -182,7 +182,15 @@ def test_home_lies_on_the_last_claim_unless_it_is_given() -> None:
 def test_of_two_variables_of_one_name_the_later_counts() -> None:
     env = [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}, {"name": "A", "value": "3"}]
     job = render_job({"pvc": [], "train": {"env": env}})
-    assert container_of(pods_of(job)["head"])["env"] == env[1:]
+    assert container_of(pods_of(job)["head"])["env"][:2] == env[1:]
+
+
+@pytest.mark.parametrize(
+    ("env", "value"), [([], "600"), ([{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "30"}], "30")]
+)
+def test_a_stopped_job_has_time_to_save(env: list[dict[str, str]], value: str) -> None:
+    found = container_of(pods_of(render_job({"train": {"env": env}}))["head"])["env"]
+    assert [e["value"] for e in found if e["name"] == "RAY_JOB_STOP_WAIT_TIME_S"] == [value]
 
 
 @pytest.mark.parametrize(

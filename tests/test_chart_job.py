@@ -215,15 +215,26 @@ def test_a_clone_that_fails_fails_the_job(run_job: Callable[..., Ended], git: Va
     assert not (ended.home / "x").exists()
 
 
-def test_a_stopped_job_lets_the_training_save_and_runs_post_script(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", ["", "2>&1 | tee $HOME/log"])
+def test_a_stopped_job_lets_the_training_save_and_runs_post_script(tmp_path: Path, after: str) -> None:
     save = "import signal, time; signal.signal(15, lambda *_: (time.sleep(0.5), print('saved'), exit(6))); print('up', flush=True); time.sleep(30)"  # fmt: skip
-    process = start_job(training("python", "-c", f'"{save}"'), tmp_path)
+    process = start_job(training("python", "-c", f'"{save}"', after), tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     # As Ray does: the entrypoint's shell and everything below it.
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stdout.read() == "saved\npost\n"
     process.wait(10)
+
+
+def test_tee_leaves_in_its_file_what_the_training_itself_logs_there(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("an attempt before\n")
+    lines = "echo printed; echo logged >> $HOME/log; echo printed; exit 3"
+    process = start_job(training("bash", "-c", f"'{lines}'", "2>&1 | tee $HOME/log"), tmp_path)
+    assert process.communicate(timeout=60)[0] == "printed\nprinted\npost\n"
+    assert process.returncode == 3
+    logged = (tmp_path / "log").read_text().splitlines()
+    assert sorted(logged) == ["an attempt before", "logged", "printed", "printed"]
 
 
 @pytest.mark.parametrize("is_up", [True, False])

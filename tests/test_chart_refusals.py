@@ -33,6 +33,11 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "control character": ({"pre_script": ["a\x85b"]}, ["pre_script", "control character"]),
     "line separator": ({"image": "x", "post_script": "a\u2028b"}, ["post_script", "control character"]),
     "key of a toleration": ({"tolerations": [{"key": "a b"}]}, ["/tolerations/0/key"]),
+    "package as text": ({"package": {"fromConfigMap": "yes"}}, ["/package/fromConfigMap", "boolean"]),
+    "package behind a path from elsewhere": (
+        {"package": {"fromConfigMap": True}, "train": {"env": [{"name": "PYTHONPATH", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]}},
+        ["package.fromConfigMap", "train.env", "valueFrom"],
+    ),
     "unequal GPUs": ({"resources": {"requests": {"nvidia.com/gpu": 8}}}, ["resources: nvidia.com/gpu", "8 and none"]),
     "GPU on the head": ({"ray": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}, ["ray.resources", "no GPU"]),
     "huge pages alone": ({"efa": {"interfaces": 1, "hugepages": "1Gi"}}, ["hugepages-2Mi", "memory"]),

@@ -64,6 +64,8 @@ def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -
         ["train", "--help"],
         ["evaluate", "--help"],
         ["convert", "-h"],
+        ["submit", "--help"],
+        ["render", "-h"],
         ["schema", "train"],
     ],
 )
@@ -115,7 +117,7 @@ def test_the_bare_command_prints_every_verb(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == short
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "convert", "inspect", "watch", "schema"])
+@pytest.mark.parametrize("verb", list(cli._VERBS))
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out
@@ -149,7 +151,11 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
     ("words", "message", "hint"),
     [
         (["trian"], "unknown verb `trian`", "did you mean `tunesmith train`?"),
-        (["zzz"], "unknown verb `zzz`", "the verbs are train, evaluate, convert, inspect, watch, schema"),
+        (
+            ["zzz"],
+            "unknown verb `zzz`",
+            "the verbs are train, evaluate, convert, inspect, watch, submit, render, schema",
+        ),
         (["run.yaml"], "`run.yaml` stands before the verb", "write `tunesmith train run.yaml`"),
         (
             ["--max_steps", "5"],
@@ -163,7 +169,9 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (["watch", "a", "--onec"], "unknown flag `--onec`", "did you mean `--once`?"),
         (["schema", "trian"], "there is no schema `trian`", "there are those of train, evaluate, convert"),
         (["schema", "train", "--format", "xml"], "`--format` is `xml`", "it must be json or markdown"),
-        (["schema", "train", "--format"], "`--format` is ``", "it must be json or markdown"),
+        (["schema", "train", "--format"], "`--format` has no value", "write `--format json|markdown`"),
+        (["watch", "a", "--once=1"], "`--once` takes no value", "write `--once` alone"),
+        (["submit", "--relaese", "a"], "unknown flag `--relaese`", "`--help` lists the flags"),
     ],
 )
 def test_bad_words_are_refused_with_a_hint(

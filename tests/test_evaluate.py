@@ -26,6 +26,7 @@ from runs_at_hand import small_config, start, train_here
 from tiny_models import build_config, save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith import cli
+from tunesmith.cluster.ray_convert import convert
 from tunesmith.cluster.ray_eval import RayPool, evaluate
 from tunesmith.config import ConvertConfig, EvaluateConfig
 from tunesmith.data.prompts import opening_of
@@ -35,7 +36,6 @@ from tunesmith.evaluate.evaluation import run_evaluation
 from tunesmith.evaluate.passes import Served, make_spec
 from tunesmith.evaluate.plan import Plan, make_plan
 from tunesmith.evaluate.store import GenerationStore, only_writer
-from tunesmith.export.convert import convert
 from tunesmith.runs import RunDir
 from tunesmith.tuned import find_tuned
 

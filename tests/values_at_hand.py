@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from helm_at_hand import Values
+from pathlib import Path
+
+import yaml
+
+from helm_at_hand import Values, render_files
+from tunesmith.config import TrainConfig
+from tunesmith.settings import load_settings
 
 GPUS = {"nvidia.com/gpu": 8}
 # As the raytrain chart of aws-samples is given them.
@@ -77,7 +83,7 @@ MATRIX: dict[str, Values] = {
     "fine-tune": FINE_TUNE,
     "from git": FROM_GIT,
     "empty groups": dict.fromkeys(
-        ["git", "train", "run", "job", "head", "worker", "ebs", "pvc", "tolerations", "pre_script", "framework"]
+        ["git", "package", "train", "run", "job", "head", "worker", "ebs", "pvc", "tolerations", "pre_script", "framework"]
     ),
     "empty entries": {
         "image": None,
@@ -93,6 +99,8 @@ MATRIX: dict[str, Values] = {
     "runtime environment as a mapping": {"ray": {"runtime_env_yaml": {"env_vars": {"A": "1"}}}},
     "version as a number": {"ray": {"version": 2.52}},
     "image": {"image": "registry.example/tunesmith@sha256:abc", "image_pull_secrets": ["registry"]},
+    "package": {"package": {"fromConfigMap": True}, "image": "rayproject/ray:2.60.0-py311-gpu"},
+    "package in the image": {"package": {"fromConfigMap": False}},
     "service account": {"service_account": "trainer"},
     "restricted": {"podSecurity": "restricted"},
     "tolerations": {
@@ -126,3 +134,22 @@ MATRIX: dict[str, Values] = {
         "submitter": {"podSpec": {"nodeSelector": {"pool": "cpu"}}},
     },
 }  # fmt: skip
+
+
+def _read_examples() -> dict[str, Values]:
+    folder = Path(__file__).parents[1] / "examples"
+    files = sorted([*folder.glob("qwen3-14b-sft/*.yaml"), *folder.glob("models/*.yaml")])
+    read = {str(path.relative_to(folder)): yaml.safe_load(path.read_text()) for path in files}
+    return {name: values for name, values in read.items() if "apiVersion" not in values}
+
+
+# Every values file of examples/, by its path there.
+EXAMPLES = _read_examples()
+MATRIX |= EXAMPLES
+
+
+def read_run(values: Values, folder: Path) -> TrainConfig:
+    """Return the settings that `run` arrives as in the pods; the file is written to `folder`."""
+    path = folder / "run.yaml"
+    path.write_text(render_files(values)["run.yaml"])
+    return load_settings(TrainConfig, path, {}, {})

@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.cluster.ray_convert import convert
     from tunesmith.cluster.ray_eval import evaluate
     from tunesmith.cluster.ray_train import fine_tune
     from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
-    from tunesmith.export.convert import convert
 
 __all__ = [
     "ConvertConfig",
@@ -27,7 +27,7 @@ _HOMES = {
     "ConvertConfig": "tunesmith.config",
     "EvaluateConfig": "tunesmith.config",
     "TrainConfig": "tunesmith.config",
-    "convert": "tunesmith.export.convert",
+    "convert": "tunesmith.cluster.ray_convert",
     "evaluate": "tunesmith.cluster.ray_eval",
     "fine_tune": "tunesmith.cluster.ray_train",
 }

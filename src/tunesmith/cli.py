@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.errors import ConfigError, TunesmithError
+from tunesmith.options import Option, format_options, take_options
 
 if TYPE_CHECKING:
+    from tunesmith.chart.release import Release
     from tunesmith.config import Settings
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound="Settings")
 
@@ -31,6 +35,7 @@ class Verb:
     usage: str
     summary: str
     run: Callable[[list[str]], int]
+    options: tuple[Option, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +130,7 @@ def _convert(words: list[str]) -> int:
     config = _read_config("convert", ConvertConfig, words)
     if config is None:
         return 0
-    from tunesmith.export.convert import convert
+    from tunesmith.cluster.ray_convert import convert
 
     print(convert(config).describe())
     return 0
@@ -152,6 +157,69 @@ def _inspect(words: list[str]) -> int:
     return 0
 
 
+def _render(words: list[str]) -> int:
+    given, words = _take_options("render", words)
+    release = _read_release("render", given, words)
+    if release is not None:
+        from tunesmith.chart.release import render
+
+        print(render(release), end="")
+    return 0
+
+
+def _submit(words: list[str]) -> int:
+    given, words = _take_options("submit", words)
+    release = _read_release("submit", given, words)
+    if release is None:
+        return 0
+    from tunesmith.cluster.ray_job import ray_address
+
+    if ray_address() is None:
+        if "--wait" in given:
+            raise ConfigError(
+                "`--wait` is for Ray jobs", "leave it out: Helm prints how to follow the training"
+            )
+        from tunesmith.chart.release import submit
+
+        print(submit(release), end="")
+        return 0
+    return _submit_to_ray(release, wait="--wait" in given)
+
+
+def _submit_to_ray(release: Release, wait: bool) -> int:
+    from tunesmith.chart.places import refuse_relative_paths
+    from tunesmith.cluster.ray_job import submit_ray_job
+
+    if release.values or release.assignments or release.namespace:
+        logger.info("a Ray job, as RAY_ADDRESS is set: what describes pods and their namespace isn't used")
+    refuse_relative_paths(release.config, own_home=False)
+    job = submit_ray_job(release.config, release.name)
+    print(job.describe(), flush=True)
+    return job.wait() if wait else 0
+
+
+def _read_release(verb: str, given: dict[str, list[str]], words: list[str]) -> Release | None:
+    """Return the release that the options and settings of a verb describe, or None where help was printed."""
+    from tunesmith.config import TrainConfig
+    from tunesmith.settings import parse_flags
+
+    config = _read_config(verb, TrainConfig, words)
+    if config is None:
+        return None
+    from tunesmith.chart.release import Release, choose_name
+
+    path = parse_flags(TrainConfig, words).yaml_path
+    last = {option: values[-1] for option, values in given.items()}
+    return Release(
+        name=choose_name(last.get("--release"), config, path),
+        config=config,
+        config_path=path,
+        namespace=last.get("--namespace"),
+        values=tuple(Path(value) for value in given.get("--values", [])),
+        assignments=tuple(given.get("--set", [])),
+    )
+
+
 def _read_config(verb: str, model: type[Model], words: list[str]) -> Model | None:
     """Return the settings of a verb, or None where help was asked for and printed."""
     from tunesmith.config import TunedModelConfig
@@ -168,13 +236,14 @@ def _read_config(verb: str, model: type[Model], words: list[str]) -> Model | Non
 
 def _watch(words: list[str]) -> int:
     if _asks_help(words):
-        print(f"{_describe_verb('watch')}\n\n  --once    print the run's state and end")
+        print(_describe_verb("watch"))
         return 0
-    (run,), options = _read_words("watch", words, ["RUN"], {"--once"})
+    given, words = _take_options("watch", words)
+    (run,) = _read_words("watch", words, ["RUN"])
     configure_logging()
     from tunesmith.view.watch import watch
 
-    watch(run, once="--once" in options)
+    watch(run, once="--once" in given)
     return 0
 
 
@@ -183,12 +252,13 @@ def _schema(words: list[str]) -> int:
     from tunesmith.settings import format_markdown, json_schema
 
     if _asks_help(words):
-        print(
-            f"{_describe_verb('schema')}\n\n  --format json|markdown    JSON schema (default) or reference page"
-        )
+        print(_describe_verb("schema"))
         return 0
-    output_format, words = _take_format(words)
-    (verb,), _ = _read_words("schema", words, ["VERB"], set())
+    given, words = _take_options("schema", words)
+    output_format = given.get("--format", ["json"])[-1]
+    if output_format not in ("json", "markdown"):
+        raise ConfigError(f"`--format` is `{output_format}`", "it must be json or markdown")
+    (verb,) = _read_words("schema", words, ["VERB"])
     models: dict[str, type[Settings]] = {
         "train": TrainConfig,
         "evaluate": EvaluateConfig,
@@ -203,6 +273,20 @@ def _schema(words: list[str]) -> int:
     return 0
 
 
+_CLUSTER_OPTIONS = (
+    Option(
+        "--release",
+        "Helm's release, or how a Ray job's id begins; run_name, else the YAML file's or the model's name",
+        "NAME",
+    ),
+    Option("--namespace", "Kubernetes' namespace; kubectl's by default", "NAME", "-n"),
+    Option("--values", "values of the chart: image, resources, claims, …; may be repeated", "YAML", "-f"),
+    Option("--set", "one value, as image=my-registry/tunesmith:0.1.0; may be repeated", "KEY=VALUE"),
+)
+_WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
+_ONCE = Option("--once", "print the run's state and end")
+_FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
+
 _VERBS = {
     "train": Verb("train [run.yaml] [flags]", "fine-tune a model; the same command again resumes it", _train),
     "evaluate": Verb(
@@ -212,9 +296,24 @@ _VERBS = {
         "convert [RUN] [flags]", "export a tuned model as a Hugging Face folder, proven equal", _convert
     ),
     "inspect": Verb("inspect [run.yaml] [flags]", "show the examples a run would train on", _inspect),
-    "watch": Verb("watch RUN [--once]", "draw a run's progress from its folder", _watch),
+    "watch": Verb("watch RUN [--once]", "draw a run's progress from its folder", _watch, (_ONCE,)),
+    "submit": Verb(
+        "submit [run.yaml] [flags]",
+        "train on Kubernetes, with Helm, or on the Ray cluster of RAY_ADDRESS",
+        _submit,
+        (*_CLUSTER_OPTIONS, _WAIT),
+    ),
+    "render": Verb(
+        "render [run.yaml] [flags]",
+        "print what submit would install on Kubernetes",
+        _render,
+        _CLUSTER_OPTIONS,
+    ),
     "schema": Verb(
-        "schema VERB [--format json|markdown]", "print the settings' schema or reference page", _schema
+        "schema VERB [--format json|markdown]",
+        "print the settings' schema or reference page",
+        _schema,
+        (_FORMAT,),
     ),
 }
 
@@ -223,36 +322,23 @@ def _asks_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def _take_format(words: list[str]) -> tuple[str, list[str]]:
-    """Return the value of `--format` and the other words."""
-    rest: list[str] = []
-    output_format = "json"
-    remaining = iter(words)
-    for word in remaining:
-        option, equals, value = word.partition("=")
-        if option != "--format":
-            rest.append(word)
-            continue
-        output_format = value if equals else next(remaining, "")
-        if output_format not in ("json", "markdown"):
-            raise ConfigError(f"`--format` is `{output_format}`", "it must be json or markdown")
-    return output_format, rest
+def _take_options(verb: str, words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the values of the verb's options by name, and the other words."""
+    return take_options(_VERBS[verb].options, words)
 
 
-def _read_words(
-    verb: str, words: list[str], wanted: list[str], options: set[str]
-) -> tuple[list[str], set[str]]:
-    """Return as many plain words as are `wanted` (their names), and which of `options` are given."""
-    plain = [word for word in words if not word.startswith("-")]
-    given = {word for word in words if word.startswith("-")}
+def _read_words(verb: str, words: list[str], wanted: list[str]) -> list[str]:
+    """Return the words, which are plain ones, as many as are `wanted` (their names)."""
     usage = f"write `tunesmith {_VERBS[verb].usage}`"
-    for option in sorted(given - options):
-        raise ConfigError(f"unknown flag `{option}`", _did_you_mean(option, options) or usage)
-    if len(plain) < len(wanted):
-        raise ConfigError(f"`tunesmith {verb}` needs `{wanted[len(plain)]}`", usage)
-    if len(plain) > len(wanted):
-        raise ConfigError(f"`tunesmith {verb}` doesn't take `{plain[len(wanted)]}`", usage)
-    return plain, given
+    for word in words:
+        if word.startswith("-"):
+            names = [option.name for option in _VERBS[verb].options]
+            raise ConfigError(f"unknown flag `{word}`", _did_you_mean(word, names) or usage)
+    if len(words) < len(wanted):
+        raise ConfigError(f"`tunesmith {verb}` needs `{wanted[len(words)]}`", usage)
+    if len(words) > len(wanted):
+        raise ConfigError(f"`tunesmith {verb}` doesn't take `{words[len(wanted)]}`", usage)
+    return words
 
 
 def _unknown_verb(words: list[str]) -> ConfigError:
@@ -272,8 +358,9 @@ def _did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str | No
 
 
 def _describe_verb(verb: str) -> str:
-    summary = _VERBS[verb].summary
-    return f"usage: tunesmith {_VERBS[verb].usage}\n\n{summary[0].upper()}{summary[1:]}."
+    usage, summary, options = _VERBS[verb].usage, _VERBS[verb].summary, _VERBS[verb].options
+    text = f"usage: tunesmith {usage}\n\n{summary[0].upper()}{summary[1:]}."
+    return f"{text}\n\n{format_options(options)}" if options else text
 
 
 def _short_help() -> str:

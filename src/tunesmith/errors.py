@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+MISSING_PACKAGE_HINT = (
+    "install it where the model runs; for the workers of a cluster it belongs in the image or in Ray's runtime "
+    "environment (the chart's `ray.runtime_env_yaml`): a pre_script installs on the head alone"
+)
+
 
 class TunesmithError(Exception):
     """An error that a person is meant to read: `message` says what is wrong, `hint` the remedy.
@@ -68,3 +73,7 @@ class EvaluationError(TunesmithError, RuntimeError):
 
 class ExportError(TunesmithError, RuntimeError):
     """An export can't be written, or isn't equal to what it was made from; nothing was put in place."""
+
+
+class SubmitError(TunesmithError, RuntimeError):
+    """A job can't be handed to a cluster, or is lost there."""

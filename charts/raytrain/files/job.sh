@@ -35,8 +35,11 @@ if [[ -f $raytrain_parts/git.sh ]]; then
   GIT_TERMINAL_PROMPT=0 git clone ${raytrain_branch:+"--branch=$raytrain_branch"} -- "$raytrain_repo_url" "$raytrain_clone"
   cd -- "$raytrain_clone"
   if [[ -n $raytrain_commit ]]; then
+    # An access point of EFS may give the clone to another user, whom git wouldn't trust.
+    export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$raytrain_clone
     git cat-file -e "$raytrain_commit^{commit}" 2>/dev/null || git fetch origin "$raytrain_commit"
     git reset --hard "$raytrain_commit"
+    unset GIT_CONFIG_COUNT GIT_CONFIG_KEY_0 GIT_CONFIG_VALUE_0
   fi
 fi
 
@@ -60,6 +63,11 @@ set +e
 (
   set -eo pipefail
   trap : TERM
+  # The training logs to the same file, which a plain tee would write over, and needs its reader until it has saved.
+  tee() {
+    trap : TERM
+    (trap '' TERM && exec tee -a "$@")
+  }
   source "$raytrain_parts/train.sh"
 )
 exit $?

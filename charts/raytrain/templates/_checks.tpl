@@ -10,6 +10,16 @@
 {{- if and $values.framework (not (.Files.Glob (printf "scripts/%s/**" $values.framework))) -}}
 {{- fail (printf "framework: there is no folder scripts/%s in the chart; '' mounts no scripts" $values.framework) -}}
 {{- end -}}
+{{- if $values.package.fromConfigMap -}}
+{{- if not (.Files.Get "files/tunesmith.zip") -}}
+{{- fail "package.fromConfigMap: the chart holds no files/tunesmith.zip; in the repository `python -m tunesmith.chart.package charts/raytrain/files/tunesmith.zip` writes it" -}}
+{{- end -}}
+{{- range $values.train.env -}}
+{{- if and (eq .name "PYTHONPATH") .valueFrom -}}
+{{- fail "package.fromConfigMap: it comes first in PYTHONPATH, which train.env must then give as a value, not by valueFrom" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- with $values.elastic -}}
 {{- if gt .min_nodes .max_nodes -}}
 {{- fail (printf "elastic.min_nodes is %v, above elastic.max_nodes (%v)" .min_nodes .max_nodes) -}}

@@ -5,7 +5,7 @@ Helm holds every number as a float. toYaml takes off a last newline, which a tex
 
 {{/* A group that was set to null, as by a key with nothing below it, is an empty one. */}}
 {{- define "raytrain.fill" -}}
-{{- range list "git" "train" "run" "job" "head" "worker" "submitter" -}}
+{{- range list "git" "package" "train" "run" "job" "head" "worker" "submitter" -}}
 {{- if not (get $.Values .) -}}
 {{- $_ := set $.Values . dict -}}
 {{- end -}}
@@ -96,7 +96,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $scripts := or .Values.inline_script .Values.pre_script .Values.post_script -}}
 {{- if and (not $command) (or .Values.run $args (not $scripts)) -}}
 {{- $command = "python -m tunesmith train /etc/tunesmith/run.yaml" -}}
-{{- if not (hasKey .Values.run "home") -}}
+{{- if not .Values.run.home -}}
 {{- $command = printf "%s --home=\"$HOME\"" $command -}}
 {{- end -}}
 {{- end -}}
@@ -122,6 +122,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $home := printf "%s/home/%s" ((last .Values.pvc).mount_path | trimSuffix "/") .Release.Name -}}
 {{- $names = prepend $names "HOME" -}}
 {{- $_ := set $entries "HOME" (dict "name" "HOME" "value" $home) -}}
+{{- end -}}
+{{- if not (hasKey $entries "RAY_JOB_STOP_WAIT_TIME_S") -}}
+{{- /* Ray gives a stopped job 3 s, which is no time for a checkpoint and post_script. */ -}}
+{{- $names = append $names "RAY_JOB_STOP_WAIT_TIME_S" -}}
+{{- $_ := set $entries "RAY_JOB_STOP_WAIT_TIME_S" (dict "name" "RAY_JOB_STOP_WAIT_TIME_S" "value" "600") -}}
+{{- end -}}
+{{- if .Values.package.fromConfigMap -}}
+{{- $given := get $entries "PYTHONPATH" | default dict -}}
+{{- $paths := list "/etc/tunesmith-package/tunesmith.zip" $given.value | compact -}}
+{{- $names = empty $given | ternary (prepend $names "PYTHONPATH") $names -}}
+{{- $_ := set $entries "PYTHONPATH" (dict "name" "PYTHONPATH" "value" (join ":" $paths)) -}}
 {{- end -}}
 {{- $list := list -}}
 {{- range $names -}}

@@ -142,6 +142,13 @@ volumes: {{- toYaml $storage.volumes | nindent 2 }}
       items: {{- include "raytrain.scriptItems" $ | nindent 8 }}
   mount: {mountPath: /etc/framework-scripts, readOnly: true}
 {{- end }}
+{{- if .Values.package.fromConfigMap }}
+- name: package
+  volume:
+    configMap:
+      name: {{ include "raytrain.name" . }}-package
+  mount: {mountPath: /etc/tunesmith-package, readOnly: true}
+{{- end }}
 {{- range $number, $claim := .Values.pvc }}
 - name: pv-{{ add1 $number }}
   volume:

@@ -106,6 +106,7 @@ def _pods() -> dict[str, Schema]:
         "image": _optional(_text(r"^\S*$")),
         "image_pull_policy": {"enum": ["Always", "IfNotPresent", "Never", None]},
         "image_pull_secrets": _array(_text(_SUBDOMAIN, 253)),
+        "package": _optional(_object({"fromConfigMap": {"type": ["boolean", "null"]}})),
         "service_account": _optional(_text(f"{_SUBDOMAIN}|^$", 253)),
         "podSecurity": {"enum": ["image", "restricted"]},
         "resources": _object(worker, required=["nnodes"]),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
-from tunesmith.cluster.local_ray import ray_at_hand
-from tunesmith.cluster.replicas import Replicas, explain, fetch
+from tunesmith.cluster.local_ray import ended_by_sigterm, ray_at_hand
+from tunesmith.cluster.remote import explain, fetch
+from tunesmith.cluster.replicas import EVALUATION, Replicas
 from tunesmith.cluster.resources import Node, connected_nodes
 from tunesmith.config import EvaluateConfig
 from tunesmith.errors import ConfigError, ResourceError
@@ -33,7 +31,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         EvaluationError: the replicas keep failing.
     """
     with (
-        _ended_by_sigterm(),
+        ended_by_sigterm(),
         taken(config, "test_checkpoint") as tuned,
         connected_nodes() as (nodes, place),
     ):
@@ -128,7 +126,7 @@ class RayPool:
         logger.info("scoring on a GPU of the cluster, as soon as one is free")
         with ray_at_hand(self._cpus_each):
             task = ray.remote(_score_on_gpu).options(num_gpus=1)
-            scored: list[Prediction] = fetch(task.remote(rows, names, bertscore_model))
+            scored: list[Prediction] = fetch(task.remote(rows, names, bertscore_model), EVALUATION)
         return scored
 
 
@@ -148,17 +146,4 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise explain(error) from error
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM end the process as Ctrl-C does: engines close, and what is finished is kept."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        raise explain(error, EVALUATION) from error

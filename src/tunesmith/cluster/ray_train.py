@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.local_ray import STOP_SIGNALS, ray_at_hand, signal_handlers_kept
+from tunesmith.cluster.remote import find_failed_import
 from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
-from tunesmith.errors import ConfigError, RunError, TrainingError, TunesmithError
+from tunesmith.errors import (
+    MISSING_PACKAGE_HINT,
+    ConfigError,
+    RunError,
+    TrainingError,
+    TunesmithError,
+)
 from tunesmith.lease import Lease, refuse_if_held
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import load_tokenizer
@@ -48,6 +55,11 @@ _GROUP_TIMEOUT_S = 3600
 _SAME_REQUEST_S = 0.5
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Smallest change of the result first.
+_SMALLER = (
+    "halve --per_device_train_batch_size and double --gradient_accumulation_steps, which keeps the global batch; "
+    "or lower --max_seq_length, or take more workers"
+)
 
 
 @dataclass(frozen=True)
@@ -282,11 +294,21 @@ def _explain(failure: BaseException, run: RunDir) -> TunesmithError:
     cause = min((_root_of(error) for error in failures), key=_remoteness)
     if isinstance(cause, TunesmithError):
         return cause
+    failed_import = find_failed_import(cause)
+    if failed_import is not None:
+        return TrainingError(f"training failed: {failed_import}", MISSING_PACKAGE_HINT)
     latest = run.latest_checkpoint()
     hint = f"the same command goes on from step {latest.step}" if latest else "no checkpoint was written yet"
+    if _ran_out_of_memory(cause):
+        hint = f"{_SMALLER}; {hint}"
     return TrainingError(
         f"training failed: {type(cause).__name__}: {cause}", f"{hint}; the log is `{run.log_path()}`"
     )
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch had none, of a GPU or of the host, or Ray ended a worker for the host's sake."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _root_of(error: BaseException) -> BaseException:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.errors import EvaluationError, TunesmithError
+from tunesmith.cluster.remote import Work, fetch
+from tunesmith.errors import EvaluationError
 from tunesmith.evaluate.engine import EngineSpec, Generation, Request, Variant, make_engine
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,6 @@ _MAX_LOST_EACH = (
 _SAID_AFTER_S = 15
 _PLACED_WITHIN_S = 600
 _CLOSED_WITHIN_S = 30
-_MAX_REASON_CHARACTERS = 300
 _HINT = (
     "the finished samples are kept, and the same command goes on; a smaller --batch_size needs less memory"
 )
@@ -30,6 +30,9 @@ Share = dict[tuple[Variant, int], Request]
 
 class ReplicaLostError(EvaluationError):
     """A replica has died or is out of reach, and with it what it hasn't handed over."""
+
+
+EVALUATION = Work("the evaluation", EvaluationError, ReplicaLostError, _HINT)
 
 
 class Replica:
@@ -143,7 +146,7 @@ class Replicas:
             return []
         task = self._tasks[ready[0]]
         try:
-            finished: list[Generation] = fetch(next(ready[0]))
+            finished: list[Generation] = fetch(next(ready[0]), EVALUATION)
         except StopIteration:
             del self._tasks[ready[0]]
             self._free.append(task.replica)
@@ -191,46 +194,3 @@ class Replicas:
                 f"no replica of {each} {unit} has found room on the cluster in {_PLACED_WITHIN_S} s",
                 f"wait until {unit} are free, or add nodes; the finished samples are kept, and the same command goes on",
             )
-
-
-def fetch(reference: Any) -> Any:
-    """Return what another process has made; raise an error of ours as it was raised there.
-
-    Raises:
-        ReplicaLostError: the process has died, or what it made is out of reach.
-        EvaluationError: it failed.
-    """
-    import ray
-    from ray.exceptions import (
-        NodeDiedError,
-        ObjectLostError,
-        OutOfMemoryError,
-        RayActorError,
-        RayError,
-        RayTaskError,
-        WorkerCrashedError,
-    )
-
-    lost = (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, TunesmithError):
-            raise error.cause from error
-        raise explain(error.cause) from error
-    except lost as error:
-        # Of an actor's death the first line says no more than that.
-        line = -1 if isinstance(error, RayActorError) else 0
-        raise ReplicaLostError(f"a process on Ray has died: {_line(error, line)}", _HINT) from error
-    except RayError as error:
-        raise explain(error) from error
-
-
-def explain(error: Exception) -> EvaluationError:
-    """Return what a library's error means for an evaluation."""
-    return EvaluationError(f"the evaluation failed: {type(error).__name__}: {_line(error, 0)}", _HINT)
-
-
-def _line(error: Exception, number: int) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[number].strip()[:_MAX_REASON_CHARACTERS]

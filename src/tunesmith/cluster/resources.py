@@ -47,10 +47,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine that workers can run on."""
+    """A machine that workers can run on; `node_id` is Ray's."""
 
     cpus: int
     gpus: int
+    node_id: str = ""
 
 
 @contextmanager
@@ -66,12 +67,12 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
     if ray.is_initialized():
         yield _cluster_nodes(), "the Ray cluster"
     elif address:
-        _check_address(address)
+        check_address(address)
         try:
             with signal_handlers_kept():
                 ray.init(log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise _no_answer(address, error) from error
+            raise no_answer(address, error) from error
         try:
             yield _cluster_nodes(), f"the Ray cluster at {address}"
         finally:
@@ -116,25 +117,33 @@ def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
     return Allocation(num_workers, use_gpu, max(fitting))
 
 
-def _check_address(address: str) -> None:
-    # Ray itself would try for many minutes.
-    host, _, port = address.rpartition(":")
+def check_address(address: str) -> None:
+    """Refuse an address, with or without a scheme, where nothing listens: Ray itself would try for many minutes.
+
+    Raises:
+        ResourceError: nothing answers there.
+    """
+    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if host and port.isdecimal():
         try:
             socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise _no_answer(address, error) from error
+            raise no_answer(address, error) from error
 
 
-def _no_answer(address: str, error: Exception) -> ResourceError:
+def no_answer(address: str, error: Exception) -> ResourceError:
+    """Return the error that says so."""
     return ResourceError(
         f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
-        "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS to train here",
+        "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS",
     )
 
 
 def _cluster_nodes() -> list[Node]:
     import ray
 
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in resources]
+    return [
+        Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

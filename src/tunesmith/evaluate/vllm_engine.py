@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _ENVIRONMENT = {
+    # Compiled at the start, by an nvcc that few images have.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # In this process: what ends it, SIGKILL and `ray.kill` too, ends the engine. One of its own would live on.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",

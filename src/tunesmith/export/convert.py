@@ -19,7 +19,7 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
-from tunesmith.tuned import TunedModel, taken
+from tunesmith.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
 # The tokenizer, configurations and headers beside the weights.
@@ -46,12 +46,10 @@ class Exported:
         return f"the {self.form}{of_type} lies in `{self.folder}`: {files}, {size}\n{checked}"
 
 
-def convert(config: ConvertConfig) -> Exported:
-    """Find the tuned model that the settings mean, and export it; see `export`."""
-    with taken(config, "convert_checkpoint_to_hf") as tuned:
-        beside = tuned.run.export_path if tuned.run else tuned.folder.with_name("hf_format")
-        output = config.output_dir.expanduser() if config.output_dir else beside
-        return export(tuned, config, output.absolute())
+def choose_output(tuned: TunedModel, config: ConvertConfig) -> Path:
+    """Return the folder that an export of `tuned` goes to: absolute, and as asked for, else beside the results."""
+    beside = tuned.run.export_path if tuned.run else tuned.folder.with_name("hf_format")
+    return (config.output_dir.expanduser() if config.output_dir else beside).absolute()
 
 
 def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import ExportError, ResourceError, RunError
-from tunesmith.runs import replace_folder
+from tunesmith.runs import repair_folder, replace_folder
 from tunesmith.view.units import format_bytes
 
+_RELEASED_WITHIN_S = 5  # a lock, once its process has been killed
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -33,15 +35,13 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=0)
+        held = _lock_of(output).acquire(timeout=0)
     except Timeout:
         raise RunError(
             f"another conversion is writing `{output}`", "wait for it, or give another --output_dir"
         ) from None
     except OSError as error:
-        raise ExportError(
-            f"can't write beside `{output}`: {error.strerror or error}", "give another --output_dir"
-        ) from error
+        raise _not_writable(output, error) from error
     with held:
         try:
             with replace_folder(output) as folder:
@@ -53,6 +53,28 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
                 f"the export to `{output}` broke off: {error.strerror or error}",
                 "nothing was put in place; check the free space and the folder's permissions",
             ) from error
+
+
+def tidy(output: Path) -> None:
+    """Put right what a killed conversion has left beside `output`, unless another one is writing it now."""
+    with suppress(Timeout), _lock_of(output).acquire(timeout=_RELEASED_WITHIN_S):
+        repair_folder(output)
+
+
+@contextmanager
+def mark_beside(output: Path) -> Iterator[Path]:
+    """Give a new file beside `output`, by which another machine can tell whether it sees the same disk.
+
+    Raises:
+        ExportError: it can't be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mark = NamedTemporaryFile(prefix=".", dir=output.parent)  # noqa: SIM115
+    except OSError as error:
+        raise _not_writable(output, error) from error
+    with mark:
+        yield Path(mark.name)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -67,6 +89,16 @@ def check_space(folder: Path, num_bytes: int) -> None:
             f"the export takes {format_bytes(num_bytes)}, and `{folder.parent}` has {format_bytes(free)} free",
             "free some space, or give an --output_dir on another disk",
         )
+
+
+def _lock_of(output: Path) -> FileLock:
+    return FileLock(output.with_name(f".{output.name}.lock"))
+
+
+def _not_writable(output: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"can't write beside `{output}`: {error.strerror or error}", "give another --output_dir"
+    )
 
 
 def _check_output(output: Path, overwrite: bool, sources: Sequence[Path]) -> None:

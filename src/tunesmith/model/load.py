@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import TrainConfig
-from tunesmith.errors import ModelError
+from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,9 @@ def _hub_options(config: TrainConfig) -> dict[str, Any]:
 
 def _not_loaded(what: str, config: TrainConfig, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
-    if config.model_path is None:
+    if isinstance(error, ImportError):
+        hint = MISSING_PACKAGE_HINT
+    elif config.model_path is None:
         hint = "check the model's name, the network, and HF_TOKEN for a gated model; or give --model_path"
     else:
         hint = (

@@ -1,0 +1,59 @@
+"""The package as a zip, for pods of a stock Ray image: `python -m tunesmith.chart.package FILE` writes it.
+
+With `--requirements` in place of the file it prints values by which Ray installs what the package needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import re
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import yaml
+
+import tunesmith
+
+_SUFFIXES = (".py", ".html", ".css", ".js")
+_EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip's dates
+
+
+def package_zip() -> bytes:
+    """Return the zip that PYTHONPATH takes: sources and what they read, without the chart. Same files, same bytes."""
+    root = Path(tunesmith.__file__).parent
+    # The chart's folder holds scripts, and is no package.
+    folders = [path.parent for path in root.rglob("__init__.py")]
+    paths = [path for folder in folders for path in folder.iterdir() if path.suffix in _SUFFIXES]
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w") as archive:
+        for path in sorted(paths):
+            entry = ZipInfo(path.relative_to(root.parent).as_posix(), _EARLIEST)
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), ZIP_DEFLATED, compresslevel=9)
+    return buffer.getvalue()
+
+
+def requirements() -> list[str]:
+    """Return what the package needs besides Ray, which the image holds, in the versions that are installed here."""
+    declared = [text for text in importlib.metadata.requires("tunesmith") or [] if "extra ==" not in text]
+    names = [re.split(r"[^-\w.]", text, maxsplit=1)[0] for text in declared]
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in names if name != "ray"}
+    return [f"{name}=={version}" for name, version in versions.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tunesmith.chart.package", description=__doc__)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("file", nargs="?", type=Path, help="the chart's files/tunesmith.zip")
+    wanted.add_argument("--requirements", action="store_true")
+    words = parser.parse_args()
+    if words.requirements:
+        print(yaml.safe_dump({"ray": {"runtime_env_yaml": {"pip": requirements()}}}), end="")
+    else:
+        words.file.write_bytes(package_zip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Which settings of a run name places on disk, and whether a cluster can mean the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.sources import local_path
+from tunesmith.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_relative_paths(config: TrainConfig, own_home: bool) -> None:
+    """Refuse paths that begin in a folder of this machine; `own_home`: without `home` the job gets one.
+
+    Raises:
+        ConfigError: there are such paths; all are named.
+    """
+    relative = {name: path for name, path in _paths_of(config).items() if not path.is_absolute()}
+    if not relative:
+        return
+    named = ", ".join(f"`{name}` is `{path}`" for name, path in relative.items())
+    to_home = "none" if own_home else "/…"
+    flags = " ".join(f"--{name}={to_home if name == 'home' else '/…'}" for name in relative)
+    raise ConfigError(
+        f"{named}: relative to a folder of this machine, which the cluster doesn't have",
+        f"give absolute paths on a disk that all nodes mount: {flags}",
+    )
+
+
+def warn_of_unmounted_paths(config: TrainConfig, mount_paths: Sequence[str]) -> None:
+    """Log which absolute paths lie on none of the claims that the pods mount."""
+    for name, path in _paths_of(config).items():
+        if not any(PurePosixPath(path).is_relative_to(mount) for mount in mount_paths):
+            claims = ", ".join(mount_paths) or "none"
+            logger.warning(
+                "warning: `%s` is `%s`, on no claim that the pods mount (%s): each pod must have it by itself",
+                name,
+                path,
+                claims,
+            )
+
+
+def _paths_of(config: TrainConfig) -> dict[str, Path]:
+    """Return the settings that name places on disk."""
+    paths = {"model_path": config.model_path, "dataset_name": _dataset_path(config)}
+    paths |= {"home": config.home, "data_dir": config.data_dir}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _dataset_path(config: TrainConfig) -> Path | None:
+    try:
+        is_local = local_path(config) is not None
+    except DataError:  # it can only be a path, and isn't here
+        is_local = True
+    return Path(config.dataset_name) if is_local else None
