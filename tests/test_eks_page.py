@@ -1,0 +1,92 @@
+"""docs/eks.md and the files it applies agree with the chart, the examples and the command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helm_at_hand import CHART, read_manifests, render_job
+from kuberay_at_hand import find_core_errors
+from tunesmith.config import TrainConfig
+
+REPOSITORY = Path(__file__).parents[1]
+PAGE = (REPOSITORY / "docs" / "eks.md").read_text()
+STORAGE = read_manifests((REPOSITORY / "examples/eks/storage.yaml").read_text())
+CLUSTER = yaml.safe_load((REPOSITORY / "examples/eks/cluster.yaml").read_text())
+
+
+def commands() -> Iterator[list[str]]:
+    """Give the words of every command of the page's shell blocks."""
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith(("helm install", "eksctl", ".venv/bin/")):
+                yield shlex.split(line)
+
+
+@pytest.mark.parametrize("manifest", STORAGE, ids=lambda manifest: manifest["metadata"]["name"])
+def test_the_storage_is_valid(manifest: dict[str, object]) -> None:
+    assert find_core_errors(manifest) == []
+
+
+def test_the_claims_are_those_that_the_chart_mounts() -> None:
+    made = [m["metadata"]["name"] for m in STORAGE if m["kind"] == "PersistentVolumeClaim"]
+    mounted = [claim["name"] for claim in yaml.safe_load((CHART / "values.yaml").read_text())["pvc"]]
+    assert sorted(made) == sorted(mounted)
+    classes = {m["metadata"]["name"]: m["parameters"] for m in STORAGE if m["kind"] == "StorageClass"}
+    assert {m["spec"]["storageClassName"] for m in STORAGE if "spec" in m} == set(classes)
+    (efs,) = [parameters for parameters in classes.values() if "uid" in parameters]
+    restricted = render_job({"podSecurity": "restricted"})
+    head = restricted["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert int(efs["uid"]) == head["securityContext"]["runAsUser"]
+
+
+def test_every_placeholder_is_replaced_by_the_page() -> None:
+    placeholders = set(
+        re.findall(r"\b[A-Z]+_[A-Z_]*ID\b", (REPOSITORY / "examples/eks/storage.yaml").read_text())
+    )
+    assert placeholders == set(re.findall(r"s/([A-Z_]+)/", PAGE))
+
+
+def test_linked_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (
+            (REPOSITORY / "docs" / path).exists()
+            if path
+            else f"## {anchor.replace('-', ' ')}" in PAGE.lower()
+        )
+    named = re.findall(r"\b(?:examples|charts)/[-\w./]+\.yaml", PAGE)
+    assert named and all((REPOSITORY / path).exists() for path in named)
+
+
+def test_named_nodes_are_those_of_the_cluster() -> None:
+    groups = {group["name"]: group for group in CLUSTER["managedNodeGroups"]}
+    for words in commands():
+        if words[:2] == ["eksctl", "scale"]:
+            assert words[words.index("--cluster") + 1] == CLUSTER["metadata"]["name"]
+            group = groups[words[words.index("--name") + 1]]
+            assert int(words[words.index("--nodes") + 1]) <= group["maxSize"]
+    (gpu_group,) = [group for group in groups.values() if "taints" in group]
+    example = yaml.safe_load((REPOSITORY / "examples/qwen3-14b-sft/fine-tune.yaml").read_text())
+    assert example["resources"]["node_type"] == gpu_group["instanceType"]
+    assert example["tolerations"][0]["key"] == gpu_group["taints"][0]["key"]
+    assert gpu_group["availabilityZones"][0] in CLUSTER["availabilityZones"]
+
+
+def test_named_objects_are_those_that_the_chart_makes() -> None:
+    releases = [words[2] for words in commands() if words[:2] == ["helm", "install"] and words[2] != "…"]
+    names = {
+        render_job({}, release)["metadata"]["name"] for release in releases if release != "kuberay-operator"
+    }
+    assert names == set(re.findall(r"rayjob-[-a-z0-9]+", PAGE))
+
+
+def test_named_settings_exist() -> None:
+    settings = re.findall(r"`--([a-z_]+)=", PAGE)
+    assert settings and set(settings) <= set(TrainConfig.model_fields)
