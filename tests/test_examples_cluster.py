@@ -231,7 +231,7 @@ def words_of(program: str) -> list[str]:
 
 def test_the_readme_names_files_that_exist() -> None:
     for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (FOLDER / "qwen3-14b-sft" / link).exists() or link == "finetune.ipynb", link
+        assert (FOLDER / "qwen3-14b-sft" / link).exists(), link
     for path in re.findall(r"(?:examples|charts)/[\w./-]+", README):
         assert (REPOSITORY / path).exists(), path
 
