@@ -226,6 +226,33 @@ def test_elastic_workers_are_scaled_by_ray() -> None:
     assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (1, 2, 4)
 
 
+def test_elastic_pods_know_that_they_are_and_others_do_not() -> None:
+    told = {"name": "RAYTRAIN_ELASTIC", "value": "1"}
+    assert told in container_of(pods_of(render_job(MATRIX["elastic"]))["head"])["env"]
+    assert "RAYTRAIN_ELASTIC" not in json.dumps(render_job({}))
+
+
+def test_the_autoscaler_is_as_restricted_as_the_other_containers() -> None:
+    job = render_job({**MATRIX["elastic"], "podSecurity": "restricted"})
+    security = job["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"]
+    assert security == container_of(pods_of(job)["head"])["securityContext"]
+
+
+@pytest.mark.parametrize(("nnodes", "refused"), [(1, False), (2, False), (4, False), (5, True), (0, True)])
+def test_bounds_hold_for_numbers_of_files_and_of_the_command_line(nnodes: int, refused: bool) -> None:
+    numbers = {"resources.nnodes": nnodes, "elastic.min_nodes": 1, "elastic.max_nodes": 4}
+    for assigned in numbers:
+        values: dict[str, dict[str, int]] = {"resources": {}, "elastic": {}}
+        for name, number in numbers.items():
+            if name != assigned:
+                group, key = name.split(".")
+                values[group][key] = number
+        words = ["my-run", str(CHART), "-f", "-", "--set", f"{assigned}={numbers[assigned]}"]
+        done = run_helm("template", *words, values=values)
+        assert (done.returncode != 0) == refused, done.stderr
+        assert "error calling" not in done.stderr
+
+
 def test_efa_comes_with_huge_pages_in_requests_and_limits() -> None:
     resources = container_of(pods_of(render_job(MATRIX["efa"]))["worker"])["resources"]
     for kind in ("requests", "limits"):
@@ -262,20 +289,32 @@ def test_pods_are_patched_as_kubernetes_patches() -> None:
     assert worker["securityContext"]["supplementalGroups"] == [44]
 
 
-def test_notes_name_what_the_release_is_made_of() -> None:
-    done = run_helm(
-        "install",
-        "my-run",
-        str(CHART),
-        "--namespace",
-        "team",
-        "--dry-run=client",
-        "-f",
-        "-",
-        values=FINE_TUNE,
-    )
+def notes_of(values: Values) -> str:
+    words = ["my-run", str(CHART), "--namespace", "team", "--dry-run=client", "-f", "-"]
+    done = run_helm("install", *words, values=values)
     assert done.returncode == 0, done.stderr
-    notes = done.stdout.partition("NOTES:")[2]
+    return done.stdout.partition("NOTES:")[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "  /efs/home/my-run/results"),
+        ({"run": {"home": "/fsx/a"}}, "  /fsx/a/results"),
+        ({"run": {"home": "/fsx/a"}, "train": {"command": ["python"]}}, "  /efs/home/my-run/results"),
+        ({"run": {"home": "/fsx2/a"}}, "The home /fsx2/a lies on no claim"),
+        ({"train": {"env": [{"name": "HOME", "value": "/efs/../root"}]}}, "The home /efs/../root lies on no claim"),
+        ({"pvc": []}, "The home lies on no claim"),
+        ({"train": {"env": [{"name": "HOME", "value": "/efs/$(USER)"}]}}, "where HOME says"),
+        ({"train": {"env": [{"name": "HOME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]}}, "where HOME says"),
+    ],
+)  # fmt: skip
+def test_notes_say_where_the_results_are(values: Values, said: str) -> None:
+    assert said in notes_of(values)
+
+
+def test_notes_name_what_the_release_is_made_of() -> None:
+    notes = notes_of(FINE_TUNE)
     for said in (
         "kubectl logs -n team -f job/rayjob-my-run",
         "kubectl get rayjob -n team rayjob-my-run -o jsonpath='{.status.jobStatus}",

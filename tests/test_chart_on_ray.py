@@ -171,6 +171,18 @@ def test_a_run_config_trains_on_all_nodes_and_survives_the_loss_of_one(storage: 
     assert run.final_path.exists()
 
 
+def test_an_elastic_training_waits_for_the_workers_that_it_asks_for(storage: Storage) -> None:
+    flags = (*TRAINING, "--num_workers=2")
+    values = example("fine_tune", flags, elastic={"min_nodes": 1, "max_nodes": 2})
+    with storage.cluster(values, "elastic") as cluster:
+        cluster.submit()
+        wait_until(cluster, lambda: "1 of the 2 workers wait for nodes" in cluster.logs())
+        cluster.add_worker()
+        assert cluster.wait() == "SUCCEEDED", cluster.logs()
+    (run,) = find_runs(storage.home("elastic"))
+    assert run.read_params()["global_batch"]["microbatches"] == 2 * 4
+
+
 def wait_until(cluster: StagedCluster, found: Callable[[], Any]) -> Any:
     """Return what is found, as soon as it is, while the job runs."""
     deadline = time.monotonic() + TIMEOUT_S

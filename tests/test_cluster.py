@@ -52,6 +52,36 @@ def test_more_than_there_is_is_refused(settings: dict[str, object]) -> None:
         allocate(TrainConfig(**settings), [Node(2, 0)], "the cluster")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "settings", "expected"),
+    [
+        ([Node(32, 8)], {"num_workers": 16}, Allocation(16, True, 1, 8)),
+        ([Node(32, 8)], {"num_workers": 4}, Allocation(4, True, 1)),
+        ([Node(32, 8)], {}, Allocation(8, True, 1)),
+        ([Node(0, 0)], {"num_workers": 16, "use_gpu": True}, Allocation(16, True, 1, 16)),
+        ([Node(4, 0)], {"num_workers": 6}, Allocation(6, False, 1, 2)),
+    ],
+)
+def test_an_elastic_cluster_is_asked_for_more_than_there_is(
+    nodes: list[Node],
+    settings: dict[str, object],
+    expected: Allocation,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAYTRAIN_ELASTIC", "1")
+    assert allocate(TrainConfig(**settings), nodes, "the cluster") == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_gpu": True}, {"num_workers": 2}])
+@pytest.mark.parametrize("elastic", ["", "1"])
+def test_without_any_worker_the_error_says_so(
+    settings: dict[str, object], elastic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYTRAIN_ELASTIC", elastic)
+    with pytest.raises(ResourceError, match="no worker is there"):
+        allocate(TrainConfig(**settings), [Node(0, 0)], "the cluster")
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

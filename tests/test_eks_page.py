@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,14 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helm_at_hand import CHART, read_manifests, render_job
+from helm_at_hand import CHART, container_of, helm, pods_of, rayjob_of, read_manifests, render_job
 from kuberay_at_hand import find_core_errors
+from tunesmith import cli
 from tunesmith.config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "eks.md").read_text()
 STORAGE = read_manifests((REPOSITORY / "examples/eks/storage.yaml").read_text())
 CLUSTER = yaml.safe_load((REPOSITORY / "examples/eks/cluster.yaml").read_text())
+IMAGE = "registry.example/tunesmith:0.1.0"
 
 
 def commands() -> Iterator[list[str]]:
@@ -26,6 +30,15 @@ def commands() -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith(("helm install", "eksctl", ".venv/bin/")):
                 yield shlex.split(line)
+
+
+def submissions() -> Iterator[list[str]]:
+    """Give the words of every `tunesmith submit` of the page and of the repository's README, variables expanded."""
+    for text in (PAGE, (REPOSITORY / "README.md").read_text()):
+        for line in text.replace("\\\n", " ").splitlines():
+            _, program, rest = line.partition(".venv/bin/tunesmith submit ")
+            if program and not line.startswith("`"):
+                yield shlex.split(rest.replace("$IMAGE", IMAGE).replace("$NAMESPACE", "training"))
 
 
 @pytest.mark.parametrize("manifest", STORAGE, ids=lambda manifest: manifest["metadata"]["name"])
@@ -54,13 +67,11 @@ def test_every_placeholder_is_replaced_by_the_page() -> None:
 
 def test_linked_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE) if "://" not in link]
+    headings = re.findall("^#+ (.*)$", PAGE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for link in links:
         path, _, anchor = link.partition("#")
-        assert (
-            (REPOSITORY / "docs" / path).exists()
-            if path
-            else f"## {anchor.replace('-', ' ')}" in PAGE.lower()
-        )
+        assert (REPOSITORY / "docs" / path).exists() if path else anchor in anchors, link
     named = re.findall(r"\b(?:examples|charts)/[-\w./]+\.yaml", PAGE)
     assert named and all((REPOSITORY / path).exists() for path in named)
 
@@ -90,3 +101,50 @@ def test_named_objects_are_those_that_the_chart_makes() -> None:
 def test_named_settings_exist() -> None:
     settings = re.findall(r"`--([a-z_]+)=", PAGE)
     assert settings and set(settings) <= set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("words", submissions(), ids=" ".join)
+def test_what_is_submitted_renders_with_an_image_and_rows_that_the_pods_have(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "helm").symlink_to(helm())
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    (tmp_path / "my_run.yaml").write_text("hf_model_id: Qwen/Qwen3-8B\ndataset_name: my_rows.jsonl\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    is_ray_job = "--wait" in words
+    exit_code = cli.main(["render", *(word for word in words if word != "--wait")])
+    out, err = capsys.readouterr()
+    assert exit_code == 0, err
+    if not is_ray_job:
+        assert container_of(pods_of(rayjob_of(read_manifests(out)))["worker"])["image"] == IMAGE
+        assert "warning" not in caplog.text
+
+
+def test_every_way_to_submit_is_rendered() -> None:
+    assert len(list(submissions())) == 3
+
+
+def test_the_plugin_of_efa_is_made_to_tolerate_the_taint_of_the_gpu_nodes() -> None:
+    (patch,) = re.findall(r"patch daemonset \S+ --type json --patch \\\n *'(.*?)'\n", PAGE, re.DOTALL)
+    (change,) = json.loads(patch)
+    (group,) = [group for group in CLUSTER["managedNodeGroups"] if "taints" in group]
+    (taint,) = group["taints"]
+    assert group["efaEnabled"]
+    assert (change["op"], change["path"]) == ("add", "/spec/template/spec/tolerations/-")
+    assert change["value"] == {"key": taint["key"], "operator": "Exists", "effect": taint["effect"]}
+
+
+def test_the_sizes_of_the_image_agree() -> None:
+    named = {
+        path: re.findall(r"\d+ GB", line)
+        for path in ("docs/eks.md", "Dockerfile", "examples/eks/cluster.yaml")
+        for line in (REPOSITORY / path).read_text().splitlines()
+        if re.search(r"(?i)about \d+ GB", line)
+    }
+    assert list(named.values()) == [["10 GB"]] * 3

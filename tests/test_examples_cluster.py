@@ -192,9 +192,14 @@ def test_the_disk_is_handed_over_only_by_root(tmp_path: Path) -> None:
         assert told.stdout.splitlines() == commands
 
 
-def readme_commands() -> list[str]:
+def readme_blocks() -> list[list[str]]:
+    """Return the commands of every block, which a reader may run as one."""
     blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [block.replace("\\\n", "").splitlines() for block in blocks]
+
+
+def readme_commands() -> list[str]:
+    return [line for block in readme_blocks() for line in block]
 
 
 def test_the_readme_installs_what_its_other_commands_name() -> None:
@@ -219,10 +224,20 @@ def test_the_readme_installs_what_its_other_commands_name() -> None:
         installed[shlex.split(command)[2]] = job
         jobs.add(job["metadata"]["name"])
     assert set(installed) == {RELEASE, f"{RELEASE}-evaluate", f"{RELEASE}-convert"}
-    assert {word.removeprefix("job/") for word in words_of("kubectl") if "rayjob-" in word} == jobs
+    assert {word.rpartition("/")[2] for word in words_of("kubectl") if "rayjob-" in word} == jobs
     assert {shlex.split(c)[2] for c in readme_commands() if c.startswith("helm uninstall ")} == set(installed)
     assert set(re.findall(r"/efs/home/[\w-]+", README)) == {HOME}
     assert {"attach-pvc", "job/fetch-weights"} <= set(words_of("kubectl"))
+
+
+def test_the_readme_waits_for_each_job_before_it_uninstalls_any() -> None:
+    for block in readme_blocks():
+        installed = [shlex.split(line)[2] for line in block if line.startswith("helm install ")]
+        waited = [word for line in block if line.startswith("kubectl wait ") for word in shlex.split(line)]
+        for release in installed:
+            assert f"rayjob/rayjob-{release}" in waited
+            assert "--for=jsonpath={.status.jobStatus}=SUCCEEDED" in waited
+            assert not [line for line in block if line.startswith("helm uninstall ")]
 
 
 def words_of(program: str) -> list[str]:

@@ -195,12 +195,16 @@ def test_without_a_home_the_release_has_its_own(tunesmith: Tunesmith) -> None:
         (["--dataset_name=cluster.yaml"], ["`dataset_name` is `cluster.yaml`: relative", "--dataset_name=/…"]),
         (["--dataset_name=absent.jsonl"], ["`dataset_name` is `absent.jsonl`: relative"]),
         (["--data_dir=a"], ["`data_dir` is `a`: relative"]),
+        (["--hf_model_id=./models/a"], ["`hf_model_id` is `models/a`: relative"]),
+        (["--hf_model_id=~/a"], ["`hf_model_id` is `~/a`: relative"]),
         (["-f", "absent.yaml"], ["there is no values file `absent.yaml`"]),
         (["-f", "-"], ["there is no values file `-`"]),
         (["--set", "imag=a"], ["additional properties 'imag'", "values.yaml"]),
         (["--set", "resources.nnodes=two"], ["at '/resources/nnodes': got string, want integer"]),
         (["--set", "elastic.min_nodes=2,elastic.max_nodes=1"], ["can't be used: elastic.min_nodes is 2, above"]),
         (["--set", "image=a,run.lora_rank=8"], ["`--set image=a,run.lora_rank=8` changes `run`", "--lora_rank 16"]),
+        (["--set", "run={a}"], ["changes `run`"]),
+        (["--set", "run-a=1"], ["additional properties 'run-a'"]),
         (["--set", "train.command=python"], ["`train.command` of the values says what is trained"]),
         (["--release", "My_Run"], ["`--release` is `My_Run`"]),
         (["--release", "a" * 54], ["at most 53 characters"]),
@@ -224,10 +228,29 @@ def test_no_config_or_one_beside_a_run_of_the_values_is_refused(tunesmith: Tunes
 
 
 def test_a_path_on_no_claim_is_warned_of(tunesmith: Tunesmith, caplog: pytest.LogCaptureFixture) -> None:
-    exit_code, _, _ = tunesmith("render", "run.yaml", "--model_path=/home/me/model", "--home=/efs/a")
+    flags = ["--model_path=/home/me/model", "--home=/efs/a"]
+    exit_code, _, _ = tunesmith("render", "run.yaml", "-f", "cluster.yaml", *flags)
     assert exit_code == 0
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["warning"]
     assert "`model_path` is `/home/me/model`, on no claim that the pods mount (/fsx, /efs)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        ([], True),
+        (["--use_gpu=true"], True),
+        (["--no-use_gpu"], False),
+        (["-f", "cluster.yaml"], False),
+        (["--set", r"resources.requests.nvidia\.com/mig-1g\.5gb=1,resources.limits.nvidia\.com/mig-1g\.5gb=1"], False),
+    ],
+)  # fmt: skip
+def test_workers_without_gpus_are_warned_of_unless_they_are_meant(
+    words: list[str], warned: bool, tunesmith: Tunesmith, caplog: pytest.LogCaptureFixture
+) -> None:
+    exit_code, _, err = tunesmith("render", "run.yaml", *words)
+    assert exit_code == 0, err
+    assert caplog.text.count("warning: the workers ask for no GPU") == warned
 
 
 def test_the_package_comes_with_the_chart_where_the_values_ask_for_it(tunesmith: Tunesmith) -> None:

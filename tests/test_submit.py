@@ -37,12 +37,14 @@ TAKING = """#!/bin/sh
 case $1 in install) set -- "$@" --dry-run=client ;; esac
 exec {helm} "$@"
 """
-# Helm with a cluster that has the release already.
-HAVING = """#!/bin/sh
+# Helm with a cluster that refuses, as one does that has the release already.
+REFUSING = """#!/bin/sh
 case $1 in install) echo 'Error: INSTALLATION FAILED: {said}' >&2; exit 1 ;; esac
 exec {helm} "$@"
 """
 IN_USE = "cannot reuse a name that is still in use"
+NO_KIND = 'resource mapping not found: no matches for kind "RayJob" in version "ray.io/v1"'
+NO_NAMESPACE = 'create: failed to create: namespaces "team" not found'
 
 
 def run_submit(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -59,11 +61,11 @@ def run_submit(folder: Path, *words: str, **environ: str) -> subprocess.Complete
     )
 
 
-def write_helm(folder: Path, script: str) -> None:
-    """Put a `helm` on the PATH of `run_submit`."""
+def write_helm(folder: Path, script: str, said: str = IN_USE) -> None:
+    """Put a `helm` on the PATH of `run_submit`; `said` is why its cluster refuses."""
     path = folder / "bin" / "helm"
     path.parent.mkdir()
-    path.write_text(script.format(helm=helm(), said=IN_USE))
+    path.write_text(script.format(helm=helm(), said=said))
     path.chmod(0o755)
 
 
@@ -108,12 +110,29 @@ def test_submit_installs_what_render_prints_and_says_how_to_follow_it(folder: Pa
 
 def test_a_release_that_exists_is_an_error_that_says_how_to_go_on(folder: Path) -> None:
     assert IN_USE.encode() in Path(helm()).read_bytes()
-    write_helm(folder, HAVING)
+    write_helm(folder, REFUSING)
     done = run_submit(folder, "my_run.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: there is a release `my-run` already" in done.stderr
     assert "`helm uninstall my-run`" in done.stderr
     assert "resumes" in done.stderr
+
+
+def test_the_release_that_exists_is_named_with_its_namespace(folder: Path) -> None:
+    write_helm(folder, REFUSING)
+    done = run_submit(folder, "my_run.yaml", "--namespace", "team")
+    assert "`helm uninstall -n team my-run`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [(NO_KIND, "install KubeRay's operator"), (NO_NAMESPACE, "`kubectl create namespace team`")],
+)
+def test_what_the_cluster_lacks_comes_with_its_remedy(said: str, remedy: str, folder: Path) -> None:
+    write_helm(folder, REFUSING, said)
+    done = run_submit(folder, "my_run.yaml", "-n", "team")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert remedy in done.stderr
 
 
 def test_a_cluster_out_of_reach_is_a_failure_at_work(folder: Path) -> None:
@@ -132,7 +151,7 @@ def test_a_cluster_out_of_reach_is_a_failure_at_work(folder: Path) -> None:
 
 
 def test_values_that_cannot_work_never_reach_the_cluster(folder: Path) -> None:
-    write_helm(folder, HAVING)
+    write_helm(folder, REFUSING)
     done = run_submit(folder, "my_run.yaml", "--set", "resources.nnodes=0")
     assert done.returncode == 2
     assert "at '/resources/nnodes'" in done.stderr
@@ -145,6 +164,8 @@ def test_values_that_cannot_work_never_reach_the_cluster(folder: Path) -> None:
         ([], {"RAY_ADDRESS": "http://127.0.0.1:1"}, "the run has no `home`"),
         (["--home=/a"], {"RAY_ADDRESS": "http://127.0.0.1:1"}, "no Ray cluster answers at `RAY_ADDRESS` (http://127.0"),
         (["--home=/a"], {"RAY_ADDRESS": "ray://127.0.0.1:1"}, "no Ray cluster answers at `RAY_ADDRESS` (ray://127.0"),
+        (["--home=/a"], {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "no Ray cluster answers at `RAY_API_SERVER_ADDRESS`"),
+        (["--home=/a", "-n", "team"], {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "a Ray job, as RAY_API_SERVER_ADDRESS is set"),
         (["--home=a"], {"RAY_ADDRESS": "http://127.0.0.1:1"}, "give absolute paths on a disk that all nodes mount: --home=/…"),
     ],
 )  # fmt: skip

@@ -172,9 +172,9 @@ def _submit(words: list[str]) -> int:
     release = _read_release("submit", given, words)
     if release is None:
         return 0
-    from tunesmith.cluster.ray_job import ray_address
+    from tunesmith.cluster.ray_job import address_variable
 
-    if ray_address() is None:
+    if address_variable() is None:
         if "--wait" in given:
             raise ConfigError(
                 "`--wait` is for Ray jobs", "leave it out: Helm prints how to follow the training"
@@ -188,10 +188,12 @@ def _submit(words: list[str]) -> int:
 
 def _submit_to_ray(release: Release, wait: bool) -> int:
     from tunesmith.chart.places import refuse_relative_paths
-    from tunesmith.cluster.ray_job import submit_ray_job
+    from tunesmith.cluster.ray_job import address_variable, submit_ray_job
 
     if release.values or release.assignments or release.namespace:
-        logger.info("a Ray job, as RAY_ADDRESS is set: what describes pods and their namespace isn't used")
+        logger.info(
+            "a Ray job, as %s is set: what describes pods and their namespace isn't used", address_variable()
+        )
     refuse_relative_paths(release.config, own_home=False)
     job = submit_ray_job(release.config, release.name)
     print(job.describe(), flush=True)

@@ -21,11 +21,15 @@
 {{- end -}}
 {{- end -}}
 {{- with $values.elastic -}}
-{{- if gt .min_nodes .max_nodes -}}
-{{- fail (printf "elastic.min_nodes is %v, above elastic.max_nodes (%v)" .min_nodes .max_nodes) -}}
+{{- /* Of a file Helm reads floats, of --set integers. */ -}}
+{{- $nnodes := int64 $values.resources.nnodes -}}
+{{- $least := int64 .min_nodes -}}
+{{- $most := int64 .max_nodes -}}
+{{- if gt $least $most -}}
+{{- fail (printf "elastic.min_nodes is %v, above elastic.max_nodes (%v)" $least $most) -}}
 {{- end -}}
-{{- if or (lt $values.resources.nnodes .min_nodes) (gt $values.resources.nnodes .max_nodes) -}}
-{{- fail (printf "resources.nnodes is %v, outside elastic.min_nodes (%v) to elastic.max_nodes (%v)" $values.resources.nnodes .min_nodes .max_nodes) -}}
+{{- if or (lt $nnodes $least) (gt $nnodes $most) -}}
+{{- fail (printf "resources.nnodes is %v, outside elastic.min_nodes (%v) to elastic.max_nodes (%v)" $nnodes $least $most) -}}
 {{- end -}}
 {{- if $values.job.queue -}}
 {{- fail "elastic and job.queue exclude each other: Kueue admits a job of one size" -}}

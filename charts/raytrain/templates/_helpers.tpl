@@ -128,6 +128,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $names = append $names "RAY_JOB_STOP_WAIT_TIME_S" -}}
 {{- $_ := set $entries "RAY_JOB_STOP_WAIT_TIME_S" (dict "name" "RAY_JOB_STOP_WAIT_TIME_S" "value" "600") -}}
 {{- end -}}
+{{- if .Values.elastic -}}
+{{- /* So that a training may ask for more workers than are there. */ -}}
+{{- $names = append (without $names "RAYTRAIN_ELASTIC") "RAYTRAIN_ELASTIC" -}}
+{{- $_ := set $entries "RAYTRAIN_ELASTIC" (dict "name" "RAYTRAIN_ELASTIC" "value" "1") -}}
+{{- end -}}
 {{- if .Values.package.fromConfigMap -}}
 {{- $given := get $entries "PYTHONPATH" | default dict -}}
 {{- $paths := list "/etc/tunesmith-package/tunesmith.zip" $given.value | compact -}}

@@ -65,10 +65,7 @@ containers:
   - name: {{ get (dict "head" "ray-head" "worker" "ray-worker" "submitter" "ray-job-submitter") .component }}
     image: {{ include "raytrain.image" .root | quote }}
     imagePullPolicy: {{ $values.image_pull_policy | default "IfNotPresent" }}
-    securityContext:
-      allowPrivilegeEscalation: false
-      capabilities:
-        drop: [ALL]
+    securityContext: {{- include "raytrain.containerSecurity" .root | nindent 6 }}
     env: {{- include "raytrain.env" .root | nindent 6 }}
     {{- if and (eq .component "head") $values.ray.ports }}
     ports:
@@ -86,6 +83,13 @@ containers:
     resources: {{- include "raytrain.resources" . | nindent 6 }}
     volumeMounts: {{- toYaml $storage.volumeMounts | nindent 6 }}
 volumes: {{- toYaml $storage.volumes | nindent 2 }}
+{{- end -}}
+
+{{/* Of every container, Ray's autoscaler among them. */}}
+{{- define "raytrain.containerSecurity" -}}
+allowPrivilegeEscalation: false
+capabilities:
+  drop: [ALL]
 {{- end -}}
 
 {{- define "raytrain.toleration" -}}

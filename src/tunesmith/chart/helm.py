@@ -38,8 +38,10 @@ def template(words: Sequence[str]) -> str:
     return done.stdout
 
 
-def install(words: Sequence[str]) -> str:
+def install(words: Sequence[str], namespace: str | None) -> str:
     """Return what `helm install` prints, the chart's notes last; the release's name is the first word.
+
+    `namespace` is the one that the words name, if they do.
 
     Raises:
         ConfigError: there is no Helm, or a release of this name.
@@ -49,14 +51,18 @@ def install(words: Sequence[str]) -> str:
     if done.returncode == 0:
         return done.stdout
     name, error = words[0], _error_of(done.stderr)
+    of_namespace = f"-n {namespace} " if namespace else ""
     if "name that is still in use" in error:
         raise ConfigError(
             f"there is a release `{name}` already",
-            f"`helm uninstall {name}`, and submitting again resumes its run; or choose another --release",
+            f"`helm uninstall {of_namespace}{name}`, and submitting again resumes its run; or choose another --release",
         )
-    raise SubmitError(
-        f"helm can't install `{name}`: {error}", "`kubectl auth whoami` shows whether the cluster is reached"
-    )
+    hint = "`kubectl auth whoami` shows whether the cluster is reached"
+    if "no matches for kind" in error:
+        hint = "install KubeRay's operator, as docs/eks.md says"
+    elif absent := re.search(r'namespaces "([^"]+)" not found', error):
+        hint = f"`kubectl create namespace {absent[1]}`"
+    raise SubmitError(f"helm can't install `{name}`: {error}", hint)
 
 
 def merge_values(words: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def warn_of_unmounted_paths(config: TrainConfig, mount_paths: Sequence[str]) -> 
 def _paths_of(config: TrainConfig) -> dict[str, Path]:
     """Return the settings that name places on disk."""
     paths = {"model_path": config.model_path, "dataset_name": _dataset_path(config)}
+    if config.model_path is None and config.hf_model_id.startswith((".", "/", "~")):
+        paths["hf_model_id"] = Path(config.hf_model_id)
     paths |= {"home": config.home, "data_dir": config.data_dir}
     return {name: path for name, path in paths.items() if path is not None}
 

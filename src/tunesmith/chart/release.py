@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.chart.helm import CHART, install, merge_values, template
 from tunesmith.chart.places import refuse_relative_paths, warn_of_unmounted_paths
+from tunesmith.chart.schema import SUBDOMAIN
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.settings.yaml_file import write_yaml
@@ -21,7 +22,7 @@ from tunesmith.settings.yaml_file import write_yaml
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 53
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_GPU = re.compile(r"gpu$|^nvidia\.com/mig-")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def choose_name(given: str | None, config: TrainConfig, config_path: Path | None
         ConfigError: the name can't be a release's.
     """
     if given is not None:
-        if len(given) > _LONGEST_NAME or not _NAME.fullmatch(given):
+        if len(given) > _LONGEST_NAME or not re.fullmatch(SUBDOMAIN, given):
             raise ConfigError(
                 f"`--release` is `{given}`; it must be of a-z, 0-9, dashes and dots, at most {_LONGEST_NAME} characters",
                 "write it as my-run",
@@ -78,7 +79,7 @@ def submit(release: Release) -> str:
     """
     with _helm_words(release) as words:
         template(words)  # whose errors are the values', before the cluster has a say
-        return install(words)
+        return install(words, release.namespace)
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def _helm_words(release: Release) -> Iterator[list[str]]:
         _check_merged(release, values)
         claims = values.get("pvc") or []
         warn_of_unmounted_paths(release.config, [str(claim["mount_path"]) for claim in claims])
+        _warn_without_gpus(release.config, values)
         run = [word for path in _write_run(release.config, folder) for word in ("--values", str(path))]
         namespace = ["--namespace", release.namespace] if release.namespace else []
         yield [release.name, str(_stage_chart(values, folder)), *namespace, *given, *run, *assigned]
@@ -112,7 +114,7 @@ def _check_given(release: Release) -> None:
         if not path.is_file():  # a pipe could be read only once
             raise ConfigError(f"there is no values file `{path}`", "--values takes the path of a YAML file")
     for assignment in release.assignments:
-        if re.search(r"(^|,)run\b", assignment):
+        if re.search(r"(^|,)run[.=\[]", assignment):
             raise ConfigError(f"`--set {assignment}` changes `run`", "give settings as flags: --lora_rank 16")
 
 
@@ -130,6 +132,15 @@ def _check_merged(release: Release, values: dict[str, Any]) -> None:
         )
     if values.get("run"):
         logger.info("`run` of the values gives way to `%s`", release.config_path)
+
+
+def _warn_without_gpus(config: TrainConfig, values: dict[str, Any]) -> None:
+    limits = values["resources"].get("limits") or {}
+    if config.use_gpu is not False and not any(_GPU.search(name) for name in limits):
+        logger.warning(
+            "warning: the workers ask for no GPU: give `resources` of the values some (nvidia.com/gpu: 8), or say "
+            "--use_gpu=false if CPUs are meant"
+        )
 
 
 def _write_run(config: TrainConfig, folder: Path) -> list[Path]:

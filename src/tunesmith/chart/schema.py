@@ -15,10 +15,11 @@ Schema = dict[str, Any]
 
 _PODS = ("head", "worker", "submitter")
 _NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-_SUBDOMAIN = rf"^{_NAME}(\.{_NAME})*$"
+SUBDOMAIN = rf"^{_NAME}(\.{_NAME})*$"
+"""Names of claims, secrets, … and of Helm's releases."""
 _LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 # As the API server reads quantities, without a sign.
-_QUANTITY = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"
+_QUANTITY = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?"
 _QUALIFIED_NAME = rf"^({_NAME}(\.{_NAME})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 # With a letter, and no two dashes in a row; Helm's expressions have no look-ahead.
 _PORT_NAME = "^([0-9]+-)*[0-9]*[a-z][a-z0-9]*(-[a-z0-9]+)*$"
@@ -66,15 +67,17 @@ def _count(least: int, most: int = 2**31 - 1) -> Schema:
 
 def _optional(schema: Schema) -> Schema:
     """Let a key be null, as YAML has one with nothing after it."""
-    if isinstance(schema.get("type"), str):
-        return {**schema, "type": [schema["type"], "null"]}
+    if "type" in schema:
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        return {**schema, "type": [*types, "null"]}
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 _ANY_OBJECT: Schema = {"type": "object"}
 _SCALAR: Schema = {"type": ["string", "number", "boolean"]}
 _MOUNT_PATH = _text(r"^/[^:\s]*$")
-_A_QUANTITY: Schema = {"anyOf": [{"type": "number", "minimum": 0}, _text(_QUANTITY)]}
+# One schema, not two to choose from: only so does Helm say what is wrong.
+_A_QUANTITY: Schema = {"type": ["number", "string"], "minimum": 0, "pattern": f"^{_QUANTITY}$"}
 _SHELL_TEXT: Schema = {"anyOf": [{"type": ["string", "null"]}, _array(_SCALAR)]}
 
 
@@ -105,9 +108,9 @@ def _pods() -> dict[str, Schema]:
         "ray": _object(ray, required=["version", "dashboard"]),
         "image": _optional(_text(r"^\S*$")),
         "image_pull_policy": {"enum": ["Always", "IfNotPresent", "Never", None]},
-        "image_pull_secrets": _array(_text(_SUBDOMAIN, 253)),
+        "image_pull_secrets": _array(_text(SUBDOMAIN, 253)),
         "package": _optional(_object({"fromConfigMap": {"type": ["boolean", "null"]}})),
-        "service_account": _optional(_text(f"{_SUBDOMAIN}|^$", 253)),
+        "service_account": _optional(_text(f"{SUBDOMAIN}|^$", 253)),
         "podSecurity": {"enum": ["image", "restricted"]},
         "resources": _object(worker, required=["nnodes"]),
         "tolerations": _array(_object(toleration)),
@@ -118,18 +121,18 @@ def _pods() -> dict[str, Schema]:
 
 
 def _storage() -> dict[str, Schema]:
-    claim = {"name": _text(_SUBDOMAIN, 253), "mount_path": _MOUNT_PATH}
+    claim = {"name": _text(SUBDOMAIN, 253), "mount_path": _MOUNT_PATH}
     ebs = {
         "storage": _A_QUANTITY,
         "mount_path": _MOUNT_PATH,
-        "storage_class": _optional(_text(_SUBDOMAIN, 253)),
+        "storage_class": _optional(_text(SUBDOMAIN, 253)),
     }
     scratch = {"mount_path": _MOUNT_PATH, "size_limit": _optional(_A_QUANTITY)}
     return {
         "pvc": _array(_object(claim, required=["name", "mount_path"])),
         "ebs": _optional(_object(ebs, required=["storage", "mount_path"])),
         "scratch": _optional(_object(scratch, required=["mount_path"])),
-        "shared_memory": {"anyOf": [_A_QUANTITY, {"enum": ["", None]}]},
+        "shared_memory": _optional({**_A_QUANTITY, "pattern": f"^({_QUANTITY})?$"}),
     }
 
 

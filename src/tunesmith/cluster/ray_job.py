@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CONFIG = "run.yaml"
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # Ray kills a stopped job after 3 s by default; a step and its checkpoint take longer.
 _STOP_WAIT_S = 600
 _POLL_S = 1.0
@@ -77,13 +78,13 @@ Submitting it again goes on from the last checkpoint; changed settings start a n
             print(text, end="", flush=True)
 
 
-def ray_address() -> str | None:
-    """Return the address that the environment names, as Ray's own commands look for it."""
-    return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or None
+def address_variable() -> str | None:
+    """Return the variable that holds a cluster's address, as Ray's own commands look for it."""
+    return next((name for name in _ADDRESS_VARIABLES if os.environ.get(name)), None)
 
 
 def submit_ray_job(config: TrainConfig, name: str) -> RayJob:
-    """Submit `tunesmith train` with this config to the cluster of `ray_address`, and return without waiting.
+    """Submit `tunesmith train` with this config to the cluster of `address_variable`, and return without waiting.
 
     The code that runs is this package's; what it needs comes with the nodes' image. `name` begins the job's id.
 
@@ -116,23 +117,24 @@ def _check_home(config: TrainConfig) -> None:
 
 
 def _connect() -> JobSubmissionClient:
-    address = ray_address()
-    assert address is not None, "a Ray job needs the address of a cluster"
+    variable = address_variable()
+    assert variable is not None, "a Ray job needs the address of a cluster"
+    address = os.environ[variable]
     if importlib.util.find_spec("aiohttp") is None:
         raise ConfigError(
             "Ray can't submit jobs from here", "install its client: pip install 'tunesmith[cluster]'"
         )
-    check_address(address)
+    check_address(address, variable)
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)  # else it tells of every upload
     try:
-        # It looks for the address where `ray_address` does.
+        # It looks for the address where `address_variable` does.
         return JobSubmissionClient()
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise no_answer(address, error) from error
+        raise no_answer(address, error, variable) from error
 
 
 def _runtime_env(folder: str) -> dict[str, Any]:

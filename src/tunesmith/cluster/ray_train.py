@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cluster.local_ray import STOP_SIGNALS, ray_at_hand, signal_handlers_kept
 from tunesmith.cluster.remote import find_failed_import
-from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
+from tunesmith.cluster.resources import Allocation, allocate, connected_nodes, is_elastic
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.data.split import check_source
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP_TIMEOUT_S = 3600
+_START_TIMEOUT_S = 600
+# A node of the cloud's has to come up, and to load the image.
+_ELASTIC_START_TIMEOUT_S = 1800
 _SAME_REQUEST_S = 0.5
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -102,6 +105,12 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
             run.clean()
             if is_finished(run, config):  # and then lost before its result was put in place
                 return _conclude(run, config, find_ending(run), None)
+            if allocation.num_awaited:
+                logger.info(
+                    "%d of the %d workers wait for nodes that the autoscaler is to add",
+                    allocation.num_awaited,
+                    allocation.num_workers,
+                )
             record_params(run, config, model_config, prepared, allocation.num_workers)
             worker_config = _for_every_node(config, run)
             job = TrainJob(worker_config, run, prepared.folder, allocation.num_threads, lease.token)
@@ -122,7 +131,9 @@ def _train_on_ray(
 
     # Ray's own list of checkpoints: it refuses to start when one of them was rotated away. Ours is the folder.
     (job.run.path / _RAY_SNAPSHOT).unlink(missing_ok=True)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    # Of an elastic cluster's idle workers, too, some may have gone while the data was prepared.
+    timeout_s = _ELASTIC_START_TIMEOUT_S if is_elastic() else _START_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(timeout_s))
     attempts_before = newest_attempt(job.run)
     view = LiveView(job.run.metrics_path, Console(stderr=True))
     with _stop_on_signals(job.run, view, attempts_before) as received:

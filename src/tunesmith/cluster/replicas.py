@@ -14,9 +14,8 @@ from tunesmith.evaluate.engine import EngineSpec, Generation, Request, Variant, 
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOST_EACH = (
-    3  # not in all: a node takes the replicas of all its GPUs with it, and those placed there anew
-)
+# Not in all: a node takes the replicas of all its GPUs with it, and those placed there anew.
+_MAX_LOST_EACH = 3
 _SAID_AFTER_S = 15
 _PLACED_WITHIN_S = 600
 _CLOSED_WITHIN_S = 30

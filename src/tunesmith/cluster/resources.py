@@ -23,6 +23,8 @@ class Allocation:
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
+    num_awaited: int = 0
+    """Workers that find no place before an elastic cluster has grown."""
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
@@ -83,17 +85,31 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
         yield [Node(usable_cpus(), torch.cuda.device_count())], "this machine"
 
 
+def is_elastic() -> bool:
+    """Return whether the cluster grows when workers find no place: the chart `raytrain` tells its pods so.
+
+    RAY_enable_autoscaler_v2 doesn't: `ray start` sets it on every head of KubeRay's.
+    """
+    return os.environ.get("RAYTRAIN_ELASTIC") == "1"
+
+
 def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
-    """Return the workers that the run gets on these nodes.
+    """Return the workers that the run gets on these nodes, or asks for on an elastic cluster.
 
     On CPUs each worker gets as many as let all workers fit, none across two nodes.
 
     Raises:
         ResourceError: the run asks for GPUs or workers that aren't there.
     """
-    num_gpus = sum(node.gpus for node in nodes)
+    num_gpus, num_cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    grows = is_elastic() and config.num_workers is not None
+    if num_gpus == num_cpus == 0 and not (grows and config.use_gpu is not None):
+        raise ResourceError(
+            f"{place} has neither GPUs nor CPUs: no worker is there",
+            "wait for one; an elastic cluster adds them where `num_workers` and `use_gpu` say how many and which",
+        )
     use_gpu = num_gpus > 0 if config.use_gpu is None else config.use_gpu
-    if use_gpu and num_gpus == 0:
+    if use_gpu and num_gpus == 0 and not grows:
         raise ResourceError(
             f"`use_gpu` is set, but {place} has no GPU", "leave `use_gpu` out to train on CPUs"
         )
@@ -102,23 +118,26 @@ def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
             f"`attn_implementation` is `{config.attn_implementation}`, which trains on GPUs alone",
             "leave `attn_implementation` out, or set it to `sdpa`, to train on CPUs",
         )
-    available = num_gpus if use_gpu else sum(node.cpus for node in nodes)
+    available = num_gpus if use_gpu else num_cpus
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
-    if num_workers > available:
+    num_awaited = max(0, num_workers - available)
+    if num_awaited and not grows:
         unit = "GPU" if use_gpu else "CPU"
         raise ResourceError(
             f"`num_workers` is {num_workers}, but {place} has {available} {unit}{'' if available == 1 else 's'}",
             f"ask for at most {available}, or leave `num_workers` out",
         )
-    if use_gpu:
-        return Allocation(num_workers, use_gpu, 1)
+    if use_gpu or num_awaited:
+        return Allocation(num_workers, use_gpu, 1, num_awaited)
     largest = max(node.cpus for node in nodes)
     fitting = [cpus for cpus in range(1, largest + 1) if sum(n.cpus // cpus for n in nodes) >= num_workers]
     return Allocation(num_workers, use_gpu, max(fitting))
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, variable: str = "RAY_ADDRESS") -> None:
     """Refuse an address, with or without a scheme, where nothing listens: Ray itself would try for many minutes.
+
+    `variable` is where it comes from.
 
     Raises:
         ResourceError: nothing answers there.
@@ -128,14 +147,14 @@ def check_address(address: str) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise no_answer(address, error) from error
+            raise no_answer(address, error, variable) from error
 
 
-def no_answer(address: str, error: Exception) -> ResourceError:
+def no_answer(address: str, error: Exception, variable: str = "RAY_ADDRESS") -> ResourceError:
     """Return the error that says so."""
     return ResourceError(
-        f"no Ray cluster answers at `RAY_ADDRESS` ({address}): {error}",
-        "check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset RAY_ADDRESS",
+        f"no Ray cluster answers at `{variable}` ({address}): {error}",
+        f"check the address, and RAY_AUTH_TOKEN if the cluster asks for one; or unset {variable}",
     )
 
 
