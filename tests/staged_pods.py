@@ -22,8 +22,8 @@ import pytest
 _WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 _PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TOOLS = {"PATH": _PATH}
-# Python with its packages, and this package, which may be installed from here.
-_IMAGE = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
+# This package, which may be installed from here, and Python with its packages, which may lie inside.
+_IMAGE = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix)
 
 _PROBE = """
 ip link add here type veth peer name there && mount -t tmpfs none /mnt && cd /mnt && mkdir upper work root &&
