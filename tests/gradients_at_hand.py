@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from runs_at_hand import start
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
-from tunesmith.model.build import build_model
+from tunesmith.model.attention import VARLEN
+from tunesmith.model.build import build_model, choose_ways
+from tunesmith.model.load import attention_of
 from tunesmith.train.step import accumulate_gradients
 from tunesmith.train.worker import ProcessWorker
 
@@ -30,17 +33,24 @@ def gradient_of_step(
     """Return loss and gradients of one step from adapters that do something already."""
     job = start(config)
     model = build_model(config, CPU, world_size=1)
+    fused_loss = choose_ways(config, model, CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 # A fresh adapter's B is zero, and so would be the gradient of its A.
-                slice_of_it = parameter.to_local()
+                slice_of_it = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 slice_of_it.add_(0.1 * torch.randn(slice_of_it.shape, generator=generator))
+    flatten = attention_of(model) == VARLEN
+    sequences = Sequences(sequences.tokens, sequences.packing, sequences.pad_token_id, flatten)
     worker = ProcessWorker(0, 1, CPU, job.run)
-    result = accumulate_gradients(model, sequences, microbatches, step, config.seed, worker)
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    result = accumulate_gradients(model, sequences, microbatches, step, config.seed, worker, fused_loss)
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": result.loss_sum, **gradients}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def assert_close(some: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-5) -> None:

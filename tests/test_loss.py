@@ -22,7 +22,8 @@ from transformers import (
 
 from tiny_models import FAMILIES
 from tunesmith.data.batches import Batch, empty_batch
-from tunesmith.model.loss import sum_cross_entropy
+from tunesmith.model import loss as loss_module
+from tunesmith.model.loss import can_fuse_loss, sum_cross_entropy
 
 SHAPE = {
     "hidden_size": 32,
@@ -48,7 +49,9 @@ def batch_of(trained_BT: torch.Tensor, vocab_size: int) -> tuple[Batch, torch.Te
     predictors_BT = torch.cat([trained_BT[:, 1:], torch.zeros(size, 1, dtype=torch.bool)], dim=1)
     positions_N = predictors_BT.flatten().nonzero().squeeze(1)
     position_ids_BT = torch.arange(length).repeat(size, 1)
-    return Batch(ids_BT, position_ids_BT, positions_N, ids_BT.flatten()[positions_N + 1]), labels_BT
+    starts = torch.arange(0, size * length + 1, length, dtype=torch.int32)
+    targets_N = ids_BT.flatten()[positions_N + 1]
+    return Batch(ids_BT, position_ids_BT, positions_N, targets_N, starts, length), labels_BT
 
 
 def some_tokens(size: int = 3, length: int = 20) -> torch.Tensor:
@@ -95,6 +98,42 @@ def check_against_transformers(model: nn.Module) -> None:
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 700, 1 << 24])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
+    family: str, at_a_time: int, model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss_module._LOGITS_AT_A_TIME, "cpu", at_a_time)
+    model = AutoModelForCausalLM.from_pretrained(model_of(family))
+    model.get_output_embeddings().weight = nn.Parameter(
+        model.get_output_embeddings().weight.detach(), requires_grad=False
+    )
+    batch, _ = batch_of(some_tokens(), model.config.vocab_size)
+    plain, fused = (sum_cross_entropy(model, batch, way) for way in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(plain / 7, trained, allow_unused=True)
+    for mine, its in zip(torch.autograd.grad(fused / 7, trained, allow_unused=True), expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+    empty = sum_cross_entropy(model, empty_batch(0), fused=True)
+    empty.backward()
+    assert empty.item() == 0
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+def test_the_loss_is_fused_only_where_the_model_leaves_its_logits_alone(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch, _ = batch_of(some_tokens(), 300)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        assert not can_fuse_loss(model, batch, 1e-4)  # it trains that layer
+        model.requires_grad_(False)
+        assert can_fuse_loss(model, batch, 1e-4) == (config.model_type == "gpt2")
+    assert "forward" not in model.get_output_embeddings().__dict__
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -109,5 +109,5 @@ def process_id(rank: int, world_size: int) -> int:
 
 
 def build(rank: int, world_size: int, folder: Path) -> None:
-    config = small_config(folder, folder, folder, dtype="bfloat16")
+    config = small_config(folder, folder, folder, dtype="bfloat16", fsdp="full_shard")
     _built[:] = [build_model(config, torch.device("cpu"), world_size)]

@@ -17,6 +17,8 @@ from runs_at_hand import losses, small_config, start, train_here, train_on_rank
 from tiny_models import FAMILIES, save_model
 from tokenizers_at_hand import build_tokenizer
 from tunesmith.config import TrainConfig
+from tunesmith.model import build
+from tunesmith.model.load import attention_of, narrowest_window
 from tunesmith.model.state import read_weights
 from tunesmith.runs import RunDir
 from workers import WorkerGroup
@@ -62,6 +64,42 @@ def check_packed_equals_padded(config: TrainConfig) -> None:
     examples = [np.array(packed.examples(pack)) for pack in packs]
     assert sum(map(len, examples)) > 6
     assert_close(gradient_of_step(config, packed, packs), gradient_of_step(config, padded, examples))
+
+
+@pytest.mark.parametrize("dropout", [0, 0.2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_ways_train_as_the_plain_ones(
+    family: str,
+    dropout: float,
+    model_of: ModelOf,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small_config(model_of(family), rows, tmp_path, lora_dropout=dropout)
+    sequences = open_sequences(config, packing=True)
+    microbatches = [np.array([0, 1]), np.array([2])]
+    fast = gradient_of_step(config, sequences, microbatches)
+    sharded = gradient_of_step(with_changes(config, fsdp="full_shard"), sequences, microbatches)
+    assert_close(fast, sharded)
+    masked = gradient_of_step(with_changes(config, attn_implementation="sdpa"), sequences, microbatches)
+    assert_close(fast, masked)
+    if not dropout:  # PEFT draws it otherwise
+        monkeypatch.setattr(build, "fuse_adapters", lambda model: False)
+        monkeypatch.setattr(build, "fuses_loss", lambda *_: False)
+        assert_close(fast, gradient_of_step(config, sequences, microbatches))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_cut_into_their_examples_where_no_window_is_narrower(
+    family: str, model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    for length in (16, 17):
+        config = small_config(model_of(family), rows, tmp_path, max_seq_length=length)
+        model = build.build_model(config, torch.device("cpu"), 1)
+        assert build.choose_ways(config, model, torch.device("cpu"))
+        window = narrowest_window(model)
+        assert (attention_of(model) == "varlen") == (length <= window)
 
 
 @pytest.mark.parametrize("full_ft", [False, True])

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from gradients_at_hand import CPU, open_sequences
 from runs_at_hand import last_event, losses, small_config, start, train_here
 from tunesmith.config import TrainConfig
-from tunesmith.model.build import build_model
+from tunesmith.model.build import build_model, choose_ways
 from tunesmith.runs import RunDir
 from tunesmith.train.training import choose_validation_batches
 
@@ -71,6 +71,7 @@ EFFECTS = {
     "early_stopping_patience": f"{HERE}::test_a_run_without_improvement_stops_by_patience_and_threshold",
     "early_stopping_threshold": f"{HERE}::test_a_run_without_improvement_stops_by_patience_and_threshold",
     "gradient_checkpointing": f"{HERE}::test_activations_are_recomputed_when_asked_for",
+    "fsdp": f"{HERE}::test_weights_are_sharded_when_asked_for",
     "cpu_offload": f"{HERE}::test_weights_are_offloaded_when_asked_for",
     "num_workers": "test_cluster::test_workers_get_what_fits",
     "use_gpu": "test_cluster::test_workers_get_what_fits",
@@ -301,11 +302,12 @@ def test_weights_are_kept_and_used_in_dtype(dtype: str, base: Base) -> None:
     assert model(input_ids=torch.arange(8).unsqueeze(0)).logits.dtype == wanted
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
 def test_the_attention_backend_is_the_one_asked_for(
     name: str, base: Base, train_with: Callable[..., RunDir]
 ) -> None:
     model = build_model(base[0].model_copy(update={"attn_implementation": name}), CPU, 1)
+    choose_ways(base[0].model_copy(update={"attn_implementation": name}), model, CPU)
     assert model.config._attn_implementation == name
     run = train_with(attn_implementation=name, max_steps=1)
     assert f"attention {name}" in last_event(run, "start")["message"]
@@ -329,9 +331,21 @@ def test_activations_are_recomputed_when_asked_for(base: Base, train_with: Calla
     assert "gradient checkpointing on" in message
 
 
+@pytest.mark.parametrize(
+    ("asked", "is_sharded"), [("auto", False), ("no_shard", False), ("full_shard", True)]
+)
+def test_weights_are_sharded_when_asked_for(
+    asked: str, is_sharded: bool, base: Base, train_with: Callable[..., RunDir]
+) -> None:
+    run = train_with(fsdp=asked)
+    placed = "sharded" if is_sharded else "whole on each worker"
+    assert f"weights {placed}" in last_event(run, "start")["message"]
+    assert losses(run) == pytest.approx(losses(base[1]), rel=1e-5)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_weights_are_offloaded_when_asked_for(asked: bool, base: Base) -> None:
-    model = build_model(base[0].model_copy(update={"cpu_offload": asked}), CPU, 1)
+    model = build_model(base[0].model_copy(update={"cpu_offload": asked, "fsdp": "full_shard"}), CPU, 1)
     groups = [
         group
         for module in model.modules()

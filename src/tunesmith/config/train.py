@@ -118,10 +118,11 @@ class TrainConfig(HFDatasetConfig):
         scope="model",
     )
     attn_implementation: Literal[
-        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+        "auto", "varlen", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = setting(
         "auto",
-        "Attention backend of transformers; auto is FlashAttention 2 where it is installed, else SDPA.",
+        "Attention backend: varlen, which cuts packed rows into their examples, or one of transformers'; "
+        "auto is FlashAttention 2 where it is installed, else varlen where the model allows it, else SDPA.",
         group="model",
         scope="training",
     )
@@ -242,6 +243,13 @@ class TrainConfig(HFDatasetConfig):
     gradient_checkpointing: AutoBool = setting(
         None,
         "Recompute activations in the backward pass; auto: on with GPUs, off without.",
+        group="memory",
+        scope="run",
+    )
+    fsdp: Literal["auto", "full_shard", "no_shard"] = setting(
+        "auto",
+        "Weights on each worker: full_shard: a slice of all; no_shard (LoRA): the frozen ones whole; "
+        "auto: whole where they fill at most half of its memory.",
         group="memory",
         scope="run",
     )

@@ -32,6 +32,10 @@ class Batch:
     position_ids_BT: Tensor
     positions_N: Tensor
     targets_N: Tensor
+    starts: Tensor
+    """Where the examples begin in the flattened positions, and their end; int32."""
+    longest: int
+    """Tokens of the longest example."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -39,6 +43,8 @@ class Batch:
             self.position_ids_BT.to(device, non_blocking=True),
             self.positions_N.to(device, non_blocking=True),
             self.targets_N.to(device, non_blocking=True),
+            self.starts.to(device, non_blocking=True),
+            self.longest,
         )
 
 
@@ -98,8 +104,8 @@ class Sequences:
         self.tokens = tokens
         self.packing = packing
         self.pad_token_id = pad_token_id
-        # FlashAttention tells packed examples apart only in a batch of one row.
-        self._flatten = flatten and packing
+        # Attention that tells examples apart by where they begin wants them in one row, without padding.
+        self._flatten = flatten
 
     def __len__(self) -> int:
         return len(self.tokens.packs) if self.packing else self.tokens.num_examples
@@ -132,7 +138,7 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) 
     num_tokens = max(sum(int(tokens.lengths[example]) for example in row) for row in rows)
     input_ids_BT = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
     position_ids_BT = np.zeros((len(rows), num_tokens), dtype=np.int64)
-    positions, targets = [], []
+    positions, targets, starts = [], [], [0]
     for b, row in enumerate(rows):
         end = 0
         for example in row:
@@ -144,6 +150,7 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) 
             predictors = np.flatnonzero(trained_T[1:])
             positions.append(predictors + start + b * num_tokens)
             targets.append(ids_T[1:][predictors])
+            starts.append(end + b * num_tokens)
         # A lone example's padding continues its positions: no second example, no mask to build.
         first = end if len(row) == 1 else 0
         position_ids_BT[b, end:] = np.arange(first, first + num_tokens - end)
@@ -152,6 +159,8 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) 
         torch.from_numpy(position_ids_BT),
         torch.from_numpy(np.concatenate(positions).astype(np.int64)),
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        torch.tensor(starts, dtype=torch.int32),
+        int(np.diff(starts).max()),
     )
 
 
@@ -159,7 +168,9 @@ def empty_batch(pad_token_id: int) -> Batch:
     """Return a batch without a trained token: what a rank runs when the others have one more than it."""
     ids_12 = torch.full((1, 2), pad_token_id)
     none_0 = torch.empty(0, dtype=torch.int64)
-    return Batch(ids_12, torch.arange(2).unsqueeze(0), none_0, none_0)
+    return Batch(
+        ids_12, torch.arange(2).unsqueeze(0), none_0, none_0, torch.tensor([0, 2], dtype=torch.int32), 2
+    )
 
 
 def share_of_rank(num_microbatches: int, rank: int, world_size: int) -> list[int | None]:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,8 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def _choose_attention(config: TrainConfig, device: torch.device) -> str | None:
     """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
+    if config.attn_implementation == "varlen":
+        return None  # it takes the place of the model's own once that is built
     if config.attn_implementation != "auto":
         return config.attn_implementation
     is_half = resolve_dtype(config, device).itemsize == 2  # FlashAttention computes in nothing longer
@@ -141,6 +144,13 @@ def _choose_attention(config: TrainConfig, device: torch.device) -> str | None:
         model = build_meta_model(config, load_model_config(config))
         return "flash_attention_2" if model._supports_flash_attn else None
     return None
+
+
+def narrowest_window(model: nn.Module) -> float:
+    """Return the tokens that the narrowest attention of the model's layers reaches back; infinity: all."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window is not None), default=math.inf)
 
 
 def attention_of(model: nn.Module) -> str:

@@ -5,39 +5,110 @@ Shapes: B sequences, T tokens, N trained positions, V vocabulary, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
+from tunesmith.model.attention import attention_inputs
+
+# Logits that are held at a time: what the caches of a CPU nearly hold, what keeps a GPU busy.
+_LOGITS_AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
-def sum_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
     """Return the summed cross-entropy of the batch's N targets, in nats, float32; zero where N is 0.
 
     The hidden states are narrowed to the trained positions before the output layer, so that prompt
-    positions cost no logits; what the model does with its logits (scales, caps) still applies.
+    positions cost no logits; what the model does with its logits (scales, caps) still applies. With `fused`,
+    the N × V logits are never held whole either: for models of which `can_fuse_loss` holds.
 
     Under FSDP every rank must call it equally often.
     """
-    with _narrow_head(model, batch.positions_N):
-        logits_1NV = model(
-            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+    head = model.get_output_embeddings()
+    forward = head.forward
+
+    def narrow(hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
+
+    def compute_logits(hidden_BTD: Tensor) -> Tensor:
+        logits_1NV: Tensor = forward(narrow(hidden_BTD).unsqueeze(0))
+        return logits_1NV
+
+    def compute_loss(hidden_BTD: Tensor) -> Tensor:
+        loss_sum_111: Tensor = _LinearCrossEntropy.apply(
+            narrow(hidden_BTD), head.weight, head.bias, batch.targets_N
+        )
+        return loss_sum_111
+
+    # Inside the model's forward: there FSDP has the weights whole.
+    with _forward_replaced(head, compute_loss if fused else compute_logits):
+        outputs: Tensor = model(
+            input_ids=batch.input_ids_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+            **attention_inputs(model, batch),
         ).logits
-    return F.cross_entropy(logits_1NV[0].float(), batch.targets_N, reduction="sum")
+    if fused:
+        return outputs.squeeze()
+    return F.cross_entropy(outputs[0].float(), batch.targets_N, reduction="sum")
+
+
+@torch.no_grad()
+def can_fuse_loss(model: Any, batch: Batch, tolerance: float) -> bool:
+    """Return whether the model leaves the output layer's product as it is, and doesn't train that layer.
+
+    Where it scales or caps its logits, the fused loss of the batch is not the plain one's. Collective under FSDP.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.requires_grad:
+        return False
+    plain, fused = (float(sum_cross_entropy(model, batch, way)) for way in (False, True))
+    return abs(plain - fused) <= tolerance * plain
 
 
 @contextmanager
-def _narrow_head(model: Any, positions_N: Tensor) -> Iterator[None]:
-    def narrow(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BTD, *others = arguments
-        return (hidden_BTD.flatten(0, 1).index_select(0, positions_N).unsqueeze(0), *others)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(narrow)
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        hook.remove()
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of `hidden @ weight.T + bias`; its gradient is made on the way, slice by slice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor
+    ) -> Tensor:
+        # The shape of logits: the model passes it on as such.
+        loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        size = max(1, _LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD))
+        for start in range(0, len(hidden_ND), size):
+            rows = slice(start, start + size)
+            targets_n1 = targets_N[rows].unsqueeze(1)
+            logits_nV = F.linear(hidden_ND[rows], weight_VD, bias_V)
+            log_probabilities_nV = torch.log_softmax(logits_nV, 1, dtype=torch.float32)
+            loss_sum -= log_probabilities_nV.gather(1, targets_n1).sum()
+            if gradient_ND is not None:
+                gradient_nV = log_probabilities_nV.exp_()
+                gradient_nV.scatter_add_(1, targets_n1, gradient_nV.new_full(targets_n1.shape, -1.0))
+                torch.mm(gradient_nV.to(weight_VD.dtype), weight_VD, out=gradient_ND[rows])
+        ctx.save_for_backward(gradient_ND)
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND.float() * gradient.squeeze()).to(gradient_ND.dtype), None, None, None

@@ -1,50 +1,127 @@
-"""Does the model at hand keep packed examples apart?"""
+"""What the model at hand can be trained with, found by trying: attention, packed rows, the fused loss.
+
+All of it is collective under FSDP: every rank must call it. The model is left in the mode it was in.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from tunesmith.data.batches import Batch
+from tunesmith.model.attention import VARLEN, attention_inputs, trying
+from tunesmith.model.loss import can_fuse_loss
+
+logger = logging.getLogger(__name__)
+
 _LENGTHS = (7, 11, 9)
 
 
-@torch.no_grad()
-def keeps_examples_apart(model: nn.Module, vocab_size: int, device: torch.device, dtype: torch.dtype) -> bool:
+def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Let the model attend with `varlen`; keep its own backend if that gives other logits, or mixes examples."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.config._attn_implementation
+    (example, *_) = _make_examples(model)
+    with _evaluating(model):
+        (expected,) = _packed_logits(model, [example], device)
+        base.set_attn_implementation(VARLEN)
+        with trying() as problems:
+            (found,) = _packed_logits(model, [example], device)
+            _packed_logits(
+                model.train(), [example], device
+            )  # there it may have dropout, which `varlen` lacks
+        close = not problems and _distance(expected, found) < _rounding(dtype)
+        fits = close and keeps_examples_apart(model, device, dtype)
+        if not fits:
+            logger.debug("no `%s` attention: %s", VARLEN, problems)
+            base.set_attn_implementation(own)
+    return fits
+
+
+def keeps_examples_apart(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether, in a packed sequence, no example sees another, and each is computed as if alone.
 
     Three examples are packed. Changing the middle one must leave the logits of its neighbours as they
     are, and each neighbour alone must give the logits it has in the pack.
-
-    Collective under FSDP: every rank must call it. Leaves the model in the mode it was in.
     """
-    generator = torch.Generator().manual_seed(0)
-    examples = [torch.randint(vocab_size, (length,), generator=generator) for length in _LENGTHS]
-    changed = [examples[0], torch.randint(vocab_size, (_LENGTHS[1],), generator=generator), examples[2]]
+    first, middle, last, other = _make_examples(model)
+    with _evaluating(model):
+        before = _packed_logits(model, [first, middle, last], device)
+        after = _packed_logits(model, [first, other, last], device)
+        alone = [_packed_logits(model, [example], device)[0] for example in (first, last)]
+    neighbours = (0, 2)
+    rounding = _rounding(dtype)
+    unmoved = all(_distance(before[i], after[i]) < rounding / 10 for i in neighbours)
+    same = all(_distance(before[i], lone) < rounding for i, lone in zip(neighbours, alone, strict=True))
+    return unmoved and same
+
+
+def fuses_loss(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the model's loss can be computed without its logits."""
+    with _evaluating(model):
+        return can_fuse_loss(model, _pack(_make_examples(model)).to(device), _rounding(dtype))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    first, _, last = _packed_logits(model, examples, device)
-    first_changed, _, last_changed = _packed_logits(model, changed, device)
-    (first_alone,) = _packed_logits(model, [examples[0]], device)
-    (last_alone,) = _packed_logits(model, [examples[2]], device)
-    model.train(was_training)
-    if isinstance(model, FSDPModule):
-        # A forward leaves the outermost weights gathered, and an optimizer made now would miss their slices.
-        model.reshard()
-    rounding = 1e-4 if dtype == torch.float32 else 5e-2
-    unmoved = all(_distance(a, b) < rounding / 10 for a, b in ((first, first_changed), (last, last_changed)))
-    alone = all(_distance(a, b) < rounding for a, b in ((first, first_alone), (last, last_alone)))
-    return unmoved and alone
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        if isinstance(model, FSDPModule):
+            # A forward leaves the outermost weights gathered, and an optimizer made now would miss their slices.
+            model.reshard()
+
+
+def _make_examples(model: Any) -> list[Tensor]:
+    """Return three examples of random tokens, and another of the second one's length."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    lengths = (*_LENGTHS, _LENGTHS[1])
+    return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def _pack(examples: list[Tensor]) -> Batch:
+    """Return a batch of one row that holds the examples; all of each but its first token is trained."""
+    ids_T = torch.cat(examples)
+    starts = [0, *itertools.accumulate(len(example) for example in examples)]
+    positions_N = torch.cat([torch.arange(start, end - 1) for start, end in itertools.pairwise(starts)])
+    position_ids_T = torch.cat([torch.arange(len(example)) for example in examples])
+    return Batch(
+        ids_T.unsqueeze(0),
+        position_ids_T.unsqueeze(0),
+        positions_N,
+        ids_T[positions_N + 1],
+        torch.tensor(starts, dtype=torch.int32),
+        max(len(example) for example in examples),
+    )
 
 
 def _packed_logits(model: Any, examples: list[Tensor], device: torch.device) -> list[Tensor]:
-    input_ids_1T = torch.cat(examples).unsqueeze(0).to(device)
-    position_ids_1T = torch.cat([torch.arange(len(example)) for example in examples]).unsqueeze(0).to(device)
-    logits_1TV = model(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False).logits
+    batch = _pack(examples).to(device)
+    logits_1TV = model(
+        input_ids=batch.input_ids_BT,
+        position_ids=batch.position_ids_BT,
+        use_cache=False,
+        **attention_inputs(model, batch),
+    ).logits
     return list(logits_1TV[0].float().split([len(example) for example in examples]))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return how far two ways to compute the same logits may part, as a share of the largest."""
+    return 1e-4 if dtype == torch.float32 else 5e-2

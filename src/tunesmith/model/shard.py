@@ -1,9 +1,10 @@
-"""FSDP2: each worker holds a slice of every weight, and gathers one block at a time."""
+"""Where the weights lie: a slice of every one on each worker (FSDP2), or all of the frozen ones on each."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -12,6 +13,50 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+
+from tunesmith.machine import available_memory
+
+# The rest is for activations.
+_SHARE_FOR_WEIGHTS = 0.5
+
+
+def fits_whole(model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> bool:
+    """Return whether every worker has room for the whole model in `dtype`. Collective.
+
+    On CPUs the weights as they are stored are shared by the workers of a machine, so they cost nothing more.
+    """
+    copied = [
+        p for p in model.parameters() if device.type == "cuda" or (p.dtype != dtype and not p.requires_grad)
+    ]
+    needed = sum(parameter.numel() for parameter in copied) * dtype.itemsize
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = available_memory() // world_size
+    fits = torch.tensor(int(needed <= _SHARE_FOR_WEIGHTS * room), device=device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return bool(fits.item())
+
+
+def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the whole model on `device`, in place: frozen weights in `dtype`, trained ones in float32."""
+    _cast(model, dtype)
+    model.to(device)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Add up the gradients of a replicated model over all ranks, in float32. Collective."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:  # this rank had no rows
+            parameter.grad = torch.zeros_like(parameter)
+    if dist.get_world_size() == 1:
+        return
+    gradients: list[Tensor] = [parameter.grad for parameter in trained if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool) -> None:
@@ -25,13 +70,10 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, cpu_offl
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for block in find_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    _cast_slices(
-        model, {name: dtype if name in frozen else torch.float32 for name, _ in model.named_parameters()}
-    )
+    _cast(model, dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no averaging; sums also keep the loss independent of the number of workers.
@@ -49,7 +91,8 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if id(block) not in inner]
 
 
-def _cast_slices(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    wanted = {id(parameter): dtypes[name] for name, parameter in model.named_parameters()}
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that this worker holds: frozen ones to `dtype`, trained ones to float32."""
+    wanted = {id(p): torch.float32 if p.requires_grad else dtype for p in model.parameters()}
     # Buffers are not in `wanted`: rotary frequencies stay in float32.
     model._apply(lambda tensor: tensor.to(wanted[id(tensor)]) if id(tensor) in wanted else tensor)

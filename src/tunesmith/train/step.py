@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tunesmith.data.batches import Sequences, empty_batch, microbatch_seed, share_of_rank
+from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, share_of_rank
 from tunesmith.model.loss import sum_cross_entropy
+from tunesmith.model.shard import sum_gradients
 from tunesmith.train.worker import Worker
 
 
@@ -40,6 +41,7 @@ def accumulate_gradients(
     step: int,
     seed: int,
     worker: Worker,
+    fused_loss: bool,
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
 
@@ -48,25 +50,50 @@ def accumulate_gradients(
     """
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
     numbers = share_of_rank(len(microbatches), worker.rank, worker.world_size)
+    is_sharded = isinstance(model, FSDPModule)
     # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
     # they would cost every worker more memory than the model.
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
     loss_sum = torch.zeros((), device=worker.device)
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
-        start = time.perf_counter()
-        batch = (
-            empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
-        )
-        batch = batch.to(worker.device)
-        data_wait_s += time.perf_counter() - start
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(trains_all or i == len(numbers) - 1)
         torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
-        loss = sum_cross_entropy(model, batch)
-        (loss / max(1, num_trained)).backward()
-        loss_sum += loss.detach()
+        whole = None if number is None else microbatches[number]
+        parts = split_microbatch(whole, microbatches, worker.device, is_sharded)
+        for j, rows in enumerate(parts):
+            if isinstance(model, FSDPModule):
+                is_last = i == len(numbers) - 1 and j == len(parts) - 1
+                model.set_requires_gradient_sync(trains_all or is_last)
+            start = time.perf_counter()
+            batch = collate_rows(sequences, rows).to(worker.device)
+            data_wait_s += time.perf_counter() - start
+            loss = sum_cross_entropy(model, batch, fused_loss)
+            (loss / max(1, num_trained)).backward()
+            loss_sum += loss.detach()
+    if not is_sharded:
+        sum_gradients(model)
     return Gradients(loss_sum, data_wait_s)
+
+
+def split_microbatch(
+    rows: np.ndarray | None, microbatches: Sequence[np.ndarray], device: torch.device, is_sharded: bool
+) -> list[np.ndarray | None]:
+    """Return the parts of a microbatch that are run one after another; None is one without rows.
+
+    A CPU gains nothing from several sequences at once, and keeps fewer activations of one. Under FSDP every
+    rank must run equally many, whatever the microbatch; a rank without one (None) runs empty ones.
+    """
+    if device.type == "cpu":
+        parts: list[np.ndarray | None] = [] if rows is None else [*np.split(rows, len(rows))]
+        num_parts = max(map(len, microbatches))
+    else:
+        parts, num_parts = [] if rows is None else [rows], 1
+    return parts + [None] * (num_parts - len(parts)) if is_sharded else parts
+
+
+def collate_rows(sequences: Sequences, rows: np.ndarray | None) -> Batch:
+    """Return the batch of these rows, or one without a trained token."""
+    return empty_batch(sequences.pad_token_id) if rows is None else sequences.collate(rows)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
@@ -88,6 +115,7 @@ def evaluate_loss(
     microbatches: Sequence[np.ndarray],
     worker: Worker,
     group: dist.ProcessGroup,
+    fused_loss: bool,
 ) -> float:
     """Return the mean cross-entropy per trained token over all ranks, in nats; NaN if nothing is trained.
 
@@ -96,10 +124,10 @@ def evaluate_loss(
     model.eval()
     loss_sum = torch.zeros((), device=worker.device)
     for number in share_of_rank(len(microbatches), worker.rank, worker.world_size):
-        batch = (
-            empty_batch(sequences.pad_token_id) if number is None else sequences.collate(microbatches[number])
-        )
-        loss_sum += sum_cross_entropy(model, batch.to(worker.device))
+        whole = None if number is None else microbatches[number]
+        for rows in split_microbatch(whole, microbatches, worker.device, isinstance(model, FSDPModule)):
+            batch = collate_rows(sequences, rows).to(worker.device)
+            loss_sum += sum_cross_entropy(model, batch, fused_loss)
     model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward pass the outermost weights would stay gathered

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
-from tunesmith.model.build import build_model, describe_choices, uses_gradient_checkpointing
+from tunesmith.model.attention import VARLEN
+from tunesmith.model.build import build_model, choose_ways, describe_choices, uses_gradient_checkpointing
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.runs import Checkpoint, RunDir, finished_at
@@ -70,6 +72,7 @@ class Training:
     group: dist.ProcessGroup
     """Works on the CPU, whatever the model's device: for decisions all ranks must share."""
     model: nn.Module
+    fused_loss: bool
     optimizer: Optimizer
     checkpointer: Checkpointer
     sequences: Sequences
@@ -111,7 +114,13 @@ class Training:
         self.meter.start()
         microbatches = self.plan.microbatches(step)
         gradients = accumulate_gradients(
-            self.model, self.sequences, microbatches, step, config.seed, self.worker
+            self.model,
+            self.sequences,
+            microbatches,
+            step,
+            config.seed,
+            self.worker,
+            self.fused_loss,
         )
         grad_norm = clip_gradients(self.model, config.max_grad_norm)
         stop_requested = self.worker.rank == 0 and self.job.run.stop_path.exists()
@@ -142,7 +151,9 @@ class Training:
         """Return the validation loss, in nats per trained token."""
         assert self.validation is not None
         microbatches = choose_validation_batches(self.validation, self.config)
-        return evaluate_loss(self.model, self.validation, microbatches, self.worker, self.group)
+        return evaluate_loss(
+            self.model, self.validation, microbatches, self.worker, self.group, self.fused_loss
+        )
 
     def find_ending(self, progress: Progress, stop_requested: bool) -> Ending | None:
         """Return how the training ends at this point, or None if it goes on."""
@@ -204,14 +215,14 @@ class Training:
         rows = "packed" if self.sequences.packing else "padded"
         return (
             f"{self.num_steps} steps ({self.plan.steps_per_epoch} an epoch) of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
-            f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.config, self.worker.device)}"
+            f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.fused_loss, self.config, self.worker.device)}"
         )
 
 
 def set_up(job: TrainJob, worker: Worker) -> Training:
     """Load, adapt and shard the model, and plan the steps. Collective."""
     run, device = job.run, worker.device
-    config = with_recorded_dtype(job.config, run)
+    config = with_recorded_choices(job.config, run, worker.world_size)
     job = replace(job, config=config)
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
@@ -221,8 +232,10 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_tokenizer(config)
     model = build_model(config, device, worker.world_size)
+    fused_loss = choose_ways(config, model, device)
     packing = decide_packing(config, run, model, worker, group)
-    flatten = attention_of(model).startswith("flash")
+    attention = attention_of(model)
+    flatten = attention == VARLEN or (packing and attention.startswith("flash"))
     pad_token_id = int(tokenizer.eos_token_id)
     sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
     plan = BatchPlan(len(sequences), GlobalBatch(**run.read_params()["global_batch"]), config.seed)
@@ -235,6 +248,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         worker=worker,
         group=group,
         model=model,
+        fused_loss=fused_loss,
         optimizer=optimizer,
         checkpointer=Checkpointer(job, worker.rank, model, optimizer, tokenizer),
         sequences=sequences,
@@ -255,8 +269,9 @@ def decide_packing(
     (params,) = share_objects([run.read_params()], group)
     packing = config.packing if params["packing"] is None else bool(params["packing"])
     if packing and params["packing"] is None:
-        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
-        is_fit = keeps_examples_apart(model, vocab_size, worker.device, resolve_dtype(config, worker.device))
+        is_fit = attention_of(model) == VARLEN or keeps_examples_apart(
+            model, worker.device, resolve_dtype(config, worker.device)
+        )
         (num_unfit,) = sum_over_ranks([float(not is_fit)], group)
         packing = num_unfit == 0
         if not packing:
@@ -269,6 +284,7 @@ def decide_packing(
             "dtype": str(resolve_dtype(config, worker.device)).removeprefix("torch."),
             "attn_implementation": attention_of(model),
             "gradient_checkpointing": uses_gradient_checkpointing(config, worker.device),
+            "fsdp": "full_shard" if isinstance(model, FSDPModule) else "no_shard",
             "num_workers": worker.world_size,
             "use_gpu": worker.device.type == "cuda",
         }
@@ -276,12 +292,20 @@ def decide_packing(
     return packing
 
 
-def with_recorded_dtype(config: TrainConfig, run: RunDir) -> TrainConfig:
-    """Return the settings with the dtype that the run was started in, where they leave it open."""
+def with_recorded_choices(config: TrainConfig, run: RunDir, world_size: int) -> TrainConfig:
+    """Return the settings with the dtype that the run was started in, where they leave it open.
+
+    And with where the weights lay, if the number of workers is the same: how gradients are added up follows.
+    """
     recorded = run.read_params()["resolved"]
-    if config.dtype != "auto" or recorded is None:
+    if recorded is None:
         return config
-    return config.model_copy(update={"dtype": recorded["dtype"]})
+    choices = {"dtype": recorded["dtype"]}
+    if recorded["num_workers"] == world_size:
+        choices["fsdp"] = recorded["fsdp"]
+    return config.model_copy(
+        update={name: c for name, c in choices.items() if getattr(config, name) == "auto"}
+    )
 
 
 def choose_validation_batches(validation: Sequences, config: TrainConfig) -> list[np.ndarray]:

@@ -1,0 +1,121 @@
+"""A linear layer and its LoRA adapter as one product, of which the frozen weight costs nothing but its product.
+
+Shapes: N positions, D inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+
+
+def fuse_adapters(model: nn.Module) -> bool:
+    """Let every adapted linear layer of `model` compute with its adapter at once, in the dtype of its input.
+
+    Returns whether all that is trained lies in such layers; the rest computes as before.
+    """
+    fused: set[int] = set()
+    for module in model.modules():
+        adapter = _plain_adapter(module)
+        if adapter is not None:
+            module.forward = _Forward(module, adapter)
+            fused |= {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    return all(id(parameter) in fused for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _plain_adapter(module: Any) -> str | None:
+    """Return the name of the one adapter of a frozen linear layer that nothing but LoRA changes."""
+    from peft.tuners.lora import Linear
+
+    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or len(module.lora_A) != 1:
+        return None
+    (adapter,) = module.lora_A
+    biased = module.lora_B[adapter].bias is not None
+    frozen = not any(parameter.requires_grad for parameter in module.base_layer.parameters())
+    return adapter if frozen and not biased and adapter not in module.lora_variant else None
+
+
+class _Forward:
+    """`forward` of an adapted layer. A class: it must survive a copy of the model."""
+
+    def __init__(self, layer: Linear, adapter: str) -> None:
+        self.layer = layer
+        self.adapter = adapter
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        layer, name = self.layer, self.adapter
+        dropout = layer.lora_dropout[name]
+        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        kept = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share) if share else None
+        outputs: Tensor = _LoraLinear.apply(
+            inputs,
+            layer.base_layer.weight,
+            layer.base_layer.bias,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            kept,
+            share,
+        )
+        return outputs
+
+
+class _LoraLinear(torch.autograd.Function):
+    """inputs @ weight.T + bias + scaling · dropout(inputs) @ a.T @ b.T, in the dtype of the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight_OD: Tensor,
+        bias_O: Tensor | None,
+        a_RD: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+        kept: Tensor | None,
+        share: float,
+    ) -> Tensor:
+        inputs_ND = inputs.flatten(0, -2)
+        a, b = a_RD.to(inputs.dtype), b_OR.to(inputs.dtype)
+        outputs_NO = F.linear(inputs_ND, weight_OD, bias_O)
+        inner_NR = _drop(inputs_ND, kept, share) @ a.T
+        outputs_NO.addmm_(inner_NR, b.T, alpha=scaling)
+        ctx.save_for_backward(inputs, weight_OD, a, b, inner_NR, kept)
+        ctx.scaling, ctx.share, ctx.dtype = scaling, share, a_RD.dtype
+        return outputs_NO.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight_OD, a, b, inner_NR, kept = ctx.saved_tensors
+        gradient_NO = gradient.flatten(0, -2)
+        gradient_NR = (gradient_NO @ b).mul_(ctx.scaling)
+        gradient_a = gradient_NR.T @ _drop(inputs.flatten(0, -2), kept, ctx.share)
+        gradient_b = (gradient_NO.T @ inner_NR).mul_(ctx.scaling)
+        gradient_inputs = None
+        if ctx.needs_input_grad[0]:
+            gradient_ND = gradient_NO @ weight_OD
+            if kept is None:
+                gradient_ND.addmm_(gradient_NR, a)
+            else:
+                gradient_ND += _drop(gradient_NR @ a, kept, ctx.share)
+            gradient_inputs = gradient_ND.view_as(inputs)
+        return (
+            gradient_inputs,
+            None,
+            None,
+            gradient_a.to(ctx.dtype),
+            gradient_b.to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _drop(values_ND: Tensor, kept: Tensor | None, share: float) -> Tensor:
+    return values_ND if kept is None else values_ND * kept.view_as(values_ND) / (1 - share)
