@@ -226,7 +226,7 @@ def test_padding_belongs_to_no_example(drawn: tuple[Tokens, list[list[int]]]) ->
 
 
 @given(token_sets())
-def test_flattened_for_flash_attention_all_examples_are_in_one_row_without_padding(
+def test_flattened_all_examples_are_in_one_row_without_padding(
     drawn: tuple[Tokens, list[list[int]]],
 ) -> None:
     tokens, rows = drawn
@@ -236,10 +236,13 @@ def test_flattened_for_flash_attention_all_examples_are_in_one_row_without_paddi
     assert flat.input_ids_BT.shape == (1, sum(tokens.lengths))
     assert PAD not in flat.input_ids_BT
     assert flat.targets_N.tolist() == batch.targets_N.tolist()
+    lengths = [len(tokens.trained[i]) for row in rows for i in row]
+    assert flat.starts.tolist() == np.cumsum([0, *lengths]).tolist()
+    assert flat.longest == max(lengths)
     starts = (flat.position_ids_BT[0] == 0).nonzero().squeeze(1).tolist()
-    assert starts == np.cumsum([0, *(len(tokens.trained[i]) for row in rows for i in row)])[:-1].tolist()
-    padded = Sequences(tokens, False, PAD, flatten=True).collate(np.arange(tokens.num_examples))
-    assert len(padded.input_ids_BT) == tokens.num_examples
+    assert starts == flat.starts[:-1].tolist()
+    alone = Sequences(tokens, False, PAD, flatten=True).collate(np.arange(tokens.num_examples))
+    assert alone.input_ids_BT.shape == (1, sum(tokens.lengths))
 
 
 @given(token_sets())

@@ -263,7 +263,8 @@ def test_params_record_what_was_chosen_and_a_resumed_run_keeps_its_dtype(config:
     resolved = run.read_params()["resolved"]
     assert resolved == {
         "dtype": "float32",
-        "attn_implementation": "sdpa",
+        "attn_implementation": "varlen",
+        "fsdp": "no_shard",
         "gradient_checkpointing": False,
         "num_workers": 1,
         "use_gpu": False,

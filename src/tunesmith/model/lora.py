@@ -112,6 +112,18 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         ) from error
 
 
+def find_plain_adapter(module: Any) -> str | None:
+    """Return the name of the one adapter of a frozen linear layer that nothing but LoRA changes, if it is such."""
+    from peft.tuners.lora import Linear
+
+    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or len(module.lora_A) != 1:
+        return None
+    (adapter,) = module.lora_A
+    biased = module.lora_B[adapter].bias is not None
+    frozen = not any(parameter.requires_grad for parameter in module.base_layer.parameters())
+    return str(adapter) if frozen and not biased and adapter not in module.lora_variant else None
+
+
 def write_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write an adapter that PEFT and vLLM load as it is.
 

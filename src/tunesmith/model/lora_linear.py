@@ -5,14 +5,13 @@ Shapes: N positions, D inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from peft.tuners.lora import Linear
+from tunesmith.model.lora import find_plain_adapter
 
 
 def fuse_adapters(model: nn.Module) -> bool:
@@ -22,29 +21,17 @@ def fuse_adapters(model: nn.Module) -> bool:
     """
     fused: set[int] = set()
     for module in model.modules():
-        adapter = _plain_adapter(module)
+        adapter = find_plain_adapter(module)
         if adapter is not None:
             module.forward = _Forward(module, adapter)
             fused |= {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     return all(id(parameter) in fused for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _plain_adapter(module: Any) -> str | None:
-    """Return the name of the one adapter of a frozen linear layer that nothing but LoRA changes."""
-    from peft.tuners.lora import Linear
-
-    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or len(module.lora_A) != 1:
-        return None
-    (adapter,) = module.lora_A
-    biased = module.lora_B[adapter].bias is not None
-    frozen = not any(parameter.requires_grad for parameter in module.base_layer.parameters())
-    return adapter if frozen and not biased and adapter not in module.lora_variant else None
-
-
 class _Forward:
     """`forward` of an adapted layer. A class: it must survive a copy of the model."""
 
-    def __init__(self, layer: Linear, adapter: str) -> None:
+    def __init__(self, layer: Any, adapter: str) -> None:
         self.layer = layer
         self.adapter = adapter
 
