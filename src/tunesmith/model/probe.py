@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tunesmith.data.batches import Batch
 from tunesmith.model.attention import VARLEN, attention_inputs, trying
 from tunesmith.model.loss import can_fuse_loss
+from tunesmith.model.shard import holds_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +28,21 @@ _LENGTHS = (7, 11, 9)
 def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Let the model attend with `varlen`; keep its own backend if that gives other logits, or mixes examples."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not base._can_set_attn_implementation():
+        return False
     own = base.config._attn_implementation
     (example, *_) = _make_examples(model)
-    with _evaluating(model):
+    with _evaluating(model), trying() as problems:
         (expected,) = _packed_logits(model, [example], device)
         base.set_attn_implementation(VARLEN)
-        with trying() as problems:
-            (found,) = _packed_logits(model, [example], device)
-            _packed_logits(
-                model.train(), [example], device
-            )  # there it may have dropout, which `varlen` lacks
-        close = not problems and _distance(expected, found) < _rounding(dtype)
-        fits = close and keeps_examples_apart(model, device, dtype)
+        (found,) = _packed_logits(model, [example], device)
+        model.train()  # there it may have dropout, which `varlen` lacks
+        _packed_logits(model, [example], device)
+        if not _distance(expected, found) < _rounding(dtype):
+            problems.append("the logits are others")
+        if not keeps_examples_apart(model, device, dtype):
+            problems.append("packed examples see one another")
+        fits = holds_on_all_ranks(not problems, device)
         if not fits:
             logger.debug("no `%s` attention: %s", VARLEN, problems)
             base.set_attn_implementation(own)
@@ -66,7 +70,8 @@ def keeps_examples_apart(model: nn.Module, device: torch.device, dtype: torch.dt
 def fuses_loss(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the model's loss can be computed without its logits."""
     with _evaluating(model):
-        return can_fuse_loss(model, _pack(_make_examples(model)).to(device), _rounding(dtype))
+        fuses = can_fuse_loss(model, _pack(_make_examples(model)).to(device), _rounding(dtype))
+    return holds_on_all_ranks(fuses, device)
 
 
 @contextmanager

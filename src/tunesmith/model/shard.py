@@ -33,9 +33,14 @@ def fits_whole(model: nn.Module, device: torch.device, dtype: torch.dtype, world
         room = torch.cuda.get_device_properties(device).total_memory
     else:
         room = available_memory() // world_size
-    fits = torch.tensor(int(needed <= _SHARE_FOR_WEIGHTS * room), device=device)
-    dist.all_reduce(fits, dist.ReduceOp.MIN)
-    return bool(fits.item())
+    return holds_on_all_ranks(needed <= _SHARE_FOR_WEIGHTS * room, device)
+
+
+def holds_on_all_ranks(condition: bool, device: torch.device) -> bool:
+    """Return whether the condition holds on every rank: what follows from it must be the same on all. Collective."""
+    holds = torch.tensor(int(condition), device=device)
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return bool(holds.item())
 
 
 def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
