@@ -57,7 +57,7 @@ def test_it_equals_attention_under_a_mask(
 ) -> None:
     ours, theirs = random_states(*heads, sum(lengths)), random_states(*heads, sum(lengths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_LONGEST_SQUARE", longest_square)
+        patch.setattr(attention, "LONGEST_SQUARE", longest_square)
         output = attend(ours, lengths, scaling=scaling)
     expected = attend_under_mask(theirs, lengths, WIDTH**-0.5 if scaling is None else scaling)
     # The squares are computed in float32.

@@ -154,7 +154,7 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (
             ["zzz"],
             "unknown verb `zzz`",
-            "the verbs are train, evaluate, convert, inspect, watch, submit, render, schema",
+            "the verbs are train, evaluate, convert, inspect, plan, watch, submit, render, schema",
         ),
         (["run.yaml"], "`run.yaml` stands before the verb", "write `tunesmith train run.yaml`"),
         (

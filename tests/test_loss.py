@@ -105,7 +105,7 @@ def check_against_transformers(model: nn.Module) -> None:
 def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     family: str, at_a_time: int, model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loss_module._LOGITS_AT_A_TIME, "cpu", at_a_time)
+    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
     model.get_output_embeddings().weight = nn.Parameter(
         model.get_output_embeddings().weight.detach(), requires_grad=False

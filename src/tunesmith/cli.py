@@ -157,6 +157,24 @@ def _inspect(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    from tunesmith.config import TrainConfig
+
+    given, words = _take_options("plan", words)
+    config = _read_config("plan", TrainConfig, words)
+    if config is None:
+        return 0
+    from tunesmith.cluster.resources import allocate, this_machine
+    from tunesmith.view.plan import find_workers, imagine_workers, plan
+
+    if "--gpu" in given:
+        workers = imagine_workers(config, given["--gpu"][-1])
+    else:
+        allocation = allocate(config, [this_machine()], "this machine")
+        workers = find_workers(config, allocation.num_workers, allocation.use_gpu)
+    return 0 if plan(config, workers) else 1
+
+
 def _render(words: list[str]) -> int:
     given, words = _take_options("render", words)
     release = _read_release("render", given, words)
@@ -287,6 +305,7 @@ _CLUSTER_OPTIONS = (
 )
 _WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
 _ONCE = Option("--once", "print the run's state and end")
+_GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
 _FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
 
 _VERBS = {
@@ -298,6 +317,12 @@ _VERBS = {
         "convert [RUN] [flags]", "export a tuned model as a Hugging Face folder, proven equal", _convert
     ),
     "inspect": Verb("inspect [run.yaml] [flags]", "show the examples a run would train on", _inspect),
+    "plan": Verb(
+        "plan [run.yaml] [flags]",
+        "tell a run's memory, speed and hours before it starts, and what makes it fit",
+        _plan,
+        (_GPU,),
+    ),
     "watch": Verb("watch RUN [--once]", "draw a run's progress from its folder", _watch, (_ONCE,)),
     "submit": Verb(
         "submit [run.yaml] [flags]",

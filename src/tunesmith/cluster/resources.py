@@ -80,9 +80,14 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
         finally:
             ray.shutdown()
     else:
-        import torch
+        yield [this_machine()], "this machine"
 
-        yield [Node(usable_cpus(), torch.cuda.device_count())], "this machine"
+
+def this_machine() -> Node:
+    """Return what this machine has."""
+    import torch
+
+    return Node(usable_cpus(), torch.cuda.device_count())
 
 
 def is_elastic() -> bool:

@@ -24,7 +24,7 @@ from tunesmith.data.batches import Batch
 VARLEN = "varlen"
 
 # Tokens of an example up to which its squares are cheaper to keep than to compute again.
-_LONGEST_SQUARE = 512
+LONGEST_SQUARE = 512
 
 # What some models change about the scores, which no kernel here computes.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -125,7 +125,7 @@ def _attend_on_cpu(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, scale: float, starts: Tensor, longest: int
 ) -> Tensor:
     lengths = starts.diff().tolist()
-    if longest <= _LONGEST_SQUARE:
+    if longest <= LONGEST_SQUARE:
         attended: Tensor = _SquareAttention.apply(query_1HTD, key_1KTD, value_1KTD, lengths, scale)
         return attended
     # Grouped heads would take torch's slow path.

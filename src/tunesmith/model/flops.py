@@ -1,4 +1,4 @@
-"""Floating-point operations of training, for the share of the GPU's peak that is used."""
+"""Floating-point operations of training, and what a device can do of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,29 @@ _PEAK_FLOPS = {
     "A10G": 70e12,
     "V100": 125e12,
 }
+
+
+# Memory by the same names, in GB as the data sheets have it; of what comes in several sizes, the smallest.
+_MEMORY_GB = {
+    "B200": 180,
+    "H200": 141,
+    "H100": 80,
+    "A100": 40,
+    "L40S": 48,
+    "L4": 24,
+    "A10G": 24,
+    "V100": 16,
+}
+
+
+def known_gpus() -> list[str]:
+    """Return the names of the GPUs whose peak and memory are known."""
+    return list(_MEMORY_GB)
+
+
+def memory_of_gpu(name: str) -> int:
+    """Return the bytes of memory of one of the `known_gpus`."""
+    return _MEMORY_GB[name] * 10**9
 
 
 def peak_flops(device_name: str) -> float | None:

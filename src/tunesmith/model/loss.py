@@ -17,7 +17,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.model.attention import attention_inputs
 
 # Logits that are held at a time: what the caches of a CPU nearly hold, what keeps a GPU busy.
-_LOGITS_AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
+LOGITS_AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        size = max(1, _LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD))
+        size = max(1, LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD))
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
             targets_n1 = targets_N[rows].unsqueeze(1)

@@ -17,23 +17,17 @@ from torch.distributed.fsdp import (
 from tunesmith.machine import available_memory
 
 # The rest is for activations.
-_SHARE_FOR_WEIGHTS = 0.5
+SHARE_FOR_WEIGHTS = 0.5
 
 
 def fits_whole(model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> bool:
-    """Return whether every worker has room for the whole model in `dtype`. Collective.
-
-    On CPUs the weights as they are stored are shared by the workers of a machine, so they cost nothing more.
-    """
-    copied = [
-        p for p in model.parameters() if device.type == "cuda" or (p.dtype != dtype and not p.requires_grad)
-    ]
-    needed = sum(parameter.numel() for parameter in copied) * dtype.itemsize
+    """Return whether every worker has room for the whole model in `dtype`. Collective."""
+    needed = copied_bytes(model, device.type, dtype)
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
     else:
         room = available_memory() // world_size
-    return holds_on_all_ranks(needed <= _SHARE_FOR_WEIGHTS * room, device)
+    return holds_on_all_ranks(needed <= SHARE_FOR_WEIGHTS * room, device)
 
 
 def holds_on_all_ranks(condition: bool, device: torch.device) -> bool:
@@ -41,6 +35,22 @@ def holds_on_all_ranks(condition: bool, device: torch.device) -> bool:
     holds = torch.tensor(int(condition), device=device)
     dist.all_reduce(holds, dist.ReduceOp.MIN)
     return bool(holds.item())
+
+
+def copied_bytes(
+    model: nn.Module, device_type: str, dtype: torch.dtype, stored: torch.dtype | None = None
+) -> int:
+    """Return the bytes of its own that a worker holds of the whole model, its frozen weights in `dtype`.
+
+    On CPUs weights as they are stored (in `stored`, by default as they lie in `model`) are shared by the
+    workers of a machine, so they cost nothing more.
+    """
+    copied = [
+        p
+        for p in model.parameters()
+        if device_type == "cuda" or ((stored or p.dtype) != dtype and not p.requires_grad)
+    ]
+    return sum(parameter.numel() for parameter in copied) * dtype.itemsize
 
 
 def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

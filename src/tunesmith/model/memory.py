@@ -1,0 +1,147 @@
+"""What training needs of a worker's memory, known from shapes before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunesmith.config import TrainConfig
+from tunesmith.model.build import uses_gradient_checkpointing
+from tunesmith.model.dry_run import MicrobatchBytes, measure_microbatch
+from tunesmith.model.load import build_meta_model
+from tunesmith.model.lora import add_adapters
+from tunesmith.model.lora_linear import fuse_adapters
+from tunesmith.model.shard import SHARE_FOR_WEIGHTS, copied_bytes, find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What a worker holds without a model. CPU: measured, a worker of Ray's with torch, transformers and peft.
+# GPU: assumed, for the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
+_PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
+
+# Freed tensors that the allocator can't use again, as a share of those of a microbatch. CPU: measured, packed rows.
+_HEAP_SHARE = {"cpu": 0.25, "cuda": 0.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one worker holds at its peak, by what they are for."""
+
+    weights: int
+    """Frozen ones, or with `full_ft` all: as much of them as lies on this worker."""
+    gathered: int
+    """Whole blocks of sharded weights, while they are computed with."""
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    """What the loss needs besides the activations."""
+    workspace: int
+    """What the backward pass needs more than the loss did."""
+    heap: int
+    """Freed tensors that the allocator keeps."""
+    process: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as it is trained, on the meta device, and what it was made of."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    fused: bool
+    """Whether its adapters are computed with their layers, so that its weights needn't be sharded."""
+
+
+def build_planned_model(
+    config: TrainConfig, model_config: PretrainedConfig, dtype: torch.dtype
+) -> PlannedModel:
+    """Return the adapted (or fully trainable) model of these settings without weights, to compute in `dtype`.
+
+    Raises:
+        ModelError, ConfigError: as `build_meta_model` and `choose_targets` say.
+    """
+    with torch.device("meta"):
+        model: Any = build_meta_model(config, model_config)
+        model.requires_grad_(config.full_ft)
+        if not config.full_ft:
+            model = add_adapters(model, config)
+    fused = not config.full_ft and fuse_adapters(model)
+    # Meta tensors of experts multiply in bfloat16 alone.
+    has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
+    computed = torch.bfloat16 if has_experts else dtype
+    for parameter in model.parameters():
+        # FSDP casts what is trained as it gathers it.
+        parameter.data = parameter.data.to(torch.float32 if fused and parameter.requires_grad else computed)
+    stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
+    return PlannedModel(model.train(), dtype, stored, fused)
+
+
+def is_whole(planned: PlannedModel, config: TrainConfig, device_type: str, room: int) -> bool:
+    """Return whether the weights lie whole on each worker, of which each has `room` bytes; as `build_model` chooses."""
+    if not planned.fused or config.cpu_offload or config.fsdp != "auto":
+        return planned.fused and not config.cpu_offload and config.fsdp == "no_shard"
+    needed = copied_bytes(planned.model, device_type, planned.dtype, planned.stored_dtype)
+    return needed <= SHARE_FOR_WEIGHTS * room
+
+
+def estimate_memory(
+    planned: PlannedModel, config: TrainConfig, device_type: str, num_workers: int, room: int
+) -> Memory:
+    """Return what each of `num_workers` workers, with `room` bytes each, holds at its peak.
+
+    Rows are taken to be full, every token of them to be trained, and attention to be `varlen` or FlashAttention.
+    """
+    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in planned.model.parameters() if not p.requires_grad)
+    itemsize = planned.dtype.itemsize
+    whole = is_whole(planned, config, device_type, room)
+    share = 1 if whole else num_workers
+    if config.cpu_offload and device_type == "cuda":
+        trained = frozen = 0  # they lie in the host's memory
+    steps = _run_microbatch(planned, config, device_type)
+    return Memory(
+        weights=(frozen * itemsize + (4 * trained if config.full_ft else 0)) // share,
+        gathered=0 if whole else _gathered_bytes(planned, config.full_ft),
+        adapters=0 if config.full_ft else 4 * trained // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
+        activations=steps.activations,
+        logits=steps.loss_peak - steps.activations,
+        workspace=max(0, steps.peak - steps.loss_peak),
+        heap=int(_HEAP_SHARE[device_type] * max(steps.loss_peak, steps.peak)),
+        process=_PROCESS_BYTES[device_type],
+    )
+
+
+def _run_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> MicrobatchBytes:
+    model: Any = planned.model
+    if uses_gradient_checkpointing(config, torch.device(device_type)):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    # On CPUs sequences are run one at a time.
+    num_rows = config.per_device_train_batch_size if device_type == "cuda" else 1
+    num_tokens = num_rows * config.max_seq_length
+    found = measure_microbatch(model, num_tokens, config.max_seq_length, device_type)
+    wider = planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize
+    return MicrobatchBytes(wider * found.activations, wider * found.loss_peak, wider * found.peak)
+
+
+def _gathered_bytes(planned: PlannedModel, full_ft: bool) -> int:
+    """Return what FSDP has whole at once: the outermost weights, and two blocks, one of them on its way."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(planned.model)]
+    outermost = sum(p.numel() for p in planned.model.parameters()) - sum(blocks)
+    whole = planned.dtype.itemsize * (outermost + 2 * max(blocks, default=0))
+    # The gradient of a block is whole until it is summed over the workers, in float32.
+    return whole + (4 * max([outermost, *blocks]) if full_ft else 0)

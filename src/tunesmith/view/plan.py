@@ -1,0 +1,221 @@
+"""`tunesmith plan`: what a run needs and how long it takes, told before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ConfigError
+from tunesmith.machine import available_memory
+from tunesmith.model.build import uses_gradient_checkpointing
+from tunesmith.model.flops import count_flops_per_token, known_gpus, memory_of_gpu, peak_flops
+from tunesmith.model.load import load_model_config, resolve_dtype
+from tunesmith.model.memory import Memory, PlannedModel, build_planned_model, estimate_memory, is_whole
+from tunesmith.view.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# The share of what its products could do that a training reaches. CPU: measured, LoRA on a 135M model.
+# GPU: assumed, what the best published LoRA runs reach of an H100's data sheet.
+_SHARE_OF_PEAK = {"cpu": 0.4, "cuda": 0.4}
+
+_PRODUCT_SIZE = 1024
+_MEASURE_S = 0.2
+_SHORTEST_ROW = 256
+_MOST_TIMES_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a run is planned for.
+
+    Attributes:
+        memory: bytes of each worker.
+        flops: FLOP/s of each worker's products in `dtype`; None for a GPU that isn't known.
+        can_grow: whether more such workers may be had.
+    """
+
+    num: int
+    device_type: str
+    name: str
+    memory: int
+    flops: float | None
+    dtype: torch.dtype
+    can_grow: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's settings and workers, and what each worker needs."""
+
+    config: TrainConfig
+    workers: Workers
+    memory: Memory
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.workers.memory
+
+
+def plan(config: TrainConfig, workers: Workers) -> bool:
+    """Print, to stdout, what the run needs on these workers, and how long it takes; return whether it fits.
+
+    Raises:
+        ModelError, ConfigError: as `train` has them; the data set isn't looked at.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    model = build_planned_model(config, load_model_config(config), workers.dtype)
+    planned = make_plan(model, config, workers)
+    _print_memory(console, planned, model)
+    _print_time(console, planned, count_flops_per_token(model.model, config.full_ft))
+    if not planned.fits:
+        console.print(_describe_change(planned, find_fitting(model, planned)), soft_wrap=True)
+    return planned.fits
+
+
+def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Plan:
+    """Return what `model` needs with these settings."""
+    memory = estimate_memory(model, config, workers.device_type, workers.num, workers.memory)
+    return Plan(config, workers, memory)
+
+
+def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Workers:
+    """Return `num_workers` workers on this machine, which share its processors, or have one of its GPUs each."""
+    device = torch.device("cuda" if use_gpu else "cpu")
+    dtype = resolve_dtype(config, device)
+    if use_gpu:
+        gpu = torch.cuda.get_device_properties(device)
+        return Workers(num_workers, "cuda", gpu.name, gpu.total_memory, peak_flops(gpu.name), dtype)
+    flops = _measure_products(dtype) / num_workers
+    return Workers(num_workers, "cpu", "CPU", available_memory() // num_workers, flops, dtype)
+
+
+def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
+    """Return workers with one GPU each, of the kind `gpu`: `H100`, or with the size of its memory `A100-80GB`.
+
+    Raises:
+        ConfigError: that GPU isn't known.
+    """
+    name, _, size = gpu.partition("-")
+    gigabytes = size.removesuffix("GB")
+    if name not in known_gpus() or (size and not gigabytes.isdecimal()):
+        raise ConfigError(
+            f"`--gpu` is `{gpu}`, which isn't known",
+            f"known are {', '.join(known_gpus())}, also with the size of their memory, as A100-80GB",
+        )
+    memory = int(gigabytes) * 10**9 if size else memory_of_gpu(name)
+    # Volta has no instructions for bfloat16.
+    best = torch.float32 if name == "V100" else torch.bfloat16
+    dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
+    return Workers(config.num_workers or 1, "cuda", gpu, memory, peak_flops(name), dtype, can_grow=True)
+
+
+def find_fitting(model: PlannedModel, planned: Plan) -> Plan | None:
+    """Return the plan with the smallest change that fits, or None."""
+    for config, num_workers in _smaller_settings(planned.config, planned.workers):
+        changed = make_plan(model, config, replace(planned.workers, num=num_workers))
+        if changed.fits:
+            return changed
+    return None
+
+
+def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[TrainConfig, int]]:
+    """Yield settings and numbers of workers that need less and less, those first that change the result least."""
+    num_workers = workers.num
+    on_gpu = workers.device_type == "cuda"
+
+    def change(**changes: Any) -> TrainConfig:
+        return config.model_copy(update=changes)
+
+    if not uses_gradient_checkpointing(config, torch.device(workers.device_type)):
+        config = change(gradient_checkpointing=True)
+        yield config, num_workers
+    # CPUs run the sequences of a microbatch one at a time.
+    while on_gpu and config.per_device_train_batch_size > 1 and config.per_device_train_batch_size % 2 == 0:
+        config = change(
+            per_device_train_batch_size=config.per_device_train_batch_size // 2,
+            gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
+        )
+        yield config, num_workers
+    if num_workers > 1 and not config.full_ft and config.fsdp != "full_shard":
+        config = change(fsdp="full_shard")
+        yield config, num_workers
+    while workers.can_grow and num_workers < _MOST_TIMES_WORKERS * workers.num:
+        num_workers *= 2
+        config = change(gradient_accumulation_steps=max(1, config.gradient_accumulation_steps // 2))
+        yield config, num_workers
+    while config.max_seq_length >= 2 * _SHORTEST_ROW:
+        config = change(max_seq_length=config.max_seq_length // 2)
+        yield config, num_workers
+    if on_gpu and not config.cpu_offload:
+        yield change(cpu_offload=True), num_workers
+
+
+def _describe_change(planned: Plan, fitting: Plan | None) -> str:
+    if fitting is None:
+        return "No change of settings makes it fit: take a smaller model, or workers with more memory."
+    before, after = planned.config, fitting.config
+    changed = [name for name in TrainConfig.model_fields if getattr(before, name) != getattr(after, name)]
+    flags = [f"--{name} {str(getattr(after, name)).removesuffix('.0')}" for name in changed]
+    if fitting.workers.num != planned.workers.num:
+        flags.append(f"--num_workers {fitting.workers.num}")
+    return f"It fits with {' '.join(flags)}: {format_bytes(fitting.memory.total)} a worker."
+
+
+def _print_memory(console: Console, planned: Plan, model: PlannedModel) -> None:
+    from rich import box
+    from rich.table import Table
+
+    workers, config = planned.workers, planned.config
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("per worker")
+    table.add_column("memory", justify="right")
+    for part in fields(planned.memory):
+        table.add_row(part.name, format_bytes(getattr(planned.memory, part.name)))
+    table.add_section()
+    table.add_row("together", format_bytes(planned.memory.total))
+    table.add_row(f"{workers.name} has", format_bytes(workers.memory))
+    whole = is_whole(model, config, workers.device_type, workers.memory)
+    console.print(
+        f"{config.model_source}: {workers.num} × {workers.name}, {str(model.dtype).removeprefix('torch.')}, "
+        f"weights {'whole on each worker' if whole else 'sharded'}, "
+        f"gradient checkpointing {'on' if uses_gradient_checkpointing(config, torch.device(workers.device_type)) else 'off'}",
+        soft_wrap=True,
+    )
+    console.print(table)
+    console.print("It fits." if planned.fits else "[bold red]It doesn't fit.[/]")
+
+
+def _print_time(console: Console, planned: Plan, flops_per_token: float) -> None:
+    config, workers = planned.config, planned.workers
+    if workers.flops is None:
+        console.print(f"How fast a {workers.name} computes isn't known here.")
+        return
+    share = _SHARE_OF_PEAK[workers.device_type]
+    speed = workers.num * workers.flops * share / flops_per_token
+    rows = config.gradient_accumulation_steps * workers.num * config.per_device_train_batch_size
+    seconds = config.max_steps * rows * config.max_seq_length / speed
+    console.print(
+        f"About {speed:,.0f} tokens/s, if {share:.0%} of the products' speed is reached: "
+        f"{format_duration(seconds)} for {config.max_steps:,} steps of {rows} full rows.",
+        soft_wrap=True,
+    )
+
+
+def _measure_products(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of this machine's matrix products, measured for a fifth of a second."""
+    left, right = (torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype) for _ in range(2))
+    left @ right
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < _MEASURE_S:
+        left @ right
+        count += 1
+    return 2 * _PRODUCT_SIZE**3 * count / (time.perf_counter() - start)

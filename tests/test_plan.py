@@ -1,0 +1,259 @@
+"""What `plan` tells: memory as real training has it, changes that make a run fit, and the nodes of the examples."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from test_examples_models import CONFIGS, INSTANCES, MODELS
+from tiny_models import build_config, save_model
+from tokenizers_at_hand import build_tokenizer
+from tunesmith.cli import main
+from tunesmith.config import TrainConfig
+from tunesmith.data.batches import Batch
+from tunesmith.errors import ConfigError
+from tunesmith.model.attention import VARLEN
+from tunesmith.model.dry_run import measure_microbatch
+from tunesmith.model.load import load_model_config
+from tunesmith.model.lora import add_adapters
+from tunesmith.model.lora_linear import fuse_adapters
+from tunesmith.model.loss import sum_cross_entropy
+from tunesmith.model.memory import build_planned_model, estimate_memory
+from tunesmith.model.shard import replicate_model
+from tunesmith.runs import iterate_metrics
+from tunesmith.train.optimizer import build_optimizer
+from tunesmith.train.start import locate_run
+from tunesmith.view.plan import Workers, find_fitting, imagine_workers, make_plan
+from values_at_hand import read_run
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart" / "build"
+SMOLLM = QUICKSTART / "SmolLM2-135M-Instruct"
+SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+NUM_TOKENS, EXAMPLE_TOKENS = 128, 32
+
+
+def build_real_model(family: str, config: TrainConfig, dtype: torch.dtype) -> Any:
+    """Return the model on the CPU as `build_model` has it there."""
+    model: Any = AutoModelForCausalLM.from_config(build_config(family, 300, **SHAPE))
+    model.requires_grad_(config.full_ft)
+    if not config.full_ft:
+        model = add_adapters(model, config)
+        fuse_adapters(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    replicate_model(model, torch.device("cpu"), dtype)
+    (model if config.full_ft else model.get_base_model()).set_attn_implementation(VARLEN)
+    return model.train()
+
+
+def count_saved_bytes(model: Any) -> int:
+    """Return the bytes that the model's forward keeps for its backward pass, up to the output layer."""
+    starts = torch.arange(0, NUM_TOKENS + 1, EXAMPLE_TOKENS, dtype=torch.int32)
+    ids_1T = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
+    position_ids_1T = torch.arange(EXAMPLE_TOKENS).repeat(len(starts) - 1).unsqueeze(0)
+    positions_N = torch.arange(NUM_TOKENS)
+    batch = Batch(ids_1T, position_ids_1T, positions_N, ids_1T[0], starts, EXAMPLE_TOKENS)
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    counted: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda *_: counted.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sum_cross_entropy(model, batch)
+    return counted[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("full_ft", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_planned_activations_are_those_that_a_real_forward_keeps(
+    family: str, full_ft: bool, recompute: bool
+) -> None:
+    # Meta tensors of experts multiply in bfloat16 alone.
+    dtype = torch.bfloat16 if family == "mixtral" or not full_ft else torch.float32
+    config = TrainConfig(full_ft=full_ft, gradient_checkpointing=recompute, lora_rank=4)
+    real = build_real_model(family, config, dtype)
+    if full_ft:
+        real.to(dtype)  # as FSDP has it while it computes
+    planned = build_planned_model(config, build_config(family, 300, **SHAPE), dtype)
+    if recompute:
+        planned.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    found = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, "cpu").activations
+    hidden = NUM_TOKENS * SHAPE["hidden_size"] * dtype.itemsize
+    saved = count_saved_bytes(real)
+    # Besides what is kept, the output layer's input and what the last norm computed it from are alive.
+    assert saved <= found <= saved + 3 * hidden
+
+
+@pytest.mark.parametrize("full_ft", [False, True])
+def test_planned_weights_gradients_and_moments_have_the_real_ones_sizes(full_ft: bool) -> None:
+    config = TrainConfig(full_ft=full_ft, lora_rank=4)
+    real = build_real_model("qwen3", config, torch.bfloat16)
+    optimizer = build_optimizer(real.parameters(), config)
+    planned = build_planned_model(config, build_config("qwen3", 300, **SHAPE), torch.bfloat16)
+    memory = estimate_memory(planned, config, "cpu", 1, 1 << 34)
+    trained = [p for p in real.parameters() if p.requires_grad]
+    moments = [t for state in optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
+    assert memory.weights + memory.adapters == sum(p.nbytes for p in real.parameters())
+    assert memory.gradients == sum(p.nbytes for p in trained)
+    assert memory.optimizer == sum(t.nbytes for t in moments)
+
+
+def test_a_model_of_experts_needs_twice_as_much_in_float32() -> None:
+    config = TrainConfig(lora_rank=4, fsdp="no_shard")
+    shape = build_config("mixtral", 300, **SHAPE)
+    half, full = (
+        estimate_memory(build_planned_model(config, shape, dtype), config, "cpu", 1, 1 << 34)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert full.weights == 2 * half.weights
+    assert full.activations == 2 * half.activations
+
+
+def test_sharding_divides_what_lies_on_a_worker_by_their_number() -> None:
+    config = TrainConfig(lora_rank=4, fsdp="full_shard")
+    planned = build_planned_model(config, build_config("llama", 300, **SHAPE), torch.bfloat16)
+    one, four = (estimate_memory(planned, config, "cuda", n, 1 << 34) for n in (1, 4))
+    assert one.weights == 4 * four.weights
+    assert one.optimizer == 4 * four.optimizer
+    assert one.activations == four.activations
+
+
+def make_tiny_plan(memory: int, num_workers: int = 1, **settings: Any) -> Any:
+    config = TrainConfig(
+        **{"lora_rank": 4, "max_seq_length": 512, "per_device_train_batch_size": 8, **settings}
+    )
+    planned = build_planned_model(config, build_config("llama", 300, **SHAPE), torch.bfloat16)
+    workers = Workers(num_workers, "cuda", "test", memory, None, torch.bfloat16, can_grow=True)
+    return planned, make_plan(planned, config, workers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+        (
+            {"gradient_checkpointing": True},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
+        ),
+        (
+            {"per_device_train_batch_size": 1, "full_ft": False, "fsdp": "full_shard"},
+            {"max_seq_length": 256},
+        ),
+    ],
+)
+def test_the_smallest_change_that_fits_is_told(settings: dict[str, Any], changed: dict[str, Any]) -> None:
+    model, roomy = make_tiny_plan(1 << 40, **settings)
+    # A byte less than needed: the first change that saves anything is enough.
+    tight = replace(roomy, workers=replace(roomy.workers, memory=roomy.memory.total - 1, can_grow=False))
+    fitting = find_fitting(model, tight)
+    assert fitting is not None
+    assert fitting.fits
+    assert not tight.fits
+    for name, value in changed.items():
+        assert getattr(fitting.config, name) == value
+
+
+def test_more_workers_share_the_weights_and_the_global_batch() -> None:
+    model, roomy = make_tiny_plan(1 << 40, per_device_train_batch_size=1, fsdp="full_shard")
+    tight = replace(roomy, workers=replace(roomy.workers, memory=roomy.memory.total - 1))
+    fitting = find_fitting(model, tight)
+    assert fitting is not None
+    assert (fitting.workers.num, fitting.config.gradient_accumulation_steps) == (2, 2)
+    assert fitting.config.max_seq_length == roomy.config.max_seq_length
+
+
+def test_what_nothing_makes_fit_is_said() -> None:
+    model, planned = make_tiny_plan(1 << 20)
+    assert find_fitting(model, planned) is None
+
+
+def test_plan_prints_parts_speed_and_hours_and_ends_with_whether_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(save_model(tmp_path / "tiny", build_tokenizer("byte_bpe")))
+    assert main(["plan", "--model_path", tiny, "--gpu", "A100-80GB", "--num_workers", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 × A100-80GB" in printed
+    assert "It fits." in printed
+    assert re.search(r"[\d,]+ tokens/s", printed)
+    large = ["--per_device_train_batch_size", "1024", "--max_seq_length", "65536", "--lora_rank", "4"]
+    assert main(["plan", "--model_path", tiny, "--gpu", "L4", *large]) == 1
+    assert "It fits with --per_device_train_batch_size" in capsys.readouterr().out
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        imagine_workers(TrainConfig(), "A1000")
+    assert "A100" in str(caught.value.hint)
+    assert (
+        imagine_workers(TrainConfig(), "A100-80GB").memory
+        == 2 * imagine_workers(TrainConfig(), "A100").memory
+    )
+
+
+def plan_example(name: str, folder: Path) -> Any:
+    """Return the plan of a sized example on the GPUs that it asks for."""
+    config = read_run(MODELS[name], folder)
+    instance = INSTANCES[MODELS[name]["resources"]["node_type"]]
+    workers = imagine_workers(config, f"{instance.gpu}-{instance.gpu_gb}GB")
+    return make_plan(build_planned_model(config, CONFIGS[config.hf_model_id], workers.dtype), config, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_sized_example_fits_as_planned_and_the_page_says_what_it_takes(
+    name: str, tmp_path: Path
+) -> None:
+    planned = plan_example(name, tmp_path)
+    assert planned.fits
+    row = re.search(
+        rf"^.*\(\.\./examples/{re.escape(name)}\).*$", (ROOT / "docs/eks.md").read_text(), re.MULTILINE
+    )
+    assert row is None or row[0].endswith(f"| {planned.memory.total / 1e9:.1f} GB |")
+
+
+def test_the_page_plans_every_node_of_its_table() -> None:
+    rows = re.findall(r"^\| .*\.\./examples/models/.*$", (ROOT / "docs/eks.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    assert all(re.search(r"\| [\d.]+ GB \|$", row) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM.is_dir(), reason="needs the quickstart's model: make quickstart")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tmp_path: Path) -> None:
+    words = ["--model_path", str(SMOLLM), "--dataset_name", str(QUICKSTART / "python_questions.jsonl")]
+    words += ["--home", str(tmp_path), "--gradient_checkpointing", str(recompute), "--max_steps", "2"]
+    words += ["--train_split_ratio", "1.0", "--logging_steps", "1", "--gradient_accumulation_steps", "1"]
+    command = [sys.executable, "-m", "tunesmith", "train", str(ROOT / "examples/quickstart/run.yaml"), *words]
+    subprocess.run(command, check=True, cwd=ROOT)
+    settings = {"max_seq_length": 512, "lora_rank": 16, "gradient_checkpointing": recompute}
+    config = TrainConfig(model_path=SMOLLM, home=tmp_path, **settings)
+    measured = max(
+        line["peak_memory_bytes"]
+        for line in iterate_metrics(locate_run(config))
+        if "peak_memory_bytes" in line
+    )
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    planned = build_planned_model(config, load_model_config(config), dtype)
+    memory = estimate_memory(planned, config, "cpu", 1, 1 << 34)
+    print(f"planned {memory.total / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
+    assert 0.85 < memory.total / measured < 1.15
