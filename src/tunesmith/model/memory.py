@@ -19,11 +19,12 @@ from tunesmith.model.shard import SHARE_FOR_WEIGHTS, copied_bytes, find_blocks
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# What a worker holds without a model. CPU: measured, a worker of Ray's with torch, transformers and peft.
+# What a worker holds without a model. CPU: torch, transformers, peft and Ray, inferred from one run's peak.
 # GPU: assumed, for the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
 _PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
 
-# Freed tensors that the allocator can't use again, as a share of those of a microbatch. CPU: measured, packed rows.
+# Freed tensors that the allocator can't use again, as a share of those of a microbatch. CPU: fitted to
+# one run, whose peak rose over its first steps.
 _HEAP_SHARE = {"cpu": 0.25, "cuda": 0.0}
 
 

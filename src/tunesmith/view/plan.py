@@ -21,7 +21,7 @@ from tunesmith.view.units import format_bytes, format_duration
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The share of what its products could do that a training reaches. CPU: measured, LoRA on a 135M model.
+# The share of what its products could do that a training reaches. CPU: about what a 135M model did with LoRA.
 # GPU: assumed, what the best published LoRA runs reach of an H100's data sheet.
 _SHARE_OF_PEAK = {"cpu": 0.4, "cuda": 0.4}
 
