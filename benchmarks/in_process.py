@@ -1,0 +1,37 @@
+"""A training set up in this very process: alone, without Ray."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from tunesmith.config import TrainConfig
+from tunesmith.data.prepare import prepare
+from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.train.start import locate_run, record_params
+from tunesmith.train.training import Training, set_up
+from tunesmith.train.worker import ProcessWorker, TrainJob
+
+
+def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None = None) -> TrainJob:
+    """Prepare the data and record the run, as the driver does."""
+    run = locate_run(config)
+    prepared = prepare(config, load_tokenizer(config), run.datasets_path)
+    run.path.mkdir(parents=True, exist_ok=True)
+    record_params(run, config, load_model_config(config), prepared, num_workers)
+    return TrainJob(config, run, prepared.folder, num_threads=num_threads)
+
+
+def set_up_alone(job: TrainJob, device: torch.device) -> Training:
+    """Return the training of a group of one, which is made where there is none yet."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return set_up(job, ProcessWorker(0, 1, device, job.run))
+
+
+def lengths_of(training: Training, step: int) -> list[int]:
+    """Return the lengths, in tokens, of the examples that a step trains on."""
+    sequences = training.sequences
+    examples = [example for rows in training.plan.microbatches(step) for example in sequences.examples(rows)]
+    return sequences.tokens.lengths[examples].tolist()
