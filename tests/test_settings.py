@@ -60,6 +60,7 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "early_stopping_patience": ("0", 0, 0),
     "early_stopping_threshold": ("0.5", 0.5, 0.5),
     "gradient_checkpointing": ("false", False, False),
+    "fsdp": ("full_shard", "full_shard", "full_shard"),
     "cpu_offload": ("true", True, True),
     "num_workers": ("2", 2, 2),
     "use_gpu": ("false", False, False),
