@@ -252,6 +252,6 @@ def test_a_worker_that_has_to_go_tells_ray_and_waits_for_it(tmp_path: Path, is_u
             "FQ_RAY_IP": "127.0.0.1",
             "RAY_PORT": str(port),
         }
-        subprocess.run(["bash", CHART / "files" / "drain.sh", "17"], env=environ, check=False)
+        subprocess.run(["bash", CHART / "files" / "drain.sh", "19"], env=environ, check=False)
     assert (time.monotonic() - started > 1.9) == is_up
-    assert "--deadline-remaining-seconds=2" in (tmp_path / "said").read_text()
+    assert "--deadline-remaining-seconds=4" in (tmp_path / "said").read_text()
