@@ -31,7 +31,6 @@ from tunesmith.model.memory import build_planned_model, estimate_memory
 from tunesmith.model.shard import replicate_model
 from tunesmith.runs import iterate_metrics
 from tunesmith.train.optimizer import build_optimizer
-from tunesmith.train.start import locate_run
 from tunesmith.view.plan import Workers, find_fitting, imagine_workers, make_plan
 from values_at_hand import read_run
 
@@ -237,7 +236,7 @@ def test_the_page_plans_every_node_of_its_table() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM.is_dir(), reason="needs the quickstart's model: make quickstart")
+@pytest.mark.skipif(not SMOLLM.is_dir(), reason="needs the quickstart's model: make model")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tmp_path: Path) -> None:
     words = ["--model_path", str(SMOLLM), "--dataset_name", str(QUICKSTART / "python_questions.jsonl")]
@@ -249,7 +248,7 @@ def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tm
     config = TrainConfig(model_path=SMOLLM, home=tmp_path, **settings)
     measured = max(
         line["peak_memory_bytes"]
-        for line in iterate_metrics(locate_run(config))
+        for line in iterate_metrics(next(tmp_path.rglob("metrics.jsonl")))
         if "peak_memory_bytes" in line
     )
     dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
