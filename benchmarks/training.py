@@ -92,7 +92,9 @@ def run_training(setting: Setting) -> dict[str, Any]:
             python = _OURS if way.is_ours else setting.peers
             turns[name].append(run_turn(python, way.script, way.variant, task))
         check_losses({name: figures[-1] for name, figures in turns.items()})
-    return {"task": asdict(setting.task), "turns": _plain(turns)}
+    # The folders are this machine's own.
+    names = {key: Path(getattr(setting.task, key)).name for key in ("model", "train", "held_out")}
+    return {"task": {**asdict(setting.task), **names}, "turns": _plain(turns)}
 
 
 def check_losses(figures: Mapping[str, Figures]) -> None:
