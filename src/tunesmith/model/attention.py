@@ -32,16 +32,20 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 _trial: list[str] | None = None
 
 
-def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """Return what the model's attention backend must be told of the batch's examples."""
-    if model.config._attn_implementation != VARLEN:
-        return {}
-    return {
-        "cu_seq_lens_q": batch.starts,
-        "cu_seq_lens_k": batch.starts,
-        "max_length_q": batch.longest,
-        "max_length_k": batch.longest,
-    }
+def compute_logits(model: Any, batch: Batch) -> Tensor:
+    """Return the model's logits, with its attention backend told of the batch's examples."""
+    told: dict[str, Any] = {}
+    if model.config._attn_implementation == VARLEN:
+        told = {
+            "cu_seq_lens_q": batch.starts,
+            "cu_seq_lens_k": batch.starts,
+            "max_length_q": batch.longest,
+            "max_length_k": batch.longest,
+        }
+    logits: Tensor = model(
+        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False, **told
+    ).logits
+    return logits
 
 
 def attend_within_examples(

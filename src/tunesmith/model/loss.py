@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
-from tunesmith.model.attention import attention_inputs
+from tunesmith.model.attention import compute_logits
 
 # Logits that are held at a time: what the caches of a CPU nearly hold, what keeps a GPU busy.
 LOGITS_AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -35,7 +35,7 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
     def narrow(hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
 
-    def compute_logits(hidden_BTD: Tensor) -> Tensor:
+    def narrow_logits(hidden_BTD: Tensor) -> Tensor:
         logits_1NV: Tensor = forward(narrow(hidden_BTD).unsqueeze(0))
         return logits_1NV
 
@@ -46,13 +46,8 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
         return loss_sum_111
 
     # Inside the model's forward: there FSDP has the weights whole.
-    with _forward_replaced(head, compute_loss if fused else compute_logits):
-        outputs: Tensor = model(
-            input_ids=batch.input_ids_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-            **attention_inputs(model, batch),
-        ).logits
+    with _forward_replaced(head, compute_loss if fused else narrow_logits):
+        outputs = compute_logits(model, batch)
     if fused:
         return outputs.squeeze()
     return F.cross_entropy(outputs[0].float(), batch.targets_N, reduction="sum")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.data.batches import Batch
-from tunesmith.model.attention import VARLEN, attention_inputs, trying
+from tunesmith.model.attention import VARLEN, compute_logits, trying
 from tunesmith.model.loss import can_fuse_loss
 from tunesmith.model.shard import holds_on_all_ranks
 
@@ -114,12 +114,7 @@ def _pack(examples: list[Tensor]) -> Batch:
 
 def _packed_logits(model: Any, examples: list[Tensor], device: torch.device) -> list[Tensor]:
     batch = _pack(examples).to(device)
-    logits_1TV = model(
-        input_ids=batch.input_ids_BT,
-        position_ids=batch.position_ids_BT,
-        use_cache=False,
-        **attention_inputs(model, batch),
-    ).logits
+    logits_1TV = compute_logits(model, batch)
     return list(logits_1TV[0].float().split([len(example) for example in examples]))
 
 
