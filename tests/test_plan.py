@@ -37,6 +37,7 @@ from values_at_hand import read_run
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart" / "build"
 SMOLLM = QUICKSTART / "SmolLM2-135M-Instruct"
+QUESTIONS = QUICKSTART / "python_questions.jsonl"
 SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 NUM_TOKENS, EXAMPLE_TOKENS = 128, 32
 
@@ -236,10 +237,13 @@ def test_the_page_plans_every_node_of_its_table() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM.is_dir(), reason="needs the quickstart's model: make model")
+@pytest.mark.skipif(
+    not (SMOLLM.is_dir() and QUESTIONS.is_file()),
+    reason="needs the quickstart's model and rows: make model questions",
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tmp_path: Path) -> None:
-    words = ["--model_path", str(SMOLLM), "--dataset_name", str(QUICKSTART / "python_questions.jsonl")]
+    words = ["--model_path", str(SMOLLM), "--dataset_name", str(QUESTIONS)]
     words += ["--home", str(tmp_path), "--gradient_checkpointing", str(recompute), "--max_steps", "2"]
     words += ["--train_split_ratio", "1.0", "--logging_steps", "1", "--gradient_accumulation_steps", "1"]
     command = [sys.executable, "-m", "tunesmith", "train", str(ROOT / "examples/quickstart/run.yaml"), *words]
