@@ -45,28 +45,38 @@ def attend_under_mask(states: list[Tensor], lengths: list[int], scale: float) ->
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-@pytest.mark.parametrize("longest_square", [512, 0])
+@pytest.mark.parametrize("longest_kept", [512, 0])
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 12) | st.integers(100, 300), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]),
     scaling=st.sampled_from([None, 0.3]),
 )
 @settings(max_examples=60, deadline=None)
 def test_it_equals_attention_under_a_mask(
-    longest_square: int, lengths: list[int], heads: tuple[int, int], scaling: float | None
+    longest_kept: int, lengths: list[int], heads: tuple[int, int], scaling: float | None
 ) -> None:
     ours, theirs = random_states(*heads, sum(lengths)), random_states(*heads, sum(lengths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "LONGEST_SQUARE", longest_square)
+        patch.setattr(attention, "LONGEST_KEPT", longest_kept)
         output = attend(ours, lengths, scaling=scaling)
     expected = attend_under_mask(theirs, lengths, WIDTH**-0.5 if scaling is None else scaling)
-    # The squares are computed in float32.
+    # The scores are computed in float32.
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
     (output * weights).sum().backward()
     (expected * weights).sum().backward()
     for mine, its in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_in_bfloat16_scores_are_as_exact_as_in_float32() -> None:
+    lengths = [130, 40, 90]
+    states = [kept.detach().bfloat16() for kept in random_states(4, 2, sum(lengths))]
+    states[0] *= 30  # scores so large that rounded ones would pick other keys
+    output = attend(states, lengths)
+    expected = attend_under_mask([kept.double() for kept in states], lengths, WIDTH**-0.5)
+    torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.02)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 @pytest.mark.parametrize(

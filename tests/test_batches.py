@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from runs_at_hand import small_config, start
 from tunesmith.data.batches import (
+    FLAT_MULTIPLE,
     Batch,
     BatchPlan,
     GlobalBatch,
@@ -226,23 +227,28 @@ def test_padding_belongs_to_no_example(drawn: tuple[Tokens, list[list[int]]]) ->
 
 
 @given(token_sets())
-def test_flattened_all_examples_are_in_one_row_without_padding(
+def test_flattened_all_examples_are_in_one_row_and_its_padding_is_an_example_of_its_own(
     drawn: tuple[Tokens, list[list[int]]],
 ) -> None:
     tokens, rows = drawn
     indices = np.arange(len(rows))
     flat = Sequences(tokens, True, PAD, flatten=True).collate(indices)
     batch = Sequences(tokens, True, PAD).collate(indices)
-    assert flat.input_ids_BT.shape == (1, sum(tokens.lengths))
-    assert PAD not in flat.input_ids_BT
-    assert flat.targets_N.tolist() == batch.targets_N.tolist()
     lengths = [len(tokens.trained[i]) for row in rows for i in row]
-    assert flat.starts.tolist() == np.cumsum([0, *lengths]).tolist()
-    assert flat.longest == max(lengths)
+    num_padding = -sum(lengths) % FLAT_MULTIPLE
+    assert flat.input_ids_BT.shape == (1, sum(lengths) + num_padding)
+    assert (flat.input_ids_BT[0] == PAD).nonzero().squeeze(1).tolist() == [
+        *range(sum(lengths), sum(lengths) + num_padding)
+    ]
+    assert flat.targets_N.tolist() == batch.targets_N.tolist()
+    assert bool((flat.positions_N < sum(lengths)).all())
+    told = [*lengths, num_padding] if num_padding else lengths
+    assert flat.starts.tolist() == np.cumsum([0, *told]).tolist()
+    assert flat.longest == max(told)
     starts = (flat.position_ids_BT[0] == 0).nonzero().squeeze(1).tolist()
     assert starts == flat.starts[:-1].tolist()
     alone = Sequences(tokens, False, PAD, flatten=True).collate(np.arange(tokens.num_examples))
-    assert alone.input_ids_BT.shape == (1, sum(tokens.lengths))
+    assert alone.input_ids_BT.shape == (1, sum(tokens.lengths) + num_padding)
 
 
 @given(token_sets())

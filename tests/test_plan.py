@@ -23,6 +23,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import ConfigError
 from tunesmith.model.attention import VARLEN
 from tunesmith.model.dry_run import measure_microbatch
+from tunesmith.model.elementwise import fuse_elementwise
 from tunesmith.model.load import load_model_config
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.lora_linear import fuse_adapters
@@ -49,6 +50,7 @@ def build_real_model(family: str, config: TrainConfig, dtype: torch.dtype) -> An
     if not config.full_ft:
         model = add_adapters(model, config)
         fuse_adapters(model)
+    fuse_elementwise(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     replicate_model(model, torch.device("cpu"), dtype)

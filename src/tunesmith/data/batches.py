@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens of the longest, N trained positions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tunesmith.data.prepare import TokenSet
+
+# Lengths that repeat: allocators use their blocks again, and kernels and compiled code are made once.
+FLAT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,18 @@ class Sequences:
     def collate(self, sequences: np.ndarray) -> Batch:
         """Return the microbatch of these sequences, padded to the longest."""
         rows = [self.examples(sequences[i : i + 1]) for i in range(len(sequences))]
-        if self._flatten:
-            rows = [[example for row in rows for example in row]]
-        return collate(self.tokens, rows, self.pad_token_id)
+        if not self._flatten:
+            return collate(self.tokens, rows, self.pad_token_id)
+        return collate(self.tokens, [list(itertools.chain(*rows))], self.pad_token_id, FLAT_MULTIPLE)
 
 
-def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
-    """Put each row's examples behind one another, positions restarting, and pad to the longest row."""
+def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1) -> Batch:
+    """Put each row's examples behind one another, positions restarting, and pad to the longest row.
+
+    Its length is rounded up to a `multiple`; one row's padding is an example of its own, of which nothing is trained.
+    """
     num_tokens = max(sum(int(tokens.lengths[example]) for example in row) for row in rows)
+    num_tokens = math.ceil(num_tokens / multiple) * multiple
     input_ids_BT = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
     position_ids_BT = np.zeros((len(rows), num_tokens), dtype=np.int64)
     positions, targets, starts = [], [], [0]
@@ -151,9 +159,11 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int) 
             positions.append(predictors + start + b * num_tokens)
             targets.append(ids_T[1:][predictors])
             starts.append(end + b * num_tokens)
-        # A lone example's padding continues its positions: no second example, no mask to build.
-        first = end if len(row) == 1 else 0
+        # Where a mask is built, a lone example's padding continues its positions: no second example, no mask.
+        first = end if len(row) == 1 and multiple == 1 else 0
         position_ids_BT[b, end:] = np.arange(first, first + num_tokens - end)
+    if len(rows) == 1 and starts[-1] < num_tokens:
+        starts.append(num_tokens)
     return Batch(
         torch.from_numpy(input_ids_BT),
         torch.from_numpy(position_ids_BT),

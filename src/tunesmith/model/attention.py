@@ -1,7 +1,7 @@
 """Attention inside each example of a packed row, without a mask: the attention backend `varlen`.
 
 transformers' own backends build a square mask for packed rows and compute what it hides. Here the row is cut
-into its examples: FlashAttention's variable-length kernels do it on GPUs, one product per example on CPUs.
+into its examples: FlashAttention's variable-length kernels do it on GPUs, products of tiles on CPUs.
 
 Shapes: H heads, K of them for keys and values, T tokens of the row, D head width.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -23,8 +23,11 @@ from tunesmith.data.batches import Batch
 
 VARLEN = "varlen"
 
-# Tokens of an example up to which its squares are cheaper to keep than to compute again.
-LONGEST_SQUARE = 512
+# Tokens of an example up to which its probabilities are cheaper to keep than to compute again.
+LONGEST_KEPT = 512
+
+_TILE = 128
+_KEYS_MULTIPLE = 64
 
 # What some models change about the scores, which no kernel here computes.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -128,74 +131,109 @@ def _attend_on_gpu(
 def _attend_on_cpu(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, scale: float, starts: Tensor, longest: int
 ) -> Tensor:
-    lengths = starts.diff().tolist()
-    if longest <= LONGEST_SQUARE:
-        attended: Tensor = _SquareAttention.apply(query_1HTD, key_1KTD, value_1KTD, lengths, scale)
-        return attended
-    # Grouped heads would take torch's slow path.
-    groups = query_1HTD.shape[1] // key_1KTD.shape[1]
-    states = (query_1HTD, key_1KTD.repeat_interleave(groups, 1), value_1KTD.repeat_interleave(groups, 1))
-    outputs = [
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        for query, key, value in zip(*(whole.split(lengths, 2) for whole in states), strict=True)
-    ]
-    return torch.cat(outputs, 2).transpose(1, 2)
+    attended: Tensor = _TiledAttention.apply(query_1HTD, key_1KTD, value_1KTD, starts.diff().tolist(), scale)
+    return attended
 
 
-class _SquareAttention(torch.autograd.Function):
-    """Causal attention of short examples, with their squares of probabilities kept: half the time of torch's own.
+class _TiledAttention(torch.autograd.Function):
+    """Causal attention within examples, tile by tile of queries, in half of the time of torch's own.
 
-    The G heads that share keys are laid one below the other: one product serves them all.
+    The G heads that share keys are laid one below the other: one product serves them all. The probabilities
+    are kept for the backward pass, or, where they would fill the memory, computed there again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, lengths: list[int], scale: float
     ) -> Tensor:
-        (num_heads, _, width), num_groups = query_1HTD.shape[1:], key_1KTD.shape[1]
-        output_THD = query_1HTD.new_empty(query_1HTD.shape[2], num_heads, width)
-        probabilities = []
-        for rows in _spans(lengths):
-            length = rows.stop - rows.start
-            query_KSD = query_1HTD[0, :, rows].reshape(num_groups, -1, width)
-            scores_KSt = torch.bmm(query_KSD.float(), key_1KTD[0, :, rows].float().transpose(1, 2)).mul_(
-                scale
-            )
-            scores_KSt.view(-1, length, length).masked_fill_(_future(length), -torch.inf)
-            square_KSt = torch.softmax(scores_KSt, -1).to(query_1HTD.dtype)
-            output_KSD = torch.bmm(square_KSt, value_1KTD[0, :, rows])
-            output_THD[rows] = output_KSD.view(num_heads, length, width).transpose(0, 1)
-            probabilities.append(square_KSt)
-        ctx.save_for_backward(query_1HTD, key_1KTD, value_1KTD, *probabilities)
-        ctx.lengths, ctx.scale = lengths, scale
+        num_heads, num_tokens, width = query_1HTD.shape[1:]
+        output_THD = query_1HTD.new_empty(num_tokens, num_heads, width)
+        tiles = _cut_into_tiles(tuple(lengths), num_heads // key_1KTD.shape[1])
+        kept: list[Tensor] = []
+        for tile in tiles:
+            probabilities_KSt = _attend_from(tile, query_1HTD, key_1KTD, scale)
+            if max(lengths) <= LONGEST_KEPT:
+                kept.append(probabilities_KSt)
+            output_KSD = torch.bmm(probabilities_KSt, value_1KTD[0, :, tile.keys])
+            output_THD[tile.queries] = output_KSD.view(num_heads, -1, width).transpose(0, 1)
+        ctx.save_for_backward(query_1HTD, key_1KTD, value_1KTD, *kept)
+        ctx.tiles, ctx.scale = tiles, scale
         return output_THD.unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, gradient_1THD: Tensor) -> tuple[Tensor | None, ...]:
-        query_1HTD, key_1KTD, value_1KTD, *probabilities = ctx.saved_tensors
+        query_1HTD, key_1KTD, value_1KTD, *kept = ctx.saved_tensors
         num_heads, num_groups, width = query_1HTD.shape[1], key_1KTD.shape[1], query_1HTD.shape[3]
-        gradients = [torch.empty_like(states) for states in (query_1HTD, key_1KTD, value_1KTD)]
-        for rows, square_KSt in zip(_spans(ctx.lengths), probabilities, strict=True):
-            of_output_KSD = gradient_1THD[0, rows].transpose(0, 1).reshape(num_groups, -1, width)
-            query_KSD = query_1HTD[0, :, rows].reshape(num_groups, -1, width)
-            of_square = torch.bmm(of_output_KSD, value_1KTD[0, :, rows].transpose(1, 2)).float()
-            of_scores = torch._softmax_backward_data(of_square, square_KSt.float(), -1, torch.float32)
-            of_scores_KSt = of_scores.mul_(ctx.scale).to(query_1HTD.dtype)
-            of_query_KSD = torch.bmm(of_scores_KSt, key_1KTD[0, :, rows])
-            gradients[0][0, :, rows] = of_query_KSD.view(num_heads, -1, width)
-            gradients[1][0, :, rows] = torch.bmm(of_scores_KSt.transpose(1, 2), query_KSD)
-            gradients[2][0, :, rows] = torch.bmm(square_KSt.transpose(1, 2), of_output_KSD)
-        return *gradients, None, None
+        of_query_HTD = torch.empty_like(query_1HTD[0])
+        of_key_KTD, of_value_KTD = torch.zeros_like(key_1KTD[0]), torch.zeros_like(value_1KTD[0])
+        for tile, probabilities_KSt in itertools.zip_longest(ctx.tiles, kept):
+            if probabilities_KSt is None:
+                probabilities_KSt = _attend_from(tile, query_1HTD, key_1KTD, ctx.scale)
+            query_KSD = query_1HTD[0, :, tile.queries].reshape(num_groups, -1, width)
+            of_output_KSD = gradient_1THD[0, tile.queries].transpose(0, 1).reshape(num_groups, -1, width)
+            of_probabilities_KSt = torch.bmm(of_output_KSD, value_1KTD[0, :, tile.keys].transpose(1, 2))
+            of_scores_KSt = torch._softmax_backward_data(
+                of_probabilities_KSt, probabilities_KSt, -1, probabilities_KSt.dtype
+            )
+            of_query_KSD = torch.bmm(of_scores_KSt, key_1KTD[0, :, tile.keys]).mul_(ctx.scale)
+            of_query_HTD[:, tile.queries] = of_query_KSD.view(num_heads, -1, width)
+            of_key_KTD[:, tile.keys].baddbmm_(of_scores_KSt.transpose(1, 2), query_KSD, alpha=ctx.scale)
+            of_value_KTD[:, tile.keys].baddbmm_(probabilities_KSt.transpose(1, 2), of_output_KSD)
+        return of_query_HTD.unsqueeze(0), of_key_KTD.unsqueeze(0), of_value_KTD.unsqueeze(0), None, None
 
 
-def _spans(lengths: list[int]) -> list[slice]:
-    ends = list(itertools.accumulate(lengths))
-    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+def _attend_from(tile: _Tile, query_1HTD: Tensor, key_1KTD: Tensor, scale: float) -> Tensor:
+    """Return the tile's probabilities, (K, S, t): S queries of G heads, t keys."""
+    query_KSD = query_1HTD[0, :, tile.queries].reshape(key_1KTD.shape[1], -1, query_1HTD.shape[3])
+    key_KDt = key_1KTD[0, :, tile.keys].transpose(1, 2)
+    with _bfloat16_products(query_1HTD.dtype == torch.bfloat16):
+        hidden_St = tile.hidden_St.to(query_KSD.device)  # a plan's are on none
+        scores_KSt = torch.baddbmm(hidden_St, query_KSD.float(), key_KDt.float(), alpha=scale)
+    return torch.softmax(scores_KSt, -1).to(query_1HTD.dtype)
 
 
-@lru_cache(maxsize=512)
-def _future(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu_(1)
+@dataclass(frozen=True)
+class _Tile:
+    """Some queries, the keys that any of them sees, and -∞ where one doesn't."""
+
+    queries: slice
+    keys: slice
+    hidden_St: Tensor
+
+
+# One row's: the layers follow one another.
+@lru_cache(maxsize=2)
+def _cut_into_tiles(lengths: tuple[int, ...], num_shared: int) -> list[_Tile]:
+    ends = itertools.accumulate(lengths)
+    starts = [end - length for end, length in zip(ends, lengths, strict=True) for _ in range(length)]
+    starts_T = torch.tensor(starts)
+    positions_T = torch.arange(len(starts))
+    tiles = []
+    for first in range(0, len(starts), _TILE):
+        queries = slice(first, min(first + _TILE, len(starts)))
+        # Of a few sizes only: allocators and kernels meet them again.
+        keys = slice(starts[first] // _KEYS_MULTIPLE * _KEYS_MULTIPLE, queries.stop)
+        sees_St = positions_T[keys] <= positions_T[queries, None]
+        sees_St &= positions_T[keys] >= starts_T[queries, None]
+        hidden_St = torch.zeros(sees_St.shape).masked_fill_(~sees_St, -torch.inf)
+        tiles.append(_Tile(queries, keys, hidden_St.repeat(num_shared, 1)))
+    return tiles
+
+
+@contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Let products of float32 on the CPU round their factors to bfloat16, at several times the speed.
+
+    Factors that were bfloat16 lose nothing by it, and the sums are float32.
+    """
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.matmul.fp32_precision
+    if wanted:
+        onednn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        onednn.matmul.fp32_precision = before
 
 
 AttentionInterface.register(VARLEN, attend_within_examples)

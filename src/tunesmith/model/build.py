@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import VARLEN
+from tunesmith.model.elementwise import fuse_elementwise
 from tunesmith.model.load import attention_of, load_model, narrowest_window, resolve_dtype
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.lora_linear import fuse_adapters
@@ -27,6 +28,7 @@ def build_model(config: TrainConfig, device: torch.device, world_size: int) -> n
     if not config.full_ft:
         model = add_adapters(model, config)
         fused = fuse_adapters(model)
+    fuse_elementwise(model)
     if uses_gradient_checkpointing(config, device):
         # After PEFT: before, it would make the embeddings' output need a gradient that nothing uses.
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from tunesmith.data.batches import Batch
-from tunesmith.model.attention import LONGEST_SQUARE, VARLEN, attend_within_examples
+from tunesmith.model.attention import VARLEN, attend_within_examples
 from tunesmith.model.loss import LOGITS_AT_A_TIME, sum_cross_entropy
 
 
@@ -101,13 +101,9 @@ def _planned_for(model: Any, device_type: str) -> Iterator[None]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
     ) -> tuple[Tensor, None]:
-        if device_type == "cpu" and options["max_length_q"] <= LONGEST_SQUARE:
+        if device_type == "cpu":
             options["sliding_window"] = None
             return attend_within_examples(module, query, key, value, attention_mask, **options)
-        if device_type == "cpu":
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-            return _FlashAttention.apply(query, key, value).clone(), None
         return _FlashAttention.apply(query, key, value), None
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

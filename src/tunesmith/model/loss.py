@@ -17,7 +17,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.model.attention import compute_logits
 
 # Logits that are held at a time: what the caches of a CPU nearly hold, what keeps a GPU busy.
-LOGITS_AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
+LOGITS_AT_A_TIME = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
@@ -90,16 +90,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         size = max(1, LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD))
+        # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
+        logits_sV = hidden_ND.new_empty(size, len(weight_VD))
+        wide_sV, log_probabilities_sV = (torch.empty_like(logits_sV, dtype=torch.float32) for _ in range(2))
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
+            num_rows = len(hidden_ND[rows])
             targets_n1 = targets_N[rows].unsqueeze(1)
-            logits_nV = F.linear(hidden_ND[rows], weight_VD, bias_V)
-            log_probabilities_nV = torch.log_softmax(logits_nV, 1, dtype=torch.float32)
+            logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[:num_rows])
+            if bias_V is not None:
+                logits_nV += bias_V
+            wide_nV = wide_sV[:num_rows].copy_(logits_nV)
+            log_probabilities_nV = torch.log_softmax(wide_nV, 1, out=log_probabilities_sV[:num_rows])
             loss_sum -= log_probabilities_nV.gather(1, targets_n1).sum()
             if gradient_ND is not None:
                 gradient_nV = log_probabilities_nV.exp_()
                 gradient_nV.scatter_add_(1, targets_n1, gradient_nV.new_full(targets_n1.shape, -1.0))
-                torch.mm(gradient_nV.to(weight_VD.dtype), weight_VD, out=gradient_ND[rows])
+                torch.mm(logits_nV.copy_(gradient_nV), weight_VD, out=gradient_ND[rows])
         ctx.save_for_backward(gradient_ND)
         return loss_sum
 

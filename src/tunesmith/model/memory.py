@@ -11,6 +11,7 @@ from torch import nn
 from tunesmith.config import TrainConfig
 from tunesmith.model.build import uses_gradient_checkpointing
 from tunesmith.model.dry_run import MicrobatchBytes, measure_microbatch
+from tunesmith.model.elementwise import fuse_elementwise
 from tunesmith.model.load import build_meta_model
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.lora_linear import fuse_adapters
@@ -78,6 +79,7 @@ def build_planned_model(
         if not config.full_ft:
             model = add_adapters(model, config)
     fused = not config.full_ft and fuse_adapters(model)
+    fuse_elementwise(model)
     # Meta tensors of experts multiply in bfloat16 alone.
     has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
     computed = torch.bfloat16 if has_experts else dtype

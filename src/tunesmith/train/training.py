@@ -18,6 +18,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
+from tunesmith.machine import keep_freed_memory
 from tunesmith.model.attention import VARLEN
 from tunesmith.model.build import build_model, choose_ways, describe_choices, uses_gradient_checkpointing
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
@@ -228,6 +229,8 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         torch.set_num_threads(job.num_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     group = dist.new_group(backend="gloo")
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_tokenizer(config)
