@@ -1,4 +1,4 @@
-"""tunesmith's turn: its default settings, in process, without Ray.
+"""tunesmith's turn: its default settings, or those without one lever, in process, without Ray.
 
 Between the steps it times bfloat16 matrix products: the limit that the steps are measured by.
 """
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from flops import MATRIX_SIZE, count_flops, count_product_flops, measure_shape
@@ -17,48 +18,89 @@ from in_process import lengths_of, make_job, set_up_alone
 from turn import Figures, Task, age_s, read_task
 
 from tunesmith.config import TrainConfig
+from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
+from tunesmith.model import build, memory
+from tunesmith.model.load import load_model_config
+from tunesmith.model.memory import build_planned_model
+from tunesmith.train import step, training
 from tunesmith.train.training import Training
+from tunesmith.view.plan import find_workers, make_plan
 
 _PRODUCTS = 3
 
+# What makes training fast, by name: the settings and the replaced parts that leave it out.
+LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
+    "attention within examples": ({"attn_implementation": "sdpa"}, []),
+    "loss without whole logits": ({}, [(build, "fuses_loss", lambda *_: False)]),
+    "adapters computed with their layers, weights not sharded": (
+        {},
+        [(build, "fuse_adapters", lambda _: False), (memory, "fuse_adapters", lambda _: False)],
+    ),
+    "norms and gates that keep less": ({}, [(build, "fuse_elementwise", lambda _: None)]),
+    "one sequence at a time": ({}, [(step, "split_microbatch", lambda rows, *_: [rows])]),
+    "freed memory kept": ({}, [(training, "keep_freed_memory", lambda: None)]),
+    "rows of few lengths": ({}, [(batches, "FLAT_MULTIPLE", 1)]),
+    "no activation checkpointing": ({"gradient_checkpointing": True}, []),
+}
 
-def make_config(task: Task, data: str, home: Path, run_name: str) -> TrainConfig:
-    """Return the task's settings; everything else is left at its default."""
-    return TrainConfig(
-        model_path=Path(task.model),
-        dataset_name=data,
-        input_template="{prompt}",
-        output_template="{completion}",
-        train_split_ratio=1.0,
-        dtype="bfloat16",
-        lora_rank=task.lora_rank,
-        lora_alpha=task.lora_alpha,
-        lora_dropout=0.0,
-        max_seq_length=task.max_length,
-        per_device_train_batch_size=task.batch_size,
-        gradient_accumulation_steps=1,
-        learning_rate=task.learning_rate,
-        lr_scheduler_type="constant",
-        warmup_ratio=0.0,
-        weight_decay=0.0,
-        max_eval_samples=0,
-        max_steps=task.num_steps,
-        home=home,
-        run_name=run_name,
-    )
+
+def make_config(task: Task, data: str, home: Path, run_name: str, **changes: Any) -> TrainConfig:
+    """Return the task's settings, with these changes; everything else is left at its default."""
+    settings: dict[str, Any] = {
+        "model_path": Path(task.model),
+        "dataset_name": data,
+        "input_template": "{prompt}",
+        "output_template": "{completion}",
+        "train_split_ratio": 1.0,
+        "dtype": "bfloat16",
+        "lora_rank": task.lora_rank,
+        "lora_alpha": task.lora_alpha,
+        "lora_dropout": 0.0,
+        "max_seq_length": task.max_length,
+        "per_device_train_batch_size": task.batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": task.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "max_eval_samples": 0,
+        "max_steps": task.num_steps,
+        "home": home,
+        "run_name": run_name,
+    }
+    return TrainConfig(**{**settings, **changes})
 
 
 def main() -> None:
-    _, task = read_task()
+    variant, task = read_task()
+    changes = {} if variant == "default" else leave_out(variant)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        job = make_job(make_config(task, task.train, home, "train"), num_threads=task.num_threads)
+        config = make_config(task, task.train, home, "train", **changes)
+        job = make_job(config, num_threads=task.num_threads)
         held_out = make_job(make_config(task, task.held_out, home, "held-out"))
-        training = set_up_alone(job, torch.device("cpu"))
-        training.validation = swap_tokens(training.sequences, held_out.prepared_path)
-        _run(training, task).answer()
+        ours = set_up_alone(job, torch.device("cpu"))
+        ours.validation = swap_tokens(ours.sequences, held_out.prepared_path)
+        figures = _run(ours, task)
+        figures.planned_bytes = plan_bytes(config)
+        figures.answer()
+
+
+def leave_out(lever: str) -> dict[str, Any]:
+    """Let this process train without one of `LEVERS`; return the settings that it needs besides."""
+    settings, patches = LEVERS[lever]
+    for module, name, replacement in patches:
+        setattr(module, name, replacement)
+    return settings
+
+
+def plan_bytes(config: TrainConfig) -> int:
+    """Return what `tunesmith plan` tells of one worker's memory."""
+    workers = find_workers(config, 1, use_gpu=False)
+    model = build_planned_model(config, load_model_config(config), workers.dtype)
+    return make_plan(model, config, workers).memory.total
 
 
 def swap_tokens(sequences: Sequences, prepared_path: Path) -> Sequences:
@@ -68,26 +110,26 @@ def swap_tokens(sequences: Sequences, prepared_path: Path) -> Sequences:
     return other
 
 
-def _run(training: Training, task: Task) -> Figures:
-    assert training.validation is not None
+def _run(ours: Training, task: Task) -> Figures:
+    assert ours.validation is not None
     figures = Figures(start_s=age_s())
-    figures.held_out_trained_tokens = int(training.validation.tokens.num_trained.sum())
-    figures.loss_before = training.evaluate()
-    print(training.describe(), file=sys.stderr)
-    shape = measure_shape(training.model)
+    figures.held_out_trained_tokens = int(ours.validation.tokens.num_trained.sum())
+    figures.loss_before = ours.evaluate()
+    print(ours.describe(), file=sys.stderr)
+    shape = measure_shape(ours.model)
     figures.product_flops_per_s += time_products()
-    for step in range(1, task.num_steps + 1):
+    for number in range(1, task.num_steps + 1):
         start = time.perf_counter()
-        result = training.take_step(step)
+        result = ours.take_step(number)
         figures.step_s.append(time.perf_counter() - start)
-        lengths = lengths_of(training, step)
+        lengths = lengths_of(ours, number)
         figures.tokens.append(result.tokens)
         figures.trained_tokens.append(result.trained_tokens)
         figures.examples.append(len(lengths))
         figures.losses.append(result.loss)
         figures.flops.append(count_flops(shape, lengths, result.trained_tokens))
         if figures.is_halfway(task):
-            figures.loss_after = training.evaluate()
+            figures.loss_after = ours.evaluate()
         figures.product_flops_per_s += time_products()
     return figures
 

@@ -34,6 +34,7 @@ def write(results_dir: Path = RESULTS, page: Path = PAGE) -> None:
     cpu, gpu = (_read(results_dir / name) for name in ("cpu.json", "gpu.json"))
     sections = {
         "cpu": tabulate_training(cpu) if "training" in cpu else _MISSING,
+        "levers": tabulate_levers(cpu) if "levers" in cpu else _MISSING,
         "goals": tabulate_goals(cpu) if cpu else _MISSING,
         "large-data": tabulate_large_data(cpu) if "large-data" in cpu else _MISSING,
         "gpu": tabulate_gpu(gpu) if gpu else _MISSING,
@@ -65,9 +66,9 @@ def _section(name: str) -> re.Pattern[str]:
     return re.compile(f"(<!-- {name} -->)(.*?)(<!-- end of {name} -->)", re.DOTALL)
 
 
-def read_turns(cpu: Results) -> dict[str, list[Figures]]:
+def read_turns(cpu: Results, part: str = "training") -> dict[str, list[Figures]]:
     """Return each way's figures by turn."""
-    return {name: [Figures(**one) for one in figures] for name, figures in cpu["training"]["turns"].items()}
+    return {name: [Figures(**one) for one in figures] for name, figures in cpu[part]["turns"].items()}
 
 
 def speed(figures: Figures) -> float:
@@ -131,6 +132,21 @@ def tabulate_training(cpu: Results) -> str:
     )
 
 
+def tabulate_levers(cpu: Results) -> str:
+    """Return the table of what is lost where one lever is left out."""
+    turns = read_turns(cpu, "levers")
+    rows = [
+        [
+            name,
+            f"{compare(turns, speed, name, 'default'):.2f}",
+            f"{compare(turns, peak_gib, name, 'default'):.2f}",
+        ]
+        for name in turns
+        if name != "default"
+    ]
+    return _table(["without", "× tokens/s", "× peak memory"], rows)
+
+
 def describe_machine(cpu: Results) -> str:
     machine = cpu["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
@@ -161,6 +177,11 @@ class Goal:
             return [self.what, "needs two CPUs", f"{sign} {self.show.format(limit)}", ""]
         verdict = "met" if self.is_met(value) else "**missed**"
         return [self.what, self.show.format(value), f"{sign} {self.show.format(limit)}", verdict]
+
+
+def _plan_error(cpu: Results) -> float:
+    ours = read_turns(cpu)[_OURS]
+    return max(abs(one.planned_bytes / one.peak_bytes - 1) for one in ours)
 
 
 def _start_cost(cpu: Results) -> float:
@@ -206,6 +227,7 @@ GOALS = [
         "{:.2f} ×",
         at_most=0.45,
     ),
+    Goal("`tunesmith plan` beside the measured peak", "training", _plan_error, "{:.0%} off", at_most=0.15),
     Goal("start beside an empty TorchTrainer's", "start-up", _start_cost, "{:+.1f} s", at_most=3.0),
     Goal(f"checkpoint every {_SAVE_STEPS} steps", "checkpoints", _save_cost, "{:.1%}", at_most=0.02),
     Goal("tokenize and pack beside `datasets.map`", "tokens", _token_ratio, "{:.2f} ×", at_least=1.0),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import page
+from ours import LEVERS
 from turn import FOLDER, Figures, Task, run_process, run_turn
 
 from tunesmith.machine import usable_cpus
@@ -97,6 +98,16 @@ def run_training(setting: Setting) -> dict[str, Any]:
     return {"task": {**asdict(setting.task), **names}, "turns": _plain(turns)}
 
 
+def run_levers(setting: Setting) -> dict[str, Any]:
+    """Train as by default, and with each lever left out, in turn; return each one's figures by turn."""
+    turns: dict[str, list[Figures]] = {}
+    for number in range(setting.num_turns):
+        for lever in ("default", *LEVERS):
+            print(f"  turn {number + 1} of {setting.num_turns}: without {lever}", file=sys.stderr, flush=True)
+            turns.setdefault(lever, []).append(run_turn(_OURS, "ours.py", lever, setting.task))
+    return {"turns": _plain(turns)}
+
+
 def check_losses(figures: Mapping[str, Figures]) -> None:
     """Refuse figures of ways that don't train the same thing.
 
@@ -137,6 +148,7 @@ def _run_ours(script: str, *arguments: str, num_threads: int | None = None) -> A
 
 PARTS: dict[str, Callable[[Setting], Any]] = {
     "training": run_training,
+    "levers": run_levers,
     "start-up": lambda it: _run_ours("start_up.py", it.task.model, str(it.num_turns)),
     "checkpoints": lambda it: _run_ours(
         "checkpoints.py", "default", json.dumps(asdict(it.task)), num_threads=it.task.num_threads

@@ -50,8 +50,8 @@ class Figures:
     """What one turn measured; lists hold one entry a step, padding is never counted as a token.
 
     `start_s` is the time from the process's start to the first step, evaluation left out. `loss_before` and
-    `loss_after` are nats per trained token of the held-out rows. `flops` and `product_flops_per_s` (bfloat16
-    matrix products, timed between the steps) are ours alone.
+    `loss_after` are nats per trained token of the held-out rows. `flops`, `product_flops_per_s` (bfloat16
+    matrix products, timed between the steps) and `planned_bytes` are ours alone.
     """
 
     start_s: float = 0.0
@@ -66,6 +66,7 @@ class Figures:
     peak_bytes: int = 0
     flops: list[float] = field(default_factory=list)
     product_flops_per_s: list[float] = field(default_factory=list)
+    planned_bytes: int = 0
 
     def is_halfway(self, task: Task) -> bool:
         """Return whether it is time to measure `loss_after`."""

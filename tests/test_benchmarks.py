@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "peers"))
 
+import ours as our_turn
 import page
 import training
 from flops import Shape, count_flops, measure_shape
@@ -60,13 +61,19 @@ def figures_of(step_s: float, **changes: Any) -> Figures:
 
 
 def results_of_all_parts() -> dict[str, Any]:
-    ours = [figures_of(seconds, flops=[1e9] * 3, product_flops_per_s=[4e9] * 3) for seconds in (0.5, 1.0)]
+    own = {"flops": [1e9] * 3, "product_flops_per_s": [4e9] * 3, "planned_bytes": 2**30 + 2**27}
+    ours = [figures_of(seconds, **own) for seconds in (0.5, 1.0)]
     turns = {name: [figures_of(2.0), figures_of(3.0)] for name in training.WAYS} | {"tunesmith": ours}
     return {
         "machine": {"processor": "a CPU", "cpus": 2, "python": "3.11", "versions": {"torch": "2"}},
         "training": {
             "task": asdict(TASK),
             "turns": {name: [asdict(one) for one in figures] for name, figures in turns.items()},
+        },
+        "levers": {
+            "turns": {
+                name: [asdict(figures_of(seconds))] for name, seconds in (("default", 1.0), ("a lever", 2.0))
+            }
         },
         "start-up": {"tunesmith": [9.0, 11.0], "empty": [7.0, 9.0]},
         "checkpoints": {"step_s": [1.0, 2.0], "saved_step_s": [1.5, 2.5]},
@@ -102,6 +109,11 @@ GPU_RESULTS = {
         }
     ],
 }
+
+
+def test_levers_replace_what_there_is() -> None:
+    for _, patches in our_turn.LEVERS.values():
+        assert all(hasattr(module, name) for module, name, _ in patches)
 
 
 def test_the_counted_work_is_what_a_model_computes(model_of: Callable[[str], Path]) -> None:
@@ -250,7 +262,7 @@ def test_a_part_that_does_not_exist_is_refused(
     monkeypatch.setattr(sys, "argv", ["training.py", "--only", "training,speed"])
     with pytest.raises(SystemExit):
         training.main()
-    assert "no part speed; there are training, start-up" in capsys.readouterr().err
+    assert "no part speed; there are training, levers" in capsys.readouterr().err
 
 
 def test_a_script_that_fails_ends_the_benchmark_with_its_words() -> None:
