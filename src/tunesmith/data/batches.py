@@ -42,12 +42,13 @@ class Batch:
     """Tokens of the longest example."""
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; the host doesn't wait for a GPU's copy."""
         return Batch(
-            self.input_ids_BT.to(device, non_blocking=True),
-            self.position_ids_BT.to(device, non_blocking=True),
-            self.positions_N.to(device, non_blocking=True),
-            self.targets_N.to(device, non_blocking=True),
-            self.starts.to(device, non_blocking=True),
+            _send(self.input_ids_BT, device),
+            _send(self.position_ids_BT, device),
+            _send(self.positions_N, device),
+            _send(self.targets_N, device),
+            _send(self.starts, device),
             self.longest,
         )
 
@@ -181,6 +182,12 @@ def empty_batch(pad_token_id: int) -> Batch:
     return Batch(
         ids_12, torch.arange(2).unsqueeze(0), none_0, none_0, torch.tensor([0, 2], dtype=torch.int32), 2
     )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    # A copy from other memory waits for the kernels before it. torch keeps the pinned buffer until it is copied.
+    staged = tensor.pin_memory() if device.type == "cuda" else tensor
+    return staged.to(device, non_blocking=True)
 
 
 def share_of_rank(num_microbatches: int, rank: int, world_size: int) -> list[int | None]:

@@ -45,8 +45,8 @@ def accumulate_gradients(
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
 
-    The gradient is that of the mean cross-entropy per trained token of the whole global batch.
-    Collective.
+    The gradient is that of the mean cross-entropy per trained token of the whole global batch. Nothing here
+    waits for a GPU: while it computes one microbatch, the host collates the next. Collective.
     """
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
     numbers = share_of_rank(len(microbatches), worker.rank, worker.world_size)
@@ -96,8 +96,8 @@ def collate_rows(sequences: Sequences, rows: np.ndarray | None) -> Batch:
     return empty_batch(sequences.pad_token_id) if rows is None else sequences.collate(rows)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients of all ranks down to `max_norm` (0: leave them) and return their norm before."""
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of all ranks down to `max_norm` (0: leave them) and return their norm before, a scalar."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
@@ -105,7 +105,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     if max_norm > 0:
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return norm.item()
+    return norm
+
+
+def read_scalars(first: Tensor, *others: Tensor) -> list[float]:
+    """Return the values of scalars in one transfer, so that the host waits once for a GPU."""
+    values: list[float] = torch.stack([first, *(other.to(first) for other in others)]).tolist()
+    return values
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from tunesmith.train.step import (
     accumulate_gradients,
     clip_gradients,
     evaluate_loss,
+    read_scalars,
     share_objects,
     sum_over_ranks,
 )
@@ -123,10 +124,12 @@ class Training:
             self.worker,
             self.fused_loss,
         )
-        grad_norm = clip_gradients(self.model, config.max_grad_norm)
+        norm = clip_gradients(self.model, config.max_grad_norm)
+        # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
         stop_requested = self.worker.rank == 0 and self.job.run.stop_path.exists()
-        loss_sum, num_stops = sum_over_ranks([gradients.loss_sum.item(), float(stop_requested)], self.group)
         tokens, trained_tokens = count_tokens(self.sequences, microbatches)
+        share, grad_norm = read_scalars(gradients.loss_sum, norm)
+        loss_sum, num_stops = sum_over_ranks([share, float(stop_requested)], self.group)
         result = StepResult(loss_sum / trained_tokens, grad_norm, tokens, trained_tokens, num_stops > 0)
         if result.is_finite:
             set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, config))
