@@ -41,7 +41,7 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
 
     def compute_loss(hidden_BTD: Tensor) -> Tensor:
         loss_sum_111: Tensor = _LinearCrossEntropy.apply(
-            narrow(hidden_BTD), head.weight, head.bias, batch.targets_N
+            narrow(hidden_BTD), head.weight, head.bias, batch.targets_N, batch.input_ids_BT.numel()
         )
         return loss_sum_111
 
@@ -84,12 +84,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        most_targets: int,
     ) -> Tensor:
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        size = max(1, LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD))
+        size = min(max(1, LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD)), most_targets)
         # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
         logits_sV = hidden_ND.new_empty(size, len(weight_VD))
         wide_sV, log_probabilities_sV = (torch.empty_like(logits_sV, dtype=torch.float32) for _ in range(2))
@@ -111,6 +116,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND.float() * gradient.squeeze()).to(gradient_ND.dtype), None, None, None
+        return (gradient_ND.float() * gradient.squeeze()).to(gradient_ND.dtype), None, None, None, None
