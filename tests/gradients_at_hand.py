@@ -15,6 +15,7 @@ from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model.attention import VARLEN
 from tunesmith.model.build import build_model, choose_ways
+from tunesmith.model.compilation import compile_blocks
 from tunesmith.model.load import attention_of
 from tunesmith.train.step import accumulate_gradients
 from tunesmith.train.worker import ProcessWorker
@@ -34,6 +35,8 @@ def gradient_of_step(
     job = start(config)
     model = build_model(config, CPU, world_size=1)
     fused_loss = choose_ways(config, model, CPU)
+    if config.torch_compile:
+        compile_blocks(model, CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -265,7 +265,7 @@ def test_params_record_what_was_chosen_and_a_resumed_run_keeps_its_dtype(config:
         "dtype": "float32",
         "attn_implementation": "varlen",
         "fsdp": "no_shard",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "off",
         "num_workers": 1,
         "use_gpu": False,
     }

@@ -23,9 +23,10 @@ from transformers import (
 from tiny_models import build_config
 from tunesmith.config import TrainConfig
 from tunesmith.data.templates import choose_format
+from tunesmith.model.layout import SHARE_FOR_WEIGHTS
 from tunesmith.model.load import build_meta_model
 from tunesmith.model.lora import add_adapters, choose_targets
-from tunesmith.model.shard import SHARE_FOR_WEIGHTS, find_blocks
+from tunesmith.model.shard import find_blocks
 from values_at_hand import EXAMPLES, read_run
 
 GB, GIB = 10**9, 2**30

@@ -24,11 +24,12 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.attention import VARLEN
 from tunesmith.model.dry_run import measure_microbatch
 from tunesmith.model.elementwise import fuse_elementwise
+from tunesmith.model.layout import plan_layout
 from tunesmith.model.load import load_model_config
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.lora_linear import fuse_adapters
 from tunesmith.model.loss import sum_cross_entropy
-from tunesmith.model.memory import build_planned_model, estimate_memory
+from tunesmith.model.memory import build_planned_model
 from tunesmith.model.shard import replicate_model
 from tunesmith.runs import iterate_metrics
 from tunesmith.train.optimizer import build_optimizer
@@ -95,9 +96,8 @@ def test_planned_activations_are_those_that_a_real_forward_keeps(
     if full_ft:
         real.to(dtype)  # as FSDP has it while it computes
     planned = build_planned_model(config, build_config(family, 300, **SHAPE), dtype)
-    if recompute:
-        planned.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    found = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, "cpu").activations
+    microbatch = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, "cpu")
+    found = microbatch.recompute(SHAPE["num_hidden_layers"] if recompute else 0).activations
     hidden = NUM_TOKENS * SHAPE["hidden_size"] * dtype.itemsize
     saved = count_saved_bytes(real)
     # Besides what is kept, the output layer's input and what the last norm computed it from are alive.
@@ -110,7 +110,7 @@ def test_planned_weights_gradients_and_moments_have_the_real_ones_sizes(full_ft:
     real = build_real_model("qwen3", config, torch.bfloat16)
     optimizer = build_optimizer(real.parameters(), config)
     planned = build_planned_model(config, build_config("qwen3", 300, **SHAPE), torch.bfloat16)
-    memory = estimate_memory(planned, config, "cpu", 1, 1 << 34)
+    _, memory = plan_layout(planned, config, "cpu", 1, 1 << 34)
     trained = [p for p in real.parameters() if p.requires_grad]
     moments = [t for state in optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
     assert memory.weights + memory.adapters == sum(p.nbytes for p in real.parameters())
@@ -122,7 +122,7 @@ def test_a_model_of_experts_needs_twice_as_much_in_float32() -> None:
     config = TrainConfig(lora_rank=4, fsdp="no_shard")
     shape = build_config("mixtral", 300, **SHAPE)
     half, full = (
-        estimate_memory(build_planned_model(config, shape, dtype), config, "cpu", 1, 1 << 34)
+        plan_layout(build_planned_model(config, shape, dtype), config, "cpu", 1, 1 << 34)[1]
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert full.weights == 2 * half.weights
@@ -132,7 +132,7 @@ def test_a_model_of_experts_needs_twice_as_much_in_float32() -> None:
 def test_sharding_divides_what_lies_on_a_worker_by_their_number() -> None:
     config = TrainConfig(lora_rank=4, fsdp="full_shard")
     planned = build_planned_model(config, build_config("llama", 300, **SHAPE), torch.bfloat16)
-    one, four = (estimate_memory(planned, config, "cuda", n, 1 << 34) for n in (1, 4))
+    one, four = (plan_layout(planned, config, "cuda", n, 1 << 34)[1] for n in (1, 4))
     assert one.weights == 4 * four.weights
     assert one.optimizer == 4 * four.optimizer
     assert one.activations == four.activations
@@ -150,7 +150,7 @@ def make_tiny_plan(memory: int, num_workers: int = 1, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "changed"),
     [
-        ({"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+        ({"gradient_checkpointing": False}, {"gradient_checkpointing": None}),
         (
             {"gradient_checkpointing": True},
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
@@ -259,6 +259,6 @@ def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tm
     )
     dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     planned = build_planned_model(config, load_model_config(config), dtype)
-    memory = estimate_memory(planned, config, "cpu", 1, 1 << 34)
+    _, memory = plan_layout(planned, config, "cpu", 1, 1 << 34)
     print(f"planned {memory.total / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert 0.85 < memory.total / measured < 1.15

@@ -34,6 +34,7 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "trust_remote_code": ("true", True, True),
     "dtype": ("float32", "float32", "float32"),
     "attn_implementation": ("eager", "eager", "eager"),
+    "torch_compile": ("true", True, True),
     "full_ft": ("yes", True, True),
     "lora_rank": ("4", 4, 4),
     "lora_alpha": ("8.5", 8.5, 8.5),

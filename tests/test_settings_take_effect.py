@@ -45,6 +45,7 @@ EFFECTS = {
     "trust_remote_code": "test_hub::test_a_model_s_own_code_runs_only_when_it_is_trusted",
     "dtype": f"{HERE}::test_weights_are_kept_and_used_in_dtype",
     "attn_implementation": f"{HERE}::test_the_attention_backend_is_the_one_asked_for",
+    "torch_compile": "test_compilation::test_compiled_blocks_train_as_plain_ones",
     "full_ft": "test_families::test_full_fine_tuning_trains_every_weight_and_final_holds_them",
     "lora_rank": f"{HERE}::test_rank_and_alpha_are_the_adapter_s",
     "lora_alpha": f"{HERE}::test_rank_and_alpha_are_the_adapter_s",

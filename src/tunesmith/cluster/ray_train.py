@@ -60,7 +60,8 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Smallest change of the result first.
 _SMALLER = (
-    "halve --per_device_train_batch_size and double --gradient_accumulation_steps, which keeps the global batch; "
+    "set --gradient_checkpointing true; "
+    "or halve --per_device_train_batch_size and double --gradient_accumulation_steps, which keeps the global batch; "
     "or lower --max_seq_length, or take more workers"
 )
 

@@ -127,6 +127,13 @@ class TrainConfig(HFDatasetConfig):
         scope="training",
     )
 
+    torch_compile: bool = setting(
+        False,
+        "Compile the model's blocks before the first step, which takes a C++ compiler and up to minutes.",
+        group="model",
+        scope="run",
+    )
+
     full_ft: bool = setting(
         False, "Train every weight instead of LoRA adapters.", group="adapter", scope="model"
     )
@@ -242,7 +249,7 @@ class TrainConfig(HFDatasetConfig):
 
     gradient_checkpointing: AutoBool = setting(
         None,
-        "Recompute activations in the backward pass; auto: on with GPUs, off without.",
+        "Recompute activations in the backward pass: true: of all blocks; auto: of as few as memory asks for.",
         group="memory",
         scope="run",
     )

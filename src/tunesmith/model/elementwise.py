@@ -5,6 +5,7 @@ Shapes: D model width; … any sizes before it.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,41 +20,35 @@ def fuse_elementwise(model: nn.Module) -> None:
 
     Whether it is, a copy of the layer with a few random weights shows.
     """
+    # Methods: they survive a copy of the model, and compiled code can be shared by layers.
     for module in model.modules():
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        eps = _eps_of(module)
         if isinstance(eps, float) and [*module._parameters] == ["weight"] and _is_rms_norm(module, eps):
-            module.forward = _RmsNormForward(module, eps)
+            module.forward = MethodType(_normalise, module)
         elif all(hasattr(module, name) for name in _GATED) and _is_silu_gated(module):
-            module.forward = _GatedForward(module)
+            module.forward = MethodType(_feed_forward, module)
 
 
-class _RmsNormForward:
-    """`forward` of a norm. A class: it must survive a copy of the model."""
-
-    def __init__(self, norm: Any, eps: float) -> None:
-        self.norm = norm
-        self.eps = eps
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        weight_D = self.norm.weight
-        if hidden.is_cuda:
-            return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), self.eps)
-        if weight_D.requires_grad:
-            return type(self.norm).forward(self.norm, hidden)  # type: ignore[no-any-return]
-        normed: Tensor = _FrozenRmsNorm.apply(hidden, weight_D, self.eps)
-        return normed
+def _normalise(norm: Any, hidden: Tensor) -> Tensor:
+    """`forward` of a norm."""
+    weight_D, eps = norm.weight, _eps_of(norm)
+    if hidden.is_cuda:
+        return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), eps)
+    if weight_D.requires_grad:
+        return type(norm).forward(norm, hidden)  # type: ignore[no-any-return]
+    normed: Tensor = _FrozenRmsNorm.apply(hidden, weight_D, eps)
+    return normed
 
 
-class _GatedForward:
+def _eps_of(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
     """`forward` of a gated feed-forward layer."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        gate, up = self.layer.gate_proj(hidden), self.layer.up_proj(hidden)
-        output: Tensor = self.layer.down_proj(_SiluProduct.apply(gate, up))
-        return output
+    gate, up = layer.gate_proj(hidden), layer.up_proj(hidden)
+    output: Tensor = layer.down_proj(_SiluProduct.apply(gate, up))
+    return output
 
 
 class _FrozenRmsNorm(torch.autograd.Function):

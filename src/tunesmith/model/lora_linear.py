@@ -5,6 +5,7 @@ Shapes: N positions, D inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,34 +24,29 @@ def fuse_adapters(model: nn.Module) -> bool:
     for module in model.modules():
         adapter = find_plain_adapter(module)
         if adapter is not None:
-            module.forward = _Forward(module, adapter)
+            # A method: it survives a copy of the model, and compiled code can be shared by layers.
+            module.forward = MethodType(_forward, module)
             fused |= {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     return all(id(parameter) in fused for parameter in model.parameters() if parameter.requires_grad)
 
 
-class _Forward:
-    """`forward` of an adapted layer. A class: it must survive a copy of the model."""
-
-    def __init__(self, layer: Any, adapter: str) -> None:
-        self.layer = layer
-        self.adapter = adapter
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        layer, name = self.layer, self.adapter
-        dropout = layer.lora_dropout[name]
-        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        kept = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share) if share else None
-        outputs: Tensor = _LoraLinear.apply(
-            inputs,
-            layer.base_layer.weight,
-            layer.base_layer.bias,
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            layer.scaling[name],
-            kept,
-            share,
-        )
-        return outputs
+def _forward(layer: Any, inputs: Tensor) -> Tensor:
+    """`forward` of an adapted layer."""
+    (name,) = layer.lora_A
+    dropout = layer.lora_dropout[name]
+    share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    kept = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share) if share else None
+    outputs: Tensor = _LoraLinear.apply(
+        inputs,
+        layer.base_layer.weight,
+        layer.base_layer.bias,
+        layer.lora_A[name].weight,
+        layer.lora_B[name].weight,
+        layer.scaling[name],
+        kept,
+        share,
+    )
+    return outputs
 
 
 class _LoraLinear(torch.autograd.Function):

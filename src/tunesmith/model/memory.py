@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.build import uses_gradient_checkpointing
-from tunesmith.model.dry_run import MicrobatchBytes, measure_microbatch
+from tunesmith.model.attention import VARLEN
+from tunesmith.model.dry_run import Microbatch, measure_microbatch
 from tunesmith.model.elementwise import fuse_elementwise
-from tunesmith.model.load import build_meta_model
+from tunesmith.model.load import attention_of, build_meta_model
 from tunesmith.model.lora import add_adapters
 from tunesmith.model.lora_linear import fuse_adapters
-from tunesmith.model.shard import SHARE_FOR_WEIGHTS, copied_bytes, find_blocks
+from tunesmith.model.shard import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,14 +55,35 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a run lies in a worker's memory, where there is a choice.
+
+    Attributes:
+        whole: whether the weights lie whole on each worker.
+        keeps_gathered: whether sharded blocks stay gathered from the forward to the backward pass.
+        num_recomputed: of the `num_blocks` blocks, those that are recomputed: the first ones.
+    """
+
+    whole: bool
+    keeps_gathered: bool
+    num_recomputed: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
 class PlannedModel:
-    """A model as it is trained, on the meta device, and what it was made of."""
+    """A model as it is trained, on the meta device, and what it was made of.
+
+    Attributes:
+        fused: whether its adapters are computed with their layers, so that its weights needn't be sharded.
+        keeps_squares: whether its attention keeps a square of each example, which isn't counted.
+    """
 
     model: nn.Module
     dtype: torch.dtype
     stored_dtype: torch.dtype
     fused: bool
-    """Whether its adapters are computed with their layers, so that its weights needn't be sharded."""
+    keeps_squares: bool
 
 
 def build_planned_model(
@@ -75,6 +96,7 @@ def build_planned_model(
     """
     with torch.device("meta"):
         model: Any = build_meta_model(config, model_config)
+        own = attention_of(model)
         model.requires_grad_(config.full_ft)
         if not config.full_ft:
             model = add_adapters(model, config)
@@ -87,64 +109,61 @@ def build_planned_model(
         # FSDP casts what is trained as it gathers it.
         parameter.data = parameter.data.to(torch.float32 if fused and parameter.requires_grad else computed)
     stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
-    return PlannedModel(model.train(), dtype, stored, fused)
+    attention = own if config.attn_implementation in ("auto", VARLEN) else config.attn_implementation
+    return PlannedModel(model.train(), dtype, stored, fused, keeps_squares=attention == "eager")
 
 
-def is_whole(planned: PlannedModel, config: TrainConfig, device_type: str, room: int) -> bool:
-    """Return whether the weights lie whole on each worker, of which each has `room` bytes; as `build_model` chooses."""
-    if not planned.fused or config.cpu_offload or config.fsdp != "auto":
-        return planned.fused and not config.cpu_offload and config.fsdp == "no_shard"
-    needed = copied_bytes(planned.model, device_type, planned.dtype, planned.stored_dtype)
-    return needed <= SHARE_FOR_WEIGHTS * room
-
-
-def estimate_memory(
-    planned: PlannedModel, config: TrainConfig, device_type: str, num_workers: int, room: int
-) -> Memory:
-    """Return what each of `num_workers` workers, with `room` bytes each, holds at its peak.
+def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> Microbatch:
+    """Return what one microbatch of these settings holds.
 
     Rows are taken to be full, every token of them to be trained, and attention to be `varlen` or FlashAttention.
+
+    Raises:
+        ModelError: as `measure_microbatch` says.
     """
-    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in planned.model.parameters() if not p.requires_grad)
-    itemsize = planned.dtype.itemsize
-    whole = is_whole(planned, config, device_type, room)
-    share = 1 if whole else num_workers
-    if config.cpu_offload and device_type == "cuda":
-        trained = frozen = 0  # they lie in the host's memory
-    steps = _run_microbatch(planned, config, device_type)
-    return Memory(
-        weights=(frozen * itemsize + (4 * trained if config.full_ft else 0)) // share,
-        gathered=0 if whole else _gathered_bytes(planned, config.full_ft),
-        adapters=0 if config.full_ft else 4 * trained // share,
-        gradients=4 * trained // share,
-        optimizer=8 * trained // share,
-        activations=steps.activations,
-        logits=steps.loss_peak - steps.activations,
-        workspace=max(0, steps.peak - steps.loss_peak),
-        heap=int(_HEAP_SHARE[device_type] * max(steps.loss_peak, steps.peak)),
-        process=_PROCESS_BYTES[device_type],
-    )
-
-
-def _run_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> MicrobatchBytes:
     model: Any = planned.model
-    if uses_gradient_checkpointing(config, torch.device(device_type)):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
     # On CPUs sequences are run one at a time.
     num_rows = config.per_device_train_batch_size if device_type == "cuda" else 1
     num_tokens = num_rows * config.max_seq_length
     found = measure_microbatch(model, num_tokens, config.max_seq_length, device_type)
-    wider = planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize
-    return MicrobatchBytes(wider * found.activations, wider * found.loss_peak, wider * found.peak)
+    return found.times(planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize)
 
 
-def _gathered_bytes(planned: PlannedModel, full_ft: bool) -> int:
-    """Return what FSDP has whole at once: the outermost weights, and two blocks, one of them on its way."""
+def estimate_memory(
+    planned: PlannedModel,
+    config: TrainConfig,
+    layout: Layout,
+    microbatch: Microbatch,
+    device_type: str,
+    num_workers: int,
+) -> Memory:
+    """Return what each of `num_workers` workers holds at its peak."""
+    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in planned.model.parameters() if not p.requires_grad)
+    itemsize = planned.dtype.itemsize
+    share = 1 if layout.whole else num_workers
+    if config.cpu_offload and device_type == "cuda":
+        trained = frozen = 0  # they lie in the host's memory
+    live = microbatch.recompute(layout.num_recomputed)
+    return Memory(
+        weights=(frozen * itemsize + (4 * trained if config.full_ft else 0)) // share,
+        gathered=0 if layout.whole else _gathered_bytes(planned, config.full_ft, layout.keeps_gathered),
+        adapters=0 if config.full_ft else 4 * trained // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
+        activations=live.activations,
+        logits=live.loss_peak - live.activations,
+        workspace=max(0, live.backward_peak - live.loss_peak),
+        heap=int(_HEAP_SHARE[device_type] * max(live.loss_peak, live.backward_peak)),
+        process=_PROCESS_BYTES[device_type],
+    )
+
+
+def _gathered_bytes(planned: PlannedModel, full_ft: bool, keeps_gathered: bool) -> int:
+    """Return what FSDP has whole at once: the outermost weights, and two blocks, one of them on its way, or all."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(planned.model)]
     outermost = sum(p.numel() for p in planned.model.parameters()) - sum(blocks)
-    whole = planned.dtype.itemsize * (outermost + 2 * max(blocks, default=0))
+    gathered = sum(blocks) if keeps_gathered else 2 * max(blocks, default=0)
+    whole = planned.dtype.itemsize * (outermost + gathered)
     # The gradient of a block is whole until it is summed over the workers, in float32.
     return whole + (4 * max([outermost, *blocks]) if full_ft else 0)

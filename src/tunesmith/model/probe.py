@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.data.batches import Batch
 from tunesmith.model.attention import VARLEN, compute_logits, trying
 from tunesmith.model.loss import can_fuse_loss
-from tunesmith.model.shard import holds_on_all_ranks
+from tunesmith.model.shard import holds_on_all_ranks, release_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +82,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-        if isinstance(model, FSDPModule):
-            # A forward leaves the outermost weights gathered, and an optimizer made now would miss their slices.
-            model.reshard()
+        # An optimizer made now would miss the slices of gathered weights.
+        release_gathered(model)
 
 
 def _make_examples(model: Any) -> list[Tensor]:

@@ -14,43 +14,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from tunesmith.machine import available_memory
-
-# The rest is for activations.
-SHARE_FOR_WEIGHTS = 0.5
-
-
-def fits_whole(model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> bool:
-    """Return whether every worker has room for the whole model in `dtype`. Collective."""
-    needed = copied_bytes(model, device.type, dtype)
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    else:
-        room = available_memory() // world_size
-    return holds_on_all_ranks(needed <= SHARE_FOR_WEIGHTS * room, device)
-
 
 def holds_on_all_ranks(condition: bool, device: torch.device) -> bool:
     """Return whether the condition holds on every rank: what follows from it must be the same on all. Collective."""
     holds = torch.tensor(int(condition), device=device)
     dist.all_reduce(holds, dist.ReduceOp.MIN)
     return bool(holds.item())
-
-
-def copied_bytes(
-    model: nn.Module, device_type: str, dtype: torch.dtype, stored: torch.dtype | None = None
-) -> int:
-    """Return the bytes of its own that a worker holds of the whole model, its frozen weights in `dtype`.
-
-    On CPUs weights as they are stored (in `stored`, by default as they lie in `model`) are shared by the
-    workers of a machine, so they cost nothing more.
-    """
-    copied = [
-        p
-        for p in model.parameters()
-        if device_type == "cuda" or ((stored or p.dtype) != dtype and not p.requires_grad)
-    ]
-    return sum(parameter.numel() for parameter in copied) * dtype.itemsize
 
 
 def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -74,19 +43,32 @@ def sum_gradients(model: nn.Module) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool) -> None:
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    cpu_offload: bool,
+    reshard_after_forward: bool = True,
+) -> None:
     """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
 
     Frozen weights are kept in `dtype`. Trained ones are kept in float32, as are their gradients; they are
     cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
-    private copy of the whole model. Gradients are summed over the workers, not averaged.
+    private copy of the whole model. Gradients are summed over the workers, not averaged. Without
+    `reshard_after_forward` a block stays gathered until its backward pass is done.
 
     Collective: every rank must call it.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     for block in find_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     _cast(model, dtype)
     for module in model.modules():
@@ -96,12 +78,22 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, cpu_offl
             module.set_gradient_divide_factor(1.0)
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Let go of the weights that a forward without a backward pass has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the model's repeated blocks, by the class names that transformers keeps for splitting."""
     names = set()
     for module in model.modules():
         names |= set(getattr(module, "_no_split_modules", None) or [])
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # A sharded block has a class of its own, made from the block's.
+    blocks = [
+        module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}
+    ]
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
     return [block for block in blocks if id(block) not in inner]
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, share_of_rank
 from tunesmith.model.loss import sum_cross_entropy
-from tunesmith.model.shard import sum_gradients
+from tunesmith.model.shard import release_gathered, sum_gradients
 from tunesmith.train.worker import Worker
 
 
@@ -135,8 +135,7 @@ def evaluate_loss(
             batch = collate_rows(sequences, rows).to(worker.device)
             loss_sum += sum_cross_entropy(model, batch, fused_loss)
     model.train()
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward pass the outermost weights would stay gathered
+    release_gathered(model)
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
     (total,) = sum_over_ranks([loss_sum.item()], group)
     return total / num_trained if num_trained else math.nan

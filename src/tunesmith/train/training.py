@@ -20,9 +20,11 @@ from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
 from tunesmith.machine import keep_freed_memory
 from tunesmith.model.attention import VARLEN
-from tunesmith.model.build import build_model, choose_ways, describe_choices, uses_gradient_checkpointing
+from tunesmith.model.build import build_model, choose_ways, describe_choices
+from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
+from tunesmith.model.recompute import count_recomputed, describe_recomputation
 from tunesmith.runs import Checkpoint, RunDir, finished_at
 from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
@@ -234,12 +236,16 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    if config.torch_compile:
+        check_compiler(device)
     group = dist.new_group(backend="gloo")
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_tokenizer(config)
     model = build_model(config, device, worker.world_size)
     fused_loss = choose_ways(config, model, device)
     packing = decide_packing(config, run, model, worker, group)
+    if config.torch_compile:
+        compile_blocks(model, device)
     attention = attention_of(model)
     flatten = attention == VARLEN or (packing and attention.startswith("flash"))
     pad_token_id = int(tokenizer.eos_token_id)
@@ -289,7 +295,7 @@ def decide_packing(
         resolved = {
             "dtype": str(resolve_dtype(config, worker.device)).removeprefix("torch."),
             "attn_implementation": attention_of(model),
-            "gradient_checkpointing": uses_gradient_checkpointing(config, worker.device),
+            "gradient_checkpointing": describe_recomputation(*count_recomputed(model)),
             "fsdp": "full_shard" if isinstance(model, FSDPModule) else "no_shard",
             "num_workers": worker.world_size,
             "use_gpu": worker.device.type == "cuda",

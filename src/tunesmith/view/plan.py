@@ -12,10 +12,11 @@ import torch
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.machine import available_memory
-from tunesmith.model.build import uses_gradient_checkpointing
 from tunesmith.model.flops import count_flops_per_token, known_gpus, memory_of_gpu, peak_flops
+from tunesmith.model.layout import plan_layout
 from tunesmith.model.load import load_model_config, resolve_dtype
-from tunesmith.model.memory import Memory, PlannedModel, build_planned_model, estimate_memory, is_whole
+from tunesmith.model.memory import Layout, Memory, PlannedModel, build_planned_model
+from tunesmith.model.recompute import describe_recomputation
 from tunesmith.view.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ class Workers:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's settings and workers, and what each worker needs."""
+    """A run's settings and workers, how it lies in their memory, and what each worker needs."""
 
     config: TrainConfig
     workers: Workers
+    layout: Layout
     memory: Memory
 
     @property
@@ -74,7 +76,7 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
     console = Console(highlight=False)
     model = build_planned_model(config, load_model_config(config), workers.dtype)
     planned = make_plan(model, config, workers)
-    _print_memory(console, planned, model)
+    _print_memory(console, planned)
     _print_time(console, planned, count_flops_per_token(model.model, config.full_ft))
     if not planned.fits:
         console.print(_describe_change(planned, find_fitting(model, planned)), soft_wrap=True)
@@ -83,8 +85,8 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
 
 def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Plan:
     """Return what `model` needs with these settings."""
-    memory = estimate_memory(model, config, workers.device_type, workers.num, workers.memory)
-    return Plan(config, workers, memory)
+    layout, memory = plan_layout(model, config, workers.device_type, workers.num, workers.memory)
+    return Plan(config, workers, layout, memory)
 
 
 def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Workers:
@@ -135,8 +137,8 @@ def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[T
     def change(**changes: Any) -> TrainConfig:
         return config.model_copy(update=changes)
 
-    if not uses_gradient_checkpointing(config, torch.device(workers.device_type)):
-        config = change(gradient_checkpointing=True)
+    if config.gradient_checkpointing is False:
+        config = change(gradient_checkpointing=None)
         yield config, num_workers
     # CPUs run the sequences of a microbatch one at a time.
     while on_gpu and config.per_device_train_batch_size > 1 and config.per_device_train_batch_size % 2 == 0:
@@ -164,17 +166,21 @@ def _describe_change(planned: Plan, fitting: Plan | None) -> str:
         return "No change of settings makes it fit: take a smaller model, or workers with more memory."
     before, after = planned.config, fitting.config
     changed = [name for name in TrainConfig.model_fields if getattr(before, name) != getattr(after, name)]
-    flags = [f"--{name} {str(getattr(after, name)).removesuffix('.0')}" for name in changed]
+    flags = [f"--{name} {_spell(getattr(after, name))}" for name in changed]
     if fitting.workers.num != planned.workers.num:
         flags.append(f"--num_workers {fitting.workers.num}")
     return f"It fits with {' '.join(flags)}: {format_bytes(fitting.memory.total)} a worker."
 
 
-def _print_memory(console: Console, planned: Plan, model: PlannedModel) -> None:
+def _spell(value: object) -> str:
+    return "auto" if value is None else str(value).removesuffix(".0")
+
+
+def _print_memory(console: Console, planned: Plan) -> None:
     from rich import box
     from rich.table import Table
 
-    workers, config = planned.workers, planned.config
+    workers, layout = planned.workers, planned.layout
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("per worker")
     table.add_column("memory", justify="right")
@@ -183,11 +189,12 @@ def _print_memory(console: Console, planned: Plan, model: PlannedModel) -> None:
     table.add_section()
     table.add_row("together", format_bytes(planned.memory.total))
     table.add_row(f"{workers.name} has", format_bytes(workers.memory))
-    whole = is_whole(model, config, workers.device_type, workers.memory)
+    placed = "sharded, gathered once a microbatch" if layout.keeps_gathered else "sharded"
+    recomputed = describe_recomputation(layout.num_recomputed, layout.num_blocks)
     console.print(
-        f"{config.model_source}: {workers.num} × {workers.name}, {str(model.dtype).removeprefix('torch.')}, "
-        f"weights {'whole on each worker' if whole else 'sharded'}, "
-        f"gradient checkpointing {'on' if uses_gradient_checkpointing(config, torch.device(workers.device_type)) else 'off'}",
+        f"{planned.config.model_source}: {workers.num} × {workers.name}, "
+        f"{str(workers.dtype).removeprefix('torch.')}, "
+        f"weights {'whole on each worker' if layout.whole else placed}, gradient checkpointing {recomputed}",
         soft_wrap=True,
     )
     console.print(table)

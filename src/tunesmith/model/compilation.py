@@ -1,0 +1,66 @@
+"""torch.compile, block by block: blocks of one kind share what is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from tunesmith.errors import ResourceError
+from tunesmith.model.attention import VARLEN, attend_within_examples
+from tunesmith.model.shard import find_blocks
+
+# Every kind of block compiles anew for inputs with and without a gradient, in training and in evaluation;
+# torch gives up after 8.
+_MOST_VARIANTS = 64
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where what torch compiles with is missing.
+
+    Raises:
+        ResourceError: with what to install.
+    """
+    if device.type == "cpu":
+        default = "clang++" if sys.platform == "darwin" else "g++"
+        compilers = [os.environ.get("CXX", default)]
+    else:
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise _missing(f"the compiler {' or '.join(f'`{name}`' for name in compilers)}", "build-essential")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise _missing(f"`{header}`", "python3-dev")
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        raise ResourceError(
+            "`torch_compile` is set, but the package triton is absent",
+            "install a torch for CUDA, or leave `torch_compile` out",
+        )
+
+
+def compile_blocks(model: nn.Module, device: torch.device) -> None:
+    """Let torch compile the blocks of `model`, sharded or not, when they are first run.
+
+    What they were run with before, such as short rows to try the attention with, isn't compiled.
+    """
+    if device.type == "cpu":
+        # There it cuts rows into examples one by one, which no graph can hold.
+        AttentionInterface.register(VARLEN, torch.compiler.disable(attend_within_examples))
+    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    for block in find_blocks(model):
+        # Not the module: what FSDP does before and after it stays outside. Lengths differ from row to row.
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def _missing(what: str, package: str) -> ResourceError:
+    return ResourceError(
+        f"`torch_compile` is set, but {what} is absent",
+        f"install it where the model runs (Debian: {package}), or leave `torch_compile` out",
+    )
