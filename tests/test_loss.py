@@ -100,10 +100,10 @@ def check_against_transformers(model: nn.Module) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("at_a_time", [1, 700, 1 << 24])
+@pytest.mark.parametrize("at_a_time", [(1, 1), (700, 1), (1 << 12, 700), (1 << 24, 1 << 24)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
-    family: str, at_a_time: int, model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str, at_a_time: tuple[int, int], model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
     model = AutoModelForCausalLM.from_pretrained(model_of(family))

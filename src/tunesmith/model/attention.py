@@ -148,7 +148,7 @@ class _TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         num_heads, num_tokens, width = query_1HTD.shape[1:]
         output_THD = query_1HTD.new_empty(num_tokens, num_heads, width)
-        tiles = _cut_into_tiles(tuple(lengths), num_heads // key_1KTD.shape[1])
+        tiles = _cut_into_tiles(tuple(lengths))
         kept: list[Tensor] = []
         for tile in tiles:
             probabilities_KSt = _attend_from(tile, query_1HTD, key_1KTD, scale)
@@ -184,26 +184,28 @@ class _TiledAttention(torch.autograd.Function):
 
 def _attend_from(tile: _Tile, query_1HTD: Tensor, key_1KTD: Tensor, scale: float) -> Tensor:
     """Return the tile's probabilities, (K, S, t): S queries of G heads, t keys."""
-    query_KSD = query_1HTD[0, :, tile.queries].reshape(key_1KTD.shape[1], -1, query_1HTD.shape[3])
+    num_heads, num_groups = query_1HTD.shape[1], key_1KTD.shape[1]
+    query_KSD = query_1HTD[0, :, tile.queries].reshape(num_groups, -1, query_1HTD.shape[3])
     key_KDt = key_1KTD[0, :, tile.keys].transpose(1, 2)
     with _bfloat16_products(query_1HTD.dtype == torch.bfloat16):
-        hidden_St = tile.hidden_St.to(query_KSD.device)  # a plan's are on none
+        # A plan's tensors are on no device.
+        hidden_St = tile.hidden_st.to(query_KSD.device).repeat(num_heads // num_groups, 1)
         scores_KSt = torch.baddbmm(hidden_St, query_KSD.float(), key_KDt.float(), alpha=scale)
     return torch.softmax(scores_KSt, -1).to(query_1HTD.dtype)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some queries, the keys that any of them sees, and -∞ where one doesn't."""
+    """Some s queries, the t keys that any of them sees, and -∞ where one doesn't."""
 
     queries: slice
     keys: slice
-    hidden_St: Tensor
+    hidden_st: Tensor
 
 
 # One row's: the layers follow one another.
 @lru_cache(maxsize=2)
-def _cut_into_tiles(lengths: tuple[int, ...], num_shared: int) -> list[_Tile]:
+def _cut_into_tiles(lengths: tuple[int, ...]) -> list[_Tile]:
     ends = itertools.accumulate(lengths)
     starts = [end - length for end, length in zip(ends, lengths, strict=True) for _ in range(length)]
     starts_T = torch.tensor(starts)
@@ -213,10 +215,9 @@ def _cut_into_tiles(lengths: tuple[int, ...], num_shared: int) -> list[_Tile]:
         queries = slice(first, min(first + _TILE, len(starts)))
         # Of a few sizes only: allocators and kernels meet them again.
         keys = slice(starts[first] // _KEYS_MULTIPLE * _KEYS_MULTIPLE, queries.stop)
-        sees_St = positions_T[keys] <= positions_T[queries, None]
-        sees_St &= positions_T[keys] >= starts_T[queries, None]
-        hidden_St = torch.zeros(sees_St.shape).masked_fill_(~sees_St, -torch.inf)
-        tiles.append(_Tile(queries, keys, hidden_St.repeat(num_shared, 1)))
+        sees_st = positions_T[keys] <= positions_T[queries, None]
+        sees_st &= positions_T[keys] >= starts_T[queries, None]
+        tiles.append(_Tile(queries, keys, torch.zeros(sees_st.shape).masked_fill_(~sees_st, -torch.inf)))
     return tiles
 
 

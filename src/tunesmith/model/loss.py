@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch
 from tunesmith.model.attention import compute_logits
 
-# Logits that are held at a time: what the caches of a CPU nearly hold, what keeps a GPU busy.
-LOGITS_AT_A_TIME = {"cpu": 1 << 23, "cuda": 1 << 27}
+# Logits that are held at a time, and of those in float32. CPU: what glibc's allocator keeps when it is freed
+# (32 MiB), and what the caches hold; GPU: what keeps it busy.
+LOGITS_AT_A_TIME = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 27, 1 << 27)}
 
 
 def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
@@ -94,24 +95,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        size = min(max(1, LOGITS_AT_A_TIME[hidden_ND.device.type] // len(weight_VD)), most_targets)
+        most_logits, most_wide = LOGITS_AT_A_TIME[hidden_ND.device.type]
+        size = min(max(1, most_logits // len(weight_VD)), most_targets)
         # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
         logits_sV = hidden_ND.new_empty(size, len(weight_VD))
-        wide_sV, log_probabilities_sV = (torch.empty_like(logits_sV, dtype=torch.float32) for _ in range(2))
-        for start in range(0, len(hidden_ND), size):
-            rows = slice(start, start + size)
-            num_rows = len(hidden_ND[rows])
-            targets_n1 = targets_N[rows].unsqueeze(1)
-            logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[:num_rows])
+        wide_size = min(max(1, most_wide // len(weight_VD)), size)
+        wide_2wV = hidden_ND.new_empty((2, wide_size, len(weight_VD)), dtype=torch.float32)
+        for rows in _cut(len(hidden_ND), size):
+            logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[: len(hidden_ND[rows])])
             if bias_V is not None:
                 logits_nV += bias_V
-            wide_nV = wide_sV[:num_rows].copy_(logits_nV)
-            log_probabilities_nV = torch.log_softmax(wide_nV, 1, out=log_probabilities_sV[:num_rows])
-            loss_sum -= log_probabilities_nV.gather(1, targets_n1).sum()
+            for part in _cut(len(logits_nV), wide_size):
+                loss_sum += _lose(logits_nV[part], targets_N[rows][part], wide_2wV, gradient_ND is not None)
             if gradient_ND is not None:
-                gradient_nV = log_probabilities_nV.exp_()
-                gradient_nV.scatter_add_(1, targets_n1, gradient_nV.new_full(targets_n1.shape, -1.0))
-                torch.mm(logits_nV.copy_(gradient_nV), weight_VD, out=gradient_ND[rows])
+                torch.mm(logits_nV, weight_VD, out=gradient_ND[rows])
         ctx.save_for_backward(gradient_ND)
         return loss_sum
 
@@ -119,3 +116,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND.float() * gradient.squeeze()).to(gradient_ND.dtype), None, None, None, None
+
+
+def _lose(logits_nV: Tensor, targets_n: Tensor, wide_2wV: Tensor, differentiate: bool) -> Tensor:
+    """Return the summed cross-entropy of logits, computed in float32; put its gradient in their place if asked to."""
+    targets_n1 = targets_n.unsqueeze(1)
+    wide_nV, log_probabilities_nV = wide_2wV[:, : len(logits_nV)]
+    torch.log_softmax(wide_nV.copy_(logits_nV), 1, out=log_probabilities_nV)
+    loss_sum: Tensor = -log_probabilities_nV.gather(1, targets_n1).sum()
+    if differentiate:
+        gradient_nV = log_probabilities_nV.exp_()
+        gradient_nV.scatter_add_(1, targets_n1, gradient_nV.new_full(targets_n1.shape, -1.0))
+        logits_nV.copy_(gradient_nV)
+    return loss_sum
+
+
+def _cut(num_rows: int, size: int) -> Iterator[slice]:
+    """Yield slices of `size` rows."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
