@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from flops import count_flops, measure_shape
-from in_process import lengths_of, make_job, set_up_alone
+from in_process import lengths_of, make_job, plan_bytes, set_up_alone
 from turn import peak_bytes
 
 from tunesmith.config import TrainConfig
@@ -142,6 +142,7 @@ def measure(words: argparse.Namespace, folder: Path, device: torch.device) -> di
         "chosen": training.describe(),
         **_time_steps(training, words.steps + 1, device),
         "peak_bytes": _peak_bytes(device),
+        "planned_bytes": plan_bytes(config, device),
     }
     training.close()
     return figures
@@ -174,7 +175,12 @@ def _time_steps(training: Training, num_steps: int, device: torch.device) -> dic
 
 
 def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+    """Return what lived at once at most, with what CUDA and its libraries hold. Nothing else may run on the GPU."""
+    if device.type != "cuda":
+        return peak_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return torch.cuda.max_memory_allocated(device) + outside
 
 
 def write_model(shape: str, folder: Path, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A training set up in this very process: alone, without Ray."""
+"""A training set up in this very process: alone, without Ray; and what its plan tells."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.model.memory import build_planned_model
 from tunesmith.train.start import locate_run, record_params
 from tunesmith.train.training import Training, set_up
 from tunesmith.train.worker import ProcessWorker, TrainJob
+from tunesmith.view.plan import find_workers, make_plan
 
 
 def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None = None) -> TrainJob:
@@ -35,3 +37,10 @@ def lengths_of(training: Training, step: int) -> list[int]:
     sequences = training.sequences
     examples = [example for rows in training.plan.microbatches(step) for example in sequences.examples(rows)]
     return sequences.tokens.lengths[examples].tolist()
+
+
+def plan_bytes(config: TrainConfig, device: torch.device) -> int:
+    """Return what `tunesmith plan` tells of the memory of a worker that has `device`, alone."""
+    workers = find_workers(config, 1, use_gpu=device.type == "cuda")
+    model = build_planned_model(config, load_model_config(config), workers.dtype)
+    return make_plan(model, config, workers).memory.total

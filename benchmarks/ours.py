@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from flops import MATRIX_SIZE, count_flops, count_product_flops, measure_shape
-from in_process import lengths_of, make_job, set_up_alone
+from in_process import lengths_of, make_job, plan_bytes, set_up_alone
 from turn import Figures, Task, age_s, read_task
 
 from tunesmith.config import TrainConfig
@@ -22,11 +22,8 @@ from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model import build, memory
-from tunesmith.model.load import load_model_config
-from tunesmith.model.memory import build_planned_model
 from tunesmith.train import step, training
 from tunesmith.train.training import Training
-from tunesmith.view.plan import find_workers, make_plan
 
 _PRODUCTS = 3
 
@@ -84,7 +81,7 @@ def main() -> None:
         ours = set_up_alone(job, torch.device("cpu"))
         ours.validation = swap_tokens(ours.sequences, held_out.prepared_path)
         figures = _run(ours, task)
-        figures.planned_bytes = plan_bytes(config)
+        figures.planned_bytes = plan_bytes(config, torch.device("cpu"))
         figures.answer()
 
 
@@ -94,13 +91,6 @@ def leave_out(lever: str) -> dict[str, Any]:
     for module, name, replacement in patches:
         setattr(module, name, replacement)
     return settings
-
-
-def plan_bytes(config: TrainConfig) -> int:
-    """Return what `tunesmith plan` tells of one worker's memory."""
-    workers = find_workers(config, 1, use_gpu=False)
-    model = build_planned_model(config, load_model_config(config), workers.dtype)
-    return make_plan(model, config, workers).memory.total
 
 
 def swap_tokens(sequences: Sequences, prepared_path: Path) -> Sequences:

@@ -268,11 +268,19 @@ def tabulate_gpu(gpu: Results) -> str:
             f"{median(one['tokens_per_s']):,.0f} ({min(one['tokens_per_s']):,.0f}–{max(one['tokens_per_s']):,.0f})",
             "" if one["mfu"] is None else f"{one['mfu']:.0%}",
             f"{one['peak_bytes'] / 2**30:.1f} GiB",
+            f"{one['planned_bytes'] / one['peak_bytes'] - 1:+.0%}",
             f"{one['loss_difference']:.2%}",
         ]
         for one in gpu["runs"]
     ]
-    head = ["shape, rows × tokens × accumulation", "tokens/s", "MFU", "peak memory", "loss beside the CPU's"]
+    head = [
+        "shape, rows × tokens × accumulation",
+        "tokens/s",
+        "MFU",
+        "peak memory",
+        "plan",
+        "loss beside the CPU's",
+    ]
     chosen = "\n".join(f"- {one['shape']}: {one['chosen']}" for one in gpu["runs"])
     versions = ", ".join(f"{name} {number}" for name, number in gpu["versions"].items())
     return f"{gpu['device']}; {versions}\n\n{_table(head, rows)}\n\n{chosen}"

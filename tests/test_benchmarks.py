@@ -105,6 +105,7 @@ GPU_RESULTS = {
             "tokens_per_s": [10.0],
             "mfu": 0.5,
             "peak_bytes": 2**30,
+            "planned_bytes": 2**30,
             "loss_difference": 0.001,
         }
     ],
