@@ -40,6 +40,7 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
     "freed memory kept": ({}, [(training, "keep_freed_memory", lambda: None)]),
     "rows of few lengths": ({}, [(batches, "FLAT_MULTIPLE", 1)]),
     "no activation checkpointing": ({"gradient_checkpointing": True}, []),
+    "no compiled blocks": ({"torch_compile": True}, []),
 }
 
 

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import page
+import torch
 from ours import LEVERS
 from turn import FOLDER, Figures, Task, run_process, run_turn
 
+from tunesmith.errors import ResourceError
 from tunesmith.machine import usable_cpus
+from tunesmith.model.compilation import check_compiler
 from tunesmith.runs import write_json
 
 REPOSITORY = FOLDER.parent
@@ -102,10 +105,20 @@ def run_levers(setting: Setting) -> dict[str, Any]:
     """Train as by default, and with each lever left out, in turn; return each one's figures by turn."""
     turns: dict[str, list[Figures]] = {}
     for number in range(setting.num_turns):
-        for lever in ("default", *LEVERS):
+        for lever in ("default", *_levers_at_hand()):
             print(f"  turn {number + 1} of {setting.num_turns}: without {lever}", file=sys.stderr, flush=True)
             turns.setdefault(lever, []).append(run_turn(_OURS, "ours.py", lever, setting.task))
     return {"turns": _plain(turns)}
+
+
+def _levers_at_hand() -> list[str]:
+    """Return the levers that can be left out here: blocks are compiled where there is a compiler."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except ResourceError as error:
+        print(f"  {error.message}", file=sys.stderr)
+        return [lever for lever, (settings, _) in LEVERS.items() if "torch_compile" not in settings]
+    return [*LEVERS]
 
 
 def check_losses(figures: Mapping[str, Figures]) -> None:
