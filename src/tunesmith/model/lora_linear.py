@@ -67,10 +67,12 @@ class _LoraLinear(torch.autograd.Function):
         inputs_ND = inputs.flatten(0, -2)
         a, b = a_RD.to(inputs.dtype), b_OR.to(inputs.dtype)
         outputs_NO = F.linear(inputs_ND, weight_OD, bias_O)
-        inner_NR = _drop(inputs_ND, kept, share) @ a.T
+        inner_NR = _drop(inputs_ND, kept) @ a.T
+        # What dropout divides by is divided by here, where it costs nothing.
+        scaling /= 1 - share
         outputs_NO.addmm_(inner_NR, b.T, alpha=scaling)
         ctx.save_for_backward(inputs, weight_OD, a, b, inner_NR, kept)
-        ctx.scaling, ctx.share, ctx.dtype = scaling, share, a_RD.dtype
+        ctx.scaling, ctx.dtype = scaling, a_RD.dtype
         return outputs_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -78,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         inputs, weight_OD, a, b, inner_NR, kept = ctx.saved_tensors
         gradient_NO = gradient.flatten(0, -2)
         gradient_NR = (gradient_NO @ b).mul_(ctx.scaling)
-        gradient_a = gradient_NR.T @ _drop(inputs.flatten(0, -2), kept, ctx.share)
+        gradient_a = gradient_NR.T @ _drop(inputs.flatten(0, -2), kept)
         gradient_b = (gradient_NO.T @ inner_NR).mul_(ctx.scaling)
         gradient_inputs = None
         if ctx.needs_input_grad[0]:
@@ -86,7 +88,7 @@ class _LoraLinear(torch.autograd.Function):
             if kept is None:
                 gradient_ND.addmm_(gradient_NR, a)
             else:
-                gradient_ND += _drop(gradient_NR @ a, kept, ctx.share)
+                gradient_ND.addcmul_(gradient_NR @ a, kept.view_as(gradient_ND))
             gradient_inputs = gradient_ND.view_as(inputs)
         return (
             gradient_inputs,
@@ -100,5 +102,5 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
-def _drop(values_ND: Tensor, kept: Tensor | None, share: float) -> Tensor:
-    return values_ND if kept is None else values_ND * kept.view_as(values_ND) / (1 - share)
+def _drop(values_ND: Tensor, kept: Tensor | None) -> Tensor:
+    return values_ND if kept is None else values_ND * kept.view_as(values_ND)
