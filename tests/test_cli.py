@@ -93,6 +93,23 @@ def test_bad_settings_are_refused_before_anything_heavy_is_imported() -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_a_mistaken_path_is_refused_before_torch_or_ray_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tunesmith.cli import main;"
+        "code = main(['train', '--model_path=.', '--dataset_name=nowhere.jsonl', f'--home={sys.argv[1]}']);"
+        "print(code, sorted(set(('torch', 'transformers', 'ray')) & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "2 []\n"
+    assert "nowhere.jsonl" in run.stderr
+
+
 def test_help_answers_in_well_under_a_second() -> None:
     times = []
     for _ in range(3):

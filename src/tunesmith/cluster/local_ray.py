@@ -27,9 +27,13 @@ def ray_at_hand(num_cpus: int) -> Iterator[None]:
             ray.init(
                 "local",
                 num_cpus=num_cpus,
+                include_dashboard=False,  # its processes take the CPUs that are to train
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
+                # Ray Train's actors have environments of their own: processes started ahead of them are no use to
+                # them, and their first imports take the CPUs.
+                _system_config={"prestart_worker_first_driver": False},
             )
         yield
     finally:

@@ -31,7 +31,7 @@ from tunesmith.errors import (
 )
 from tunesmith.lease import Lease, refuse_if_held
 from tunesmith.logs import log_to_file
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.load import check_weights, load_tokenizer
 from tunesmith.runs import RunDir, find_ending, iterate_metrics, newest_attempt
 from tunesmith.train.start import (
     check_model,
@@ -96,6 +96,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     check_wandb(config)
     check_resumable(run, config)
     check_source(config)
+    check_weights(config)
     tokenizer = load_tokenizer(config)
     model_config = check_model(config)
     with connected_nodes() as (nodes, place):
@@ -139,11 +140,12 @@ def _train_on_ray(
     view = LiveView(job.run.metrics_path, Console(stderr=True))
     with _stop_on_signals(job.run, view, attempts_before) as received:
         try:
-            if not ray.is_initialized():
+            is_own_ray = not ray.is_initialized()
+            if is_own_ray:
                 view.note("starting Ray")
             with ray_at_hand(allocation.num_cpus):
                 view.note(f"starting {allocation.describe()}")
-                failure = _fit(job, allocation, lease, view)
+                failure = _fit(job, allocation, lease, view, is_own_ray)
         finally:
             view.close()
     # Not an ending that an earlier attempt has left there.
@@ -153,13 +155,15 @@ def _train_on_ray(
     return ending, received[0] if received else None
 
 
-def _fit(job: TrainJob, allocation: Allocation, lease: Lease, view: LiveView) -> BaseException | None:
+def _fit(
+    job: TrainJob, allocation: Allocation, lease: Lease, view: LiveView, is_own_ray: bool
+) -> BaseException | None:
     """Run Ray Train's `fit` beside the live view; return what it raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     backend = "cpu:gloo,cuda:nccl" if allocation.use_gpu else "gloo"
-    trainer = TorchTrainer(
+    trainer = _trainer_class(is_own_ray)(
         _train_on_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -199,6 +203,23 @@ def _fit(job: TrainJob, allocation: Allocation, lease: Lease, view: LiveView) ->
         thread.join(0.25)
     view.update()
     return raised[0] if raised else None
+
+
+def _trainer_class(is_own_ray: bool) -> Any:
+    from ray.train.torch import TorchTrainer
+
+    class OwnRayTrainer(TorchTrainer):
+        """Without the process that gives back the workers' places when the controller dies.
+
+        A Ray of our own ends with its driver anyway. That process asks the dashboard of the cluster last started
+        on this machine whether our controller lives: no answer holds up the run's end, a false one ends the run.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [it for it in callbacks if type(it).__name__ != "PlacementGroupCleanerCallback"]
+
+    return OwnRayTrainer if is_own_ray else TorchTrainer
 
 
 class RayWorker:

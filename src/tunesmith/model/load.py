@@ -207,13 +207,16 @@ def check_model_path(config: TrainConfig) -> None:
 
 
 def check_weights(config: TrainConfig) -> None:
-    """Refuse a `model_path` whose weights are absent or torn; reads the files' heads alone.
+    """Refuse a `model_path` that is no folder of a model, or whose weights are absent or torn.
+
+    Cheap: it reads the files' heads alone.
 
     Raises:
         ModelError: it names the file.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_model_path(config)
     if config.model_path is None:
         return
     folder = Path(config.model_source)

@@ -17,7 +17,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import source_fingerprint
 from tunesmith.errors import ConfigError, RunError
-from tunesmith.model.load import build_meta_model, check_weights, load_model_config, model_fingerprint
+from tunesmith.model.load import build_meta_model, load_model_config, model_fingerprint
 from tunesmith.runs import RunDir, find_ending
 from tunesmith.settings import dump_settings
 
@@ -65,13 +65,12 @@ def check_writable(run: RunDir) -> None:
 
 
 def check_model(config: TrainConfig) -> PretrainedConfig:
-    """Check, without its weights, that the model is there and can be trained as asked.
+    """Check, without its weights, that the model can be trained as asked.
 
     Raises:
         ModelError, ConfigError: as `load_model_config`, `build_meta_model` and `choose_targets` say.
     """
     model_config = load_model_config(config)
-    check_weights(config)
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_seq_length > longest:
         logger.warning(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.config import TrainConfig
 from tunesmith.runs import RunDir
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Worker(Protocol):
