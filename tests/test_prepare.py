@@ -268,11 +268,26 @@ def test_packs_hold_examples_of_all_lengths() -> None:
     assert lengths.sum() / (len(bounds) * 2048) > 0.98
 
 
-def test_packs_go_across_windows(tmp_path: Path) -> None:
-    lengths = np.full(2 * WINDOW_EXAMPLES + 1, 3, dtype=np.int32)
-    examples, bounds = pack_examples(lengths, 9, 0)
+@pytest.mark.parametrize("capacity", [512, 1024])
+def test_packs_of_a_few_examples_are_full_and_mixed(capacity: int) -> None:
+    # The lengths of word problems: one to three of them fill a pack of 512.
+    lengths = np.random.default_rng(0).lognormal(5.2, 0.37, 7_500).astype(np.int32).clip(60, 512)
+    examples, bounds = pack_examples(lengths, capacity, 0)
+    assert lengths.sum() / (len(bounds) * capacity) > 0.98
+    # Were packs drawn at random, the mean lengths of those of n examples would vary by this variance ÷ n.
+    packs = [lengths[examples[start:end]] for start, end in bounds]
+    ratio = np.mean([len(pack) * (pack.mean() - lengths.mean()) ** 2 for pack in packs]) / lengths.var()
+    assert ratio < 1.3
+
+
+@pytest.mark.parametrize("capacity", [8, 3 * WINDOW_EXAMPLES + 1])
+def test_packs_go_across_windows(capacity: int) -> None:
+    lengths = np.full(2 * WINDOW_EXAMPLES + 2, 2, dtype=np.int32)
+    examples, bounds = pack_examples(lengths, capacity, 0)
     assert sorted(examples.tolist()) == list(range(len(lengths)))
-    assert (bounds[:, 1] - bounds[:, 0]).max() == 3
+    sizes = bounds[:, 1] - bounds[:, 0]
+    assert sizes.max() == capacity // 2
+    assert (sizes < capacity // 2).sum() == 1
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"no GSM8K at {GSM8K.parent.name}/{GSM8K.name}")
