@@ -1,6 +1,6 @@
 """A rendered row → token ids, and which of them are trained.
 
-Labels come from character offsets of one tokenization of the whole text. A token is trained if its
+Labels come from where the tokens of one tokenization lie in the whole text. A token is trained if its
 characters end after the prompt's end: one that spans prompt and completion is trained. The first token of
 an example never is, because nothing precedes it that could predict it.
 """
@@ -10,27 +10,32 @@ from __future__ import annotations
 import copy
 import json
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.align import Aligned, Aligner, Span
 from tunesmith.data.templates import Kind
 from tunesmith.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: its token ids, and for each whether it is trained."""
+    """One example: its token ids, and the runs of them that are trained, each its first and the one after it."""
 
     input_ids: list[int]
-    trained: list[bool]
+    spans: list[Span]
+
+    @property
+    def trained(self) -> list[bool]:
+        """Whether each token is trained."""
+        trained = [False] * len(self.input_ids)
+        for begin, stop in self.spans:
+            trained[begin:stop] = [True] * (stop - begin)
+        return trained
 
 
 @dataclass(frozen=True)
@@ -69,35 +74,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return everything that decides what the tokenizer makes of a text, as canonical JSON."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return json.dumps([_backend_json(tokenizer), tokenizer.chat_template, special], sort_keys=True)
-
-
-def _backend_json(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     # What an earlier call may have left behind; it isn't the tokenizer's own.
-    content["truncation"] = content["padding"] = None
-    return content
-
-
-def _labelling_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    content = _backend_json(tokenizer)
-    # Trimmed offsets leave white space out, so a token of it seems to end where it begins.
-    _untrim(content["post_processor"])
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def _untrim(processor: Any) -> None:
-    if isinstance(processor, dict):
-        if "trim_offsets" in processor:
-            processor["trim_offsets"] = False
-        for part in processor.values():
-            _untrim(part)
-    elif isinstance(processor, list):
-        for part in processor:
-            _untrim(part)
+    backend["truncation"] = backend["padding"] = None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([backend, tokenizer.chat_template, special], sort_keys=True)
 
 
 class Encoder:
@@ -107,36 +88,30 @@ class Encoder:
         check_tokenizer(tokenizer, kind)
         self.kind = kind
         self._eos_id = int(tokenizer.eos_token_id)
-        self._backend = _labelling_backend(tokenizer)
+        # A chat template writes the special tokens itself.
+        self._aligner = Aligner(tokenizer, add_special_tokens=kind != "messages")
         self._chat = ChatRenderer(tokenizer) if kind == "messages" else None
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         """Return the examples of one rendered row."""
-        return self.encode_batch([row])[0]
+        return next(self.encode_batch([row]))
 
-    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[Encoded]]:
-        """Return the examples of each rendered row: none if nothing of it is trained.
+    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[Encoded]]:
+        """Render the rows, then yield the examples of each as they are asked for: none if nothing of it is trained.
 
         Raises:
             RowError: the chat template can't render the row.
         """
         rendered = [self._render(row, index) for index, row in enumerate(rows)]
         texts = [example for row in rendered for example in row]
-        encodings = iter(
-            self._backend.encode_batch(
-                [example.text for example in texts], add_special_tokens=self.kind != "messages"
-            )
+        aligned = self._aligner.align(
+            [example.text for example in texts], [example.spans for example in texts]
         )
-        return [[self._label(example, next(encodings)) for example in row] for row in rendered]
+        return ([self._label(example, next(aligned)) for example in row] for row in rendered)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids [P] of a prompt: with what the tokenizer puts before a text, not after it."""
-        encoding = self._backend.encode(text, add_special_tokens=self.kind != "messages")
-        ids, added = encoding.ids, encoding.special_tokens_mask
-        end = len(ids)
-        while end > 0 and added[end - 1]:
-            end -= 1
-        return ids[:end]
+        return self._aligner.encode_prompt(text)
 
     def _render(self, row: dict[str, Any], index: int) -> list[Rendered]:
         if self._chat is None:
@@ -151,18 +126,15 @@ class Encoder:
         except DataError as error:
             raise RowError(error.message, error.hint, index) from error
 
-    def _label(self, example: Rendered, encoding: Encoding) -> Encoded:
-        ids = encoding.ids
-        trained = _label_tokens(example.spans, encoding)
+    def _label(self, example: Rendered, aligned: Aligned) -> Encoded:
+        ids, spans = aligned.input_ids, aligned.spans
         if not example.ends:
             # The end token may be there already: the tokenizer adds it, or the text ends in it.
-            if ids[-1:] == [self._eos_id] and (encoding.special_tokens_mask[-1] or trained[-1]):
-                trained[-1] = True
-            else:
+            is_last_trained = bool(spans) and spans[-1][1] == len(ids)
+            if ids[-1:] != [self._eos_id] or not (aligned.is_last_added or is_last_trained):
                 ids.append(self._eos_id)
-                trained.append(True)
-        trained[0] = False
-        return Encoded(ids, trained)
+            spans.append((len(ids) - 1, len(ids)))
+        return Encoded(ids, [(max(begin, 1), stop) for begin, stop in spans if stop > 1])
 
 
 class RowError(DataError):
@@ -171,23 +143,6 @@ class RowError(DataError):
     def __init__(self, message: str, hint: str | None, index: int) -> None:
         super().__init__(message, hint)
         self.index = index
-
-
-def _label_tokens(spans: Sequence[Span], encoding: Encoding) -> list[bool]:
-    """Return for each token whether it ends after a span's start and starts before that span's end."""
-    trained = [False] * len(encoding.ids)
-    added = encoding.special_tokens_mask
-    # The tokens that the tokenizer added around the text have no place in it.
-    first = next((i for i, is_added in enumerate(added) if not is_added), len(added))
-    beyond = len(added) - next((i for i, is_added in enumerate(reversed(added)) if not is_added), 0)
-    offsets = encoding.offsets
-    starts = [start for start, _ in offsets]
-    ends = [end for _, end in offsets]
-    for start, end in spans:
-        begin = bisect_right(ends, start, first, max(first, beyond))
-        stop = bisect_left(starts, end, begin, max(begin, beyond))
-        trained[begin:stop] = [True] * (stop - begin)
-    return trained
 
 
 class ChatRenderer:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from tunesmith.data.sources import describe_source, source_fingerprint
 from tunesmith.data.split import SETS, check_source, locate, write_split
 from tunesmith.data.templates import Kind, RowFormat
 from tunesmith.data.token_files import Counts, write_tokens
-from tunesmith.data.token_set import ARRAYS, TokenSet, open_set
+from tunesmith.data.token_set import TokenSet, open_set
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -194,10 +195,9 @@ def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
 
 def _write_arrays(tokens: Path, name: str, num_rows: int, counts: Counts, config: TrainConfig) -> SetStats:
     """Write the per-example arrays and the packs of one set beside its Arrow file."""
-    lengths, rows, num_trained = _measure(tokens / f"{name}.arrow")
+    lengths, num_trained = _write_examples(tokens, name)
     examples, bounds = pack_examples(lengths, config.max_seq_length, config.seed)
-    for array_name, values in zip(ARRAYS, (lengths, rows, num_trained, examples, bounds), strict=True):
-        np.save(tokens / f"{name}-{array_name}.npy", values)
+    _save(tokens, name, {"pack_examples": examples, "pack_bounds": bounds})
     total = int(lengths.sum(dtype=np.int64))
     return SetStats(
         rows=num_rows,
@@ -206,27 +206,34 @@ def _write_arrays(tokens: Path, name: str, num_rows: int, counts: Counts, config
         dropped=counts.dropped,
         untrained=counts.untrained,
         tokens=total,
-        trained_tokens=int(num_trained.sum(dtype=np.int64)),
+        trained_tokens=num_trained,
         packs=len(bounds),
         packing_efficiency=total / (len(bounds) * config.max_seq_length) if len(bounds) else 0.0,
         longest=int(lengths.max(initial=0)),
     )
 
 
-def _measure(arrow_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    lengths = [np.zeros(0, dtype=np.int32)]
-    rows = [np.zeros(0, dtype=np.int64)]
-    num_trained = [np.zeros(0, dtype=np.int32)]
+def _write_examples(tokens: Path, name: str) -> tuple[np.ndarray, int]:
+    """Write the per-example arrays; return the lengths and the number of trained tokens. Holds 16 bytes an example."""
+    lengths, rows, num_trained = array("i"), array("q"), array("i")
     # Read rather than mapped: mapped pages would count as this process's memory.
-    with pa.OSFile(str(arrow_file)) as source, pa.ipc.open_file(source) as reader:
+    with pa.OSFile(str(tokens / f"{name}.arrow")) as source, pa.ipc.open_file(source) as reader:
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             offsets = batch[0].offsets.to_numpy()
             trained = batch[1].values.to_numpy(zero_copy_only=False)
-            lengths.append(np.diff(offsets))
-            rows.append(batch[2].to_numpy().copy())
-            num_trained.append(np.add.reduceat(trained, offsets[:-1], dtype=np.int32))
-    return np.concatenate(lengths), np.concatenate(rows), np.concatenate(num_trained)
+            lengths.frombytes(np.diff(offsets).tobytes())
+            rows.frombytes(batch[2].to_numpy().tobytes())
+            num_trained.frombytes(np.add.reduceat(trained, offsets[:-1], dtype=np.int32).tobytes())
+    columns = {"lengths": lengths, "rows": rows, "num_trained": num_trained}
+    arrays = {key: np.frombuffer(column, dtype=column.typecode) for key, column in columns.items()}
+    _save(tokens, name, arrays)
+    return arrays["lengths"], int(arrays["num_trained"].sum(dtype=np.int64))
+
+
+def _save(tokens: Path, name: str, arrays: dict[str, np.ndarray]) -> None:
+    for array_name, values in arrays.items():
+        np.save(tokens / f"{name}-{array_name}.npy", values)
 
 
 def _is_whole(tokens: Path) -> bool:

@@ -13,7 +13,8 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,12 +131,11 @@ def encode_shard(
     ):
         for batch in _read_batches(stream, shard.start, shard.end):
             try:
-                encoded = encoder.encode_batch(batch)
+                examples = _to_arrow(encoder.encode_batch(batch), row, max_seq_length, counts)
             except RowError as error:
                 raise RowError(error.message, error.hint, row + error.index) from error
-            fitted = _fit(encoded, row, max_seq_length, counts)
-            if fitted:
-                writer.write_batch(_to_arrow(fitted))
+            if examples.num_rows:
+                writer.write_batch(examples)
             row += len(batch)
             if progress is not None:
                 progress(len(batch))
@@ -158,38 +158,40 @@ def _read_batches(stream: BinaryIO, start: int, end: int) -> Iterator[list[dict[
         yield batch
 
 
-def _fit(
-    encoded: list[list[Encoded]], first_row: int, max_seq_length: int, counts: Counts
-) -> list[tuple[int, Encoded]]:
+def _to_arrow(
+    encoded: Iterable[list[Encoded]], first_row: int, max_seq_length: int, counts: Counts
+) -> pa.RecordBatch:
     """Cut each example to its last trained token within the limit; leave out those without one."""
-    fitted = []
+    # Flat from the start: lists that live as long as the batch would be walked by the garbage collector.
+    ids, trained = array("i"), bytearray()
+    ends, rows = array("i", [0]), array("q")
     for row, examples in enumerate(encoded, start=first_row):
         if not examples:
             counts.dropped += 1
             counts.untrained += 1
         for example in examples:
-            trained = example.trained[:max_seq_length]
-            if True not in trained:
+            fitted = _fit(example, max_seq_length)
+            if fitted is None:
                 counts.dropped += 1
-                counts.untrained += True not in example.trained
+                counts.untrained += not example.spans
                 continue
-            counts.truncated += len(example.trained) > max_seq_length
-            end = len(trained) - trained[::-1].index(True)
-            fitted.append((row, Encoded(example.input_ids[:end], trained[:end])))
-    return fitted
-
-
-def _to_arrow(fitted: list[tuple[int, Encoded]]) -> pa.RecordBatch:
-    lengths = [len(example.input_ids) for _, example in fitted]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    ids = np.concatenate([np.array(example.input_ids, dtype=np.int32) for _, example in fitted])
-    trained = np.concatenate([np.array(example.trained, dtype=np.bool_) for _, example in fitted])
+            counts.truncated += len(example.input_ids) > max_seq_length
+            ids.extend(fitted.input_ids)
+            trained.extend(fitted.trained)
+            ends.append(len(ids))
+            rows.append(row)
+    offsets = pa.array(np.frombuffer(ends, np.int32))
     columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(ids)),
-        pa.ListArray.from_arrays(offsets, pa.array(trained)),
-        pa.array([row for row, _ in fitted], pa.int64()),
+        pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(ids, np.int32))),
+        pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(trained, np.bool_))),
+        pa.array(np.frombuffer(rows, np.int64)),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _fit(example: Encoded, max_seq_length: int) -> Encoded | None:
+    spans = [(begin, min(stop, max_seq_length)) for begin, stop in example.spans if begin < max_seq_length]
+    return Encoded(example.input_ids[: spans[-1][1]], spans) if spans else None
 
 
 def _run_processes(shards: list[Shard], pickled: Path, kind: str, max_seq_length: int) -> Counts:
