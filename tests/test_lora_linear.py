@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tunesmith.model.lora_linear import fuse_adapters
+from tunesmith.model.lora_linear import compute_again, fuse_adapters
 
 
 class Net(nn.Module):
@@ -18,6 +18,7 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Linear(12, 20)
         self.second = nn.Linear(20, 6, bias=False)
+        self.third = nn.Linear(12, 20)
         self.table = nn.Embedding(5, 12)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -89,6 +90,54 @@ def test_dropout_is_the_same_in_the_backward_pass() -> None:
 
     values = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(drawn, values)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_what_is_computed_again_is_so_once_for_all_layers_and_not_kept(dropout: float) -> None:
+    model = adapted(target_modules=["first", "second", "third"], lora_dropout=dropout).double()
+    fuse_adapters(model)
+    net = model.get_submodule("base_model.model")
+    values = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    num_calls = 0
+    kept: set[int] = set()
+
+    def square(values: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return values.square()
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    def differentiate(again: bool) -> tuple[int, list[torch.Tensor]]:
+        kept.clear()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            squares = compute_again(square, values) if again else square(values)
+            output = (net.first(squares) @ net.third(squares).T).sum()
+            is_kept = squares.untyped_storage().data_ptr() in kept
+        del squares
+        return is_kept, torch.autograd.grad(output, [values, *trained])
+
+    trained = [p for layer in (net.first, net.third) for p in layer.parameters() if p.requires_grad]
+    was_kept, expected = differentiate(again=False)
+    num_calls = 0
+    is_kept, found = differentiate(again=True)
+    assert (was_kept, is_kept, num_calls) == (True, False, 2)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_what_was_changed_in_place_is_kept() -> None:
+    model = adapted()
+    fuse_adapters(model)
+    net = model.get_submodule("base_model.model")
+    values = torch.randn(5, 12)
+    gradients = []
+    for squares in (values.square().add(1), compute_again(torch.square, values).add_(1)):
+        gradients.append(torch.autograd.grad(net.first(squares).sum(), net.first.lora_A["default"].weight))
+    torch.testing.assert_close(*gradients)
 
 
 def test_products_are_in_the_dtype_of_the_input_and_gradients_in_that_of_the_adapter() -> None:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import VARLEN, attend_within_examples
+from tunesmith.model.lora_linear import FORGETFUL_DEVICES
 from tunesmith.model.loss import LOGITS_AT_A_TIME, sum_cross_entropy
 from tunesmith.model.recompute import find_decoder_blocks, recompute_all, recompute_none
 
@@ -219,7 +220,7 @@ class _LiveCounter(TorchDispatchMode):
 
 @contextmanager
 def _planned_for(model: Any, device_type: str) -> Iterator[None]:
-    """Let meta tensors go the way of `device_type` through attention and loss."""
+    """Let meta tensors go the way of `device_type` through the blocks and the loss."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
@@ -233,11 +234,14 @@ def _planned_for(model: Any, device_type: str) -> Iterator[None]:
     base.set_attn_implementation(VARLEN)
     AttentionInterface.register(VARLEN, attend)
     LOGITS_AT_A_TIME["meta"] = LOGITS_AT_A_TIME[device_type]
+    if device_type in FORGETFUL_DEVICES:
+        FORGETFUL_DEVICES.add("meta")
     try:
         yield
     finally:
         AttentionInterface.register(VARLEN, attend_within_examples)
         del LOGITS_AT_A_TIME["meta"]
+        FORGETFUL_DEVICES.discard("meta")
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model.lora_linear import compute_again
+
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -36,8 +38,9 @@ def _normalise(norm: Any, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), eps)
     if weight_D.requires_grad:
         return type(norm).forward(norm, hidden)  # type: ignore[no-any-return]
-    normed: Tensor = _FrozenRmsNorm.apply(hidden, weight_D, eps)
-    return normed
+    return compute_again(
+        lambda hidden, weight_D: _FrozenRmsNorm.apply(hidden, weight_D, eps), hidden, weight_D
+    )
 
 
 def _eps_of(norm: Any) -> Any:
@@ -47,7 +50,7 @@ def _eps_of(norm: Any) -> Any:
 def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
     """`forward` of a gated feed-forward layer."""
     gate, up = layer.gate_proj(hidden), layer.up_proj(hidden)
-    output: Tensor = layer.down_proj(_SiluProduct.apply(gate, up))
+    output: Tensor = layer.down_proj(compute_again(_SiluProduct.apply, gate, up))
     return output
 
 

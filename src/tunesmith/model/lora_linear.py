@@ -5,6 +5,7 @@ Shapes: N positions, D inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.model.lora import find_plain_adapter
+
+# Devices on which cheap results are computed again rather than kept. On a GPU, whose products leave less time for
+# anything else, that is not measured.
+FORGETFUL_DEVICES = {"cpu"}
 
 
 def fuse_adapters(model: nn.Module) -> bool:
@@ -30,14 +35,56 @@ def fuse_adapters(model: nn.Module) -> bool:
     return all(id(parameter) in fused for parameter in model.parameters() if parameter.requires_grad)
 
 
+def compute_again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return `function(*tensors)`, of which the adapted layers that take it keep nothing but `tensors` on CPUs.
+
+    For what is cheaper to compute twice than to keep: the backward pass computes it again, once for all its layers.
+    """
+    result: Any = function(*tensors)
+    # A compiler decides for itself what is kept.
+    forgets = result.device.type in FORGETFUL_DEVICES and not torch.compiler.is_compiling()
+    if forgets and torch.is_grad_enabled():
+        result.recipe = _Recipe(function), [tensor.detach() for tensor in tensors], result._version
+    return result  # type: ignore[no-any-return]
+
+
+def _recipe_of(tensor: Any) -> tuple[_Recipe | None, list[Tensor]]:
+    """Return how `tensor` is computed again, and what from; None if it is to be kept."""
+    if not torch.compiler.is_compiling() and hasattr(tensor, "recipe"):
+        recipe, ingredients, version = tensor.recipe
+        # Else it was changed in place.
+        if tensor._version == version:
+            recipe.num_waiting += 1
+            return recipe, ingredients
+    return None, [tensor]
+
+
+class _Recipe:
+    """Computes again what several layers take."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.num_waiting = 0
+        self._function = function
+        self._result: Tensor | None = None
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        result = self._function(*tensors) if self._result is None else self._result
+        self.num_waiting -= 1
+        self._result = result if self.num_waiting > 0 else None
+        return result
+
+
 def _forward(layer: Any, inputs: Tensor) -> Tensor:
     """`forward` of an adapted layer."""
     (name,) = layer.lora_A
     dropout = layer.lora_dropout[name]
     share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     kept = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share) if share else None
+    recipe, ingredients = _recipe_of(inputs)
     outputs: Tensor = _LoraLinear.apply(
         inputs,
+        recipe,
+        ingredients,
         layer.base_layer.weight,
         layer.base_layer.bias,
         layer.lora_A[name].weight,
@@ -56,6 +103,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         inputs: Tensor,
+        recipe: _Recipe | None,
+        ingredients: list[Tensor],
         weight_OD: Tensor,
         bias_O: Tensor | None,
         a_RD: Tensor,
@@ -67,31 +116,35 @@ class _LoraLinear(torch.autograd.Function):
         inputs_ND = inputs.flatten(0, -2)
         a, b = a_RD.to(inputs.dtype), b_OR.to(inputs.dtype)
         outputs_NO = F.linear(inputs_ND, weight_OD, bias_O)
-        inner_NR = _drop(inputs_ND, kept) @ a.T
+        # Positions last: products along them are faster on CPUs.
+        inner_RN = a @ _drop(inputs_ND, kept).T
         # What dropout divides by is divided by here, where it costs nothing.
         scaling /= 1 - share
-        outputs_NO.addmm_(inner_NR, b.T, alpha=scaling)
-        ctx.save_for_backward(inputs, weight_OD, a, b, inner_NR, kept)
-        ctx.scaling, ctx.dtype = scaling, a_RD.dtype
+        outputs_NO.addmm_(inner_RN.T, b.T, alpha=scaling)
+        ctx.save_for_backward(weight_OD, a, b, inner_RN, kept, *ingredients)
+        ctx.recipe, ctx.scaling, ctx.dtype = recipe, scaling, a_RD.dtype
         return outputs_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight_OD, a, b, inner_NR, kept = ctx.saved_tensors
+        weight_OD, a, b, inner_RN, kept, *ingredients = ctx.saved_tensors
+        inputs = ctx.recipe.compute(*ingredients) if ctx.recipe else ingredients[0]
         gradient_NO = gradient.flatten(0, -2)
-        gradient_NR = (gradient_NO @ b).mul_(ctx.scaling)
-        gradient_a = gradient_NR.T @ _drop(inputs.flatten(0, -2), kept)
-        gradient_b = (gradient_NO.T @ inner_NR).mul_(ctx.scaling)
+        gradient_RN = (b.T @ gradient_NO.T).mul_(ctx.scaling)
+        gradient_a = gradient_RN @ _drop(inputs.flatten(0, -2), kept)
+        gradient_b = (inner_RN @ gradient_NO).mul_(ctx.scaling).T
         gradient_inputs = None
         if ctx.needs_input_grad[0]:
             gradient_ND = gradient_NO @ weight_OD
             if kept is None:
-                gradient_ND.addmm_(gradient_NR, a)
+                gradient_ND.addmm_(gradient_RN.T, a)
             else:
-                gradient_ND.addcmul_(gradient_NR @ a, kept.view_as(gradient_ND))
+                gradient_ND.addcmul_(gradient_RN.T @ a, kept.view_as(gradient_ND))
             gradient_inputs = gradient_ND.view_as(inputs)
         return (
             gradient_inputs,
+            None,
+            None,
             None,
             None,
             gradient_a.to(ctx.dtype),
