@@ -21,8 +21,8 @@ from tunesmith.config import TrainConfig
 from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
-from tunesmith.model import build, memory
-from tunesmith.train import step, training
+from tunesmith.model import build, elementwise, memory
+from tunesmith.train import training
 from tunesmith.train.training import Training
 
 _PRODUCTS = 3
@@ -36,7 +36,15 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
         [(build, "fuse_adapters", lambda _: False), (memory, "fuse_adapters", lambda _: False)],
     ),
     "norms and gates that keep less": ({}, [(build, "fuse_elementwise", lambda _: None)]),
-    "one sequence at a time": ({}, [(step, "split_microbatch", lambda rows, *_: [rows])]),
+    "several sequences at a time": ({}, [(training, "sequences_at_a_time", lambda *_: 1)]),
+    "at most 1,024 tokens at a time": (
+        {},
+        [(training, "sequences_at_a_time", lambda size, *_: size)],
+    ),
+    "cheap results computed again": (
+        {},
+        [(elementwise, "compute_again", lambda function, *tensors: function(*tensors))],
+    ),
     "freed memory kept": ({}, [(training, "keep_freed_memory", lambda: None)]),
     "rows of few lengths": ({}, [(batches, "FLAT_MULTIPLE", 1)]),
     "no activation checkpointing": ({"gradient_checkpointing": True}, []),

@@ -29,9 +29,13 @@ def open_sequences(config: TrainConfig, packing: bool) -> Sequences:
 
 
 def gradient_of_step(
-    config: TrainConfig, sequences: Sequences, microbatches: Sequence[np.ndarray], step: int = 1
+    config: TrainConfig,
+    sequences: Sequences,
+    microbatches: Sequence[np.ndarray],
+    step: int = 1,
+    num_sequences: int = 2,
 ) -> dict[str, Tensor]:
-    """Return loss and gradients of one step from adapters that do something already."""
+    """Return loss and gradients of one step, so many sequences at a time, from adapters that do something already."""
     job = start(config)
     model = build_model(config, CPU, world_size=1)
     fused_loss = choose_ways(config, model, CPU)
@@ -47,7 +51,9 @@ def gradient_of_step(
     flatten = attention_of(model) == VARLEN
     sequences = Sequences(sequences.tokens, sequences.packing, sequences.pad_token_id, flatten)
     worker = ProcessWorker(0, 1, CPU, job.run)
-    result = accumulate_gradients(model, sequences, microbatches, step, config.seed, worker, fused_loss)
+    result = accumulate_gradients(
+        model, sequences, microbatches, step, config.seed, worker, fused_loss, num_sequences
+    )
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": result.loss_sum, **gradients}
 

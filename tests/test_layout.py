@@ -30,6 +30,7 @@ from tunesmith.model.memory import (
     build_planned_model,
     estimate_memory,
     estimate_microbatch,
+    sequences_at_a_time,
 )
 from tunesmith.model.recompute import count_recomputed, recompute_first
 from tunesmith.model.state import read_weights
@@ -99,6 +100,25 @@ def test_as_few_blocks_are_recomputed_as_memory_asks_for() -> None:
         config = config.model_copy(update={"gradient_checkpointing": asked})
         found, _ = plan_layout(planned, config, "cuda", 1, int(needed[2] / SHARE_FOR_ALL) + 1)
         assert found.num_recomputed == num_recomputed
+
+
+def test_a_cpu_runs_a_thousand_tokens_at_once_and_a_gpu_the_whole_microbatch() -> None:
+    lengths = (64, 128, 512, 1024, 4096)
+    assert [sequences_at_a_time(8, length, "cpu") for length in lengths] == [8, 8, 2, 1, 1]
+    assert [sequences_at_a_time(8, length, "cuda") for length in lengths] == [8] * 5
+
+
+def test_more_sequences_than_a_cpu_runs_at_once_need_no_more_of_its_memory() -> None:
+    planned = plan_tiny()
+    needed = {
+        (kind, size): estimate_microbatch(
+            planned, TrainConfig(max_seq_length=512, per_device_train_batch_size=size), kind
+        ).kept.activations
+        for kind in ("cpu", "cuda")
+        for size in (1, 2, 4)
+    }
+    assert needed["cpu", 1] < needed["cpu", 2] == needed["cpu", 4]
+    assert needed["cuda", 1] < needed["cuda", 2] < needed["cuda", 4]
 
 
 def test_sharded_blocks_stay_gathered_where_nothing_must_be_recomputed_for_it() -> None:
@@ -184,13 +204,14 @@ def test_a_run_recomputes_what_its_plan_says_and_trains_alike(
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_run_tells_and_records_how_many_blocks_it_recomputes(
+def test_a_run_tells_what_it_runs_at_once_and_records_how_many_blocks_it_recomputes(
     deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(deep, rows, tmp_path, max_steps=1)
+    config = small_config(deep, rows, tmp_path, max_steps=1, per_device_train_batch_size=2)
     room = room_for(config, 1)
     monkeypatch.setattr(layout, "available_memory", lambda: room)
     run = train_here(start(config))
+    assert "packed sequences, 2 at a time, on 1 × cpu" in last_event(run, "start")["message"]
     assert "gradient checkpointing 1 of 3 blocks" in last_event(run, "start")["message"]
     resolved = run.read_params()["resolved"]
     assert resolved["gradient_checkpointing"] == "1 of 3 blocks"

@@ -42,6 +42,19 @@ def test_many_microbatches_equal_one_large_batch(
     assert_close(whole, gradient_of_step(config, sequences, uneven))
 
 
+@pytest.mark.parametrize("changes", [{}, {"fsdp": "full_shard"}, {"full_ft": True}], ids=str)
+def test_sequences_train_alike_however_many_are_run_at_once(
+    changes: dict[str, Any], model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(model_of("llama"), rows, tmp_path, lora_dropout=0, **changes)
+    sequences = open_sequences(config, packing=True)
+    microbatches = [np.array([0, 1, 2]), np.array([3])]
+    expected = gradient_of_step(config, sequences, microbatches, num_sequences=1)
+    for num_sequences in (2, 3):
+        found = gradient_of_step(config, sequences, microbatches, num_sequences=num_sequences)
+        assert_close(found, expected)
+
+
 @pytest.mark.parametrize("full_ft", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_train_as_padded_ones(

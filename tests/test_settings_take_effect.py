@@ -230,13 +230,14 @@ def test_an_evaluation_takes_as_many_examples_as_asked_for(
 ) -> None:
     held_out = open_sequences(base[0], packing=False)
 
-    def sizes(**changes: int) -> list[int]:
-        config = base[0].model_copy(update=changes)
-        return [len(batch) for batch in choose_validation_batches(held_out, config)]
+    def sizes(device_type: str, **changes: int) -> list[int]:
+        config = base[0].model_copy(update={"max_seq_length": 100, **changes})
+        return [len(batch) for batch in choose_validation_batches(held_out, config, device_type)]
 
-    assert sizes(max_eval_samples=7, per_device_eval_batch_size=3) == [3, 3, 1]
-    assert sizes(max_eval_samples=0, per_device_eval_batch_size=20) == [20, 20, 14]
-    assert sizes(max_eval_samples=640, per_device_eval_batch_size=54) == [54]
+    assert sizes("cpu", max_eval_samples=7, per_device_eval_batch_size=3) == [3, 3, 1]
+    assert sizes("cpu", max_eval_samples=0, per_device_eval_batch_size=20) == [10, 10, 10, 10, 10, 4]
+    assert sizes("cuda", max_eval_samples=0, per_device_eval_batch_size=20) == [20, 20, 14]
+    assert sizes("cuda", max_eval_samples=640, per_device_eval_batch_size=54) == [54]
     one, all_of_them = train_with(max_eval_samples=1), train_with(max_eval_samples=0)
     assert losses(one, "eval_loss")[0] != losses(all_of_them, "eval_loss")[0]
     assert losses(all_of_them, "eval_loss") == losses(base[1], "eval_loss")

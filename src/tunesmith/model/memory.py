@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 # GPU: assumed, for the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
 _PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
 
-# Freed tensors that the allocator can't use again, as a share of those of a microbatch. CPU: fitted to
-# one run, whose peak rose over its first steps.
+# Freed tensors that the allocator can't use again: so many bytes, or a share of what a microbatch holds if that is
+# more. CPU: fitted to two runs, whose peaks rose over their first steps, with and without recomputation.
+_LEAST_HEAP_BYTES = {"cpu": 180 << 20, "cuda": 0}
 _HEAP_SHARE = {"cpu": 0.25, "cuda": 0.0}
+
+# Tokens that a CPU runs at once: its products gain little from more, and activations grow with them.
+_TOKENS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,15 @@ def build_planned_model(
     return PlannedModel(model.train(), dtype, stored, fused, keeps_squares=attention == "eager")
 
 
+def sequences_at_a_time(batch_size: int, max_seq_length: int, device_type: str) -> int:
+    """Return how many sequences of a microbatch are run at once: on GPUs all of them."""
+    if device_type != "cpu":
+        return batch_size
+    return min(batch_size, max(1, _TOKENS_AT_A_TIME // max_seq_length))
+
+
 def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> Microbatch:
-    """Return what one microbatch of these settings holds.
+    """Return what the sequences that are run at once hold.
 
     Rows are taken to be full, every token of them to be trained, and attention to be `varlen` or FlashAttention.
 
@@ -122,10 +133,9 @@ def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type:
         ModelError: as `measure_microbatch` says.
     """
     model: Any = planned.model
-    # On CPUs sequences are run one at a time.
-    num_rows = config.per_device_train_batch_size if device_type == "cuda" else 1
-    num_tokens = num_rows * config.max_seq_length
-    found = measure_microbatch(model, num_tokens, config.max_seq_length, device_type)
+    length = config.max_seq_length
+    num_tokens = length * sequences_at_a_time(config.per_device_train_batch_size, length, device_type)
+    found = measure_microbatch(model, num_tokens, length, device_type)
     return found.times(planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize)
 
 
@@ -154,7 +164,10 @@ def estimate_memory(
         activations=live.activations,
         logits=live.loss_peak - live.activations,
         workspace=max(0, live.backward_peak - live.loss_peak),
-        heap=int(_HEAP_SHARE[device_type] * max(live.loss_peak, live.backward_peak)),
+        heap=max(
+            _LEAST_HEAP_BYTES[device_type],
+            int(_HEAP_SHARE[device_type] * max(live.loss_peak, live.backward_peak)),
+        ),
         process=_PROCESS_BYTES[device_type],
     )
 

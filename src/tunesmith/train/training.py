@@ -23,6 +23,7 @@ from tunesmith.model.attention import VARLEN
 from tunesmith.model.build import build_model, choose_ways, describe_choices
 from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
+from tunesmith.model.memory import sequences_at_a_time
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.model.recompute import count_recomputed, describe_recomputation
 from tunesmith.runs import Checkpoint, RunDir, finished_at
@@ -125,6 +126,7 @@ class Training:
             config.seed,
             self.worker,
             self.fused_loss,
+            self.num_at_once,
         )
         norm = clip_gradients(self.model, config.max_grad_norm)
         # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
@@ -139,6 +141,14 @@ class Training:
         self.optimizer.zero_grad()
         self.meter.stop(tokens, gradients.data_wait_s)
         return result
+
+    @property
+    def num_at_once(self) -> int:
+        """How many sequences of a microbatch are run at once."""
+        config = self.config
+        return sequences_at_a_time(
+            config.per_device_train_batch_size, config.max_seq_length, self.worker.device.type
+        )
 
     def measure(self, step: int, result: StepResult) -> dict[str, float]:
         """Return the step's line of metrics; the rates are means since the line before."""
@@ -156,7 +166,7 @@ class Training:
     def evaluate(self) -> float:
         """Return the validation loss, in nats per trained token."""
         assert self.validation is not None
-        microbatches = choose_validation_batches(self.validation, self.config)
+        microbatches = choose_validation_batches(self.validation, self.config, self.worker.device.type)
         return evaluate_loss(
             self.model, self.validation, microbatches, self.worker, self.group, self.fused_loss
         )
@@ -220,7 +230,8 @@ class Training:
         batch = self.plan.global_batch
         rows = "packed" if self.sequences.packing else "padded"
         return (
-            f"{self.num_steps} steps ({self.plan.steps_per_epoch} an epoch) of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences "
+            f"{self.num_steps} steps ({self.plan.steps_per_epoch} an epoch) of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences, "
+            f"{self.num_at_once} at a time, "
             f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.fused_loss, self.config, self.worker.device)}"
         )
 
@@ -320,7 +331,9 @@ def with_recorded_choices(config: TrainConfig, run: RunDir, world_size: int) -> 
     )
 
 
-def choose_validation_batches(validation: Sequences, config: TrainConfig) -> list[np.ndarray]:
+def choose_validation_batches(
+    validation: Sequences, config: TrainConfig, device_type: str
+) -> list[np.ndarray]:
     """Return microbatches of the first sequences that together hold at most `max_eval_samples` examples."""
     count, limit = 0, config.max_eval_samples or math.inf
     chosen: list[int] = []
@@ -329,7 +342,7 @@ def choose_validation_batches(validation: Sequences, config: TrainConfig) -> lis
         if count > limit and chosen:
             break
         chosen.append(index)
-    size = config.per_device_eval_batch_size
+    size = sequences_at_a_time(config.per_device_eval_batch_size, config.max_seq_length, device_type)
     return [np.array(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 

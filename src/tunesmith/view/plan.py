@@ -140,7 +140,7 @@ def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[T
     if config.gradient_checkpointing is False:
         config = change(gradient_checkpointing=None)
         yield config, num_workers
-    # CPUs run the sequences of a microbatch one at a time.
+    # CPUs run few sequences of a microbatch at once.
     while on_gpu and config.per_device_train_batch_size > 1 and config.per_device_train_batch_size % 2 == 0:
         config = change(
             per_device_train_batch_size=config.per_device_train_batch_size // 2,
