@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -101,15 +102,22 @@ def check_against_transformers(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("at_a_time", [(1, 1), (700, 1), (1 << 12, 700), (1 << 24, 1 << 24)])
+@pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
-    family: str, at_a_time: tuple[int, int], model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    trains_head: bool,
+    at_a_time: tuple[int, int],
+    model_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
-    model.get_output_embeddings().weight = nn.Parameter(
-        model.get_output_embeddings().weight.detach(), requires_grad=False
-    )
+    head = model.get_output_embeddings()
+    if trains_head:
+        head.bias = nn.Parameter(torch.randn(head.out_features))
+    else:
+        head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
     batch, _ = batch_of(some_tokens(), model.config.vocab_size)
     plain, fused = (sum_cross_entropy(model, batch, way) for way in (False, True))
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-5)
@@ -130,10 +138,16 @@ def test_the_loss_is_fused_only_where_the_model_leaves_its_logits_alone(config: 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        assert not can_fuse_loss(model, batch, 1e-4)  # it trains that layer
-        model.requires_grad_(False)
-        assert can_fuse_loss(model, batch, 1e-4) == (config.model_type == "gpt2")
+    assert can_fuse_loss(model, batch, 1e-4) == (config.model_type == "gpt2")
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_the_loss_is_not_fused_with_an_adapter_on_the_output_layer(model_of: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
+    batch, _ = batch_of(some_tokens(), model.config.vocab_size)
+    assert can_fuse_loss(model, batch, 1e-4)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    assert not can_fuse_loss(adapted, batch, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -205,10 +205,25 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError) as caught:
         imagine_workers(TrainConfig(), "A1000")
     assert "A100" in str(caught.value.hint)
-    assert (
-        imagine_workers(TrainConfig(), "A100-80GB").memory
-        == 2 * imagine_workers(TrainConfig(), "A100").memory
-    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gib"),
+    # What torch names as their total capacity when they run out of memory.
+    [
+        ("B200", 178.4),
+        ("H200", 139.8),
+        ("H100", 79.2),
+        ("A100", 39.4),
+        ("A100-80GB", 79.2),
+        ("V100", 15.8),
+        ("L40S", 44.4),
+        ("L4", 22.0),
+        ("A10G-24GB", 22.1),
+    ],
+)
+def test_an_imagined_gpu_has_the_memory_that_a_real_one_reports(gpu: str, gib: float) -> None:
+    assert imagine_workers(TrainConfig(), gpu).memory == pytest.approx(gib * 2**30, rel=0.01)
 
 
 def plan_example(name: str, folder: Path) -> Any:

@@ -22,7 +22,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import VARLEN, attend_within_examples
 from tunesmith.model.lora_linear import FORGETFUL_DEVICES
-from tunesmith.model.loss import LOGITS_AT_A_TIME, sum_cross_entropy
+from tunesmith.model.loss import LOGITS_AT_A_TIME, has_plain_head, sum_cross_entropy
 from tunesmith.model.recompute import find_decoder_blocks, recompute_all, recompute_none
 
 
@@ -123,7 +123,6 @@ def run_microbatch(
     Returns what lives, and what of the activations each block adds.
     """
     head = model.get_output_embeddings()
-    fused_loss = type(head) is nn.Linear and not head.weight.requires_grad
     batch = _make_batch(num_tokens, example_tokens)
     live = _LiveCounter([*model.parameters(), *model.buffers()])
     before_loss: list[int] = []
@@ -139,7 +138,7 @@ def run_microbatch(
             handles.append(parameter.register_post_accumulate_grad_hook(_forget_gradient))
     try:
         with _planned_for(model, device_type), live:
-            loss = sum_cross_entropy(model, batch, fused_loss)
+            loss = sum_cross_entropy(model, batch, fused=has_plain_head(model))
             borders, loss_peak, live.peak = [*live.noted], live.peak, live.now
             loss.backward()
     finally:

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and what a device can do of them."""
+"""Floating-point operations of training, and what GPUs can do of them and hold."""
 
 from __future__ import annotations
 
@@ -30,15 +30,21 @@ _MEMORY_GB = {
     "V100": 16,
 }
 
+# What CUDA reports of such a GB, in GiB: on GDDR memory, error correction takes its share.
+_REPORTED_GIB = 0.985
+_REPORTED_GIB_OF_GDDR = 0.917
+_WITH_GDDR = {"L40S", "L4", "A10G"}
+
 
 def known_gpus() -> list[str]:
     """Return the names of the GPUs whose peak and memory are known."""
     return list(_MEMORY_GB)
 
 
-def memory_of_gpu(name: str) -> int:
-    """Return the bytes of memory of one of the `known_gpus`."""
-    return _MEMORY_GB[name] * 10**9
+def memory_of_gpu(name: str, gigabytes: int | None = None) -> int:
+    """Return the bytes of memory that CUDA reports of one of the `known_gpus`, or of its kind with `gigabytes`."""
+    reported = _REPORTED_GIB_OF_GDDR if name in _WITH_GDDR else _REPORTED_GIB
+    return int((gigabytes or _MEMORY_GB[name]) * reported * 2**30)
 
 
 def peak_flops(device_name: str) -> float | None:

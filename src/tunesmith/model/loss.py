@@ -56,15 +56,20 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
 
 @torch.no_grad()
 def can_fuse_loss(model: Any, batch: Batch, tolerance: float) -> bool:
-    """Return whether the model leaves the output layer's product as it is, and doesn't train that layer.
+    """Return whether the model's output layer is plain, and its product left as it is.
 
-    Where it scales or caps its logits, the fused loss of the batch is not the plain one's. Collective under FSDP.
+    Where the model scales or caps its logits, the fused loss of the batch is not the plain one's. Collective under
+    FSDP.
     """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad:
+    if not has_plain_head(model):
         return False
     plain, fused = (float(sum_cross_entropy(model, batch, way)) for way in (False, True))
     return abs(plain - fused) <= tolerance * plain
+
+
+def has_plain_head(model: Any) -> bool:
+    """Return whether the output layer is a linear layer without an adapter."""
+    return type(model.get_output_embeddings()) is nn.Linear
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of `hidden @ weight.T + bias`; its gradient is made on the way, slice by slice."""
+    """The summed cross-entropy of `hidden @ weight.T + bias`; its gradients are made on the way, slice by slice."""
 
     @staticmethod
     def forward(
@@ -94,7 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
-        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        # Those of the weights are sums over slices, in float32.
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        gradient_ND = torch.empty_like(hidden_ND) if of_hidden else None
+        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+        gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and of_bias else None
         most_logits, most_wide = LOGITS_AT_A_TIME[hidden_ND.device.type]
         size = min(max(1, most_logits // len(weight_VD)), most_targets)
         # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
@@ -106,16 +115,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias_V is not None:
                 logits_nV += bias_V
             for part in _cut(len(logits_nV), wide_size):
-                loss_sum += _lose(logits_nV[part], targets_N[rows][part], wide_2wV, gradient_ND is not None)
+                loss_sum += _lose(logits_nV[part], targets_N[rows][part], wide_2wV, any(ctx.needs_input_grad))
+            # From here on they are their own gradient.
             if gradient_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=gradient_ND[rows])
-        ctx.save_for_backward(gradient_ND)
+            if gradient_VD is not None:
+                gradient_VD += logits_nV.T @ hidden_ND[rows]
+            if gradient_V is not None:
+                gradient_V += logits_nV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(gradient_ND, gradient_VD, gradient_V)
+        ctx.dtype = hidden_ND.dtype
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND.float() * gradient.squeeze()).to(gradient_ND.dtype), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if made is None else (made.float() * gradient.squeeze()).to(ctx.dtype)
+            for made in ctx.saved_tensors
+        )
+        return *scaled, None, None
 
 
 def _lose(logits_nV: Tensor, targets_n: Tensor, wide_2wV: Tensor, differentiate: bool) -> Tensor:

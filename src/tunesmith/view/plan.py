@@ -113,7 +113,7 @@ def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
             f"`--gpu` is `{gpu}`, which isn't known",
             f"known are {', '.join(known_gpus())}, also with the size of their memory, as A100-80GB",
         )
-    memory = int(gigabytes) * 10**9 if size else memory_of_gpu(name)
+    memory = memory_of_gpu(name, int(gigabytes) if size else None)
     # Volta has no instructions for bfloat16.
     best = torch.float32 if name == "V100" else torch.bfloat16
     dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
