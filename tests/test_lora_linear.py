@@ -80,6 +80,33 @@ def test_dropout_falls_on_the_adapter_alone_and_keeps_its_mean() -> None:
     assert torch.equal(layer.eval()(values), without)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.004, 0.1, 0.5, 0.95])
+def test_dropout_drops_its_share_of_any_input_and_leaves_the_others(share: float, dtype: torch.dtype) -> None:
+    config = LoraConfig(r=50, lora_alpha=50, target_modules=["0"], lora_dropout=share)
+    model = get_peft_model(nn.Sequential(nn.Linear(50, 50, bias=False)), config)
+    layer = model.get_submodule("base_model.model.0")
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.eye_(layer.lora_A["default"].weight)
+    nn.init.eye_(layer.lora_B["default"].weight)
+    fuse_adapters(model.to(dtype))
+    torch.manual_seed(0)
+    values = 1 + torch.rand(1001, 50).to(dtype)
+    outputs, others = layer(values), layer(values)
+    dropped = outputs == 0
+    torch.testing.assert_close(outputs, (values / (1 - share)).masked_fill(dropped, 0))
+
+    def assert_near(found: torch.Tensor, expected: float, num_drawn: int) -> None:
+        """No share is further off than one in a million would be."""
+        error = (expected * (1 - expected) / num_drawn) ** 0.5
+        assert (found - expected).abs().max() < 5 * error + 2 / num_drawn
+
+    assert_near(dropped.double().mean(), share, dropped.numel())
+    assert_near(dropped.double().mean(0), share, 1001)
+    assert_near((dropped & (others == 0)).double().mean(), share**2, dropped.numel())
+    assert_near((dropped[:, 1:] & dropped[:, :-1]).double().mean(), share**2, dropped.numel())
+
+
 def test_dropout_is_the_same_in_the_backward_pass() -> None:
     model = adapted(lora_dropout=0.5).double()
     fuse_adapters(model)

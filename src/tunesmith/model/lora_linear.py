@@ -1,6 +1,6 @@
 """A linear layer and its LoRA adapter as one product, of which the frozen weight costs nothing but its product.
 
-Shapes: N positions, D inputs, O outputs, R rank.
+Shapes: N positions, D inputs, O outputs, R rank; E a mask's bytes, one for 8 elements.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from tunesmith.model.lora import find_plain_adapter
 # Devices on which cheap results are computed again rather than kept. On a GPU, whose products leave less time for
 # anything else, that is not measured.
 FORGETFUL_DEVICES = {"cpu"}
+
+# As wide as the numbers whose bits they multiply.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fuse_adapters(model: nn.Module) -> bool:
@@ -41,11 +44,14 @@ def compute_again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     For what is cheaper to compute twice than to keep: the backward pass computes it again, once for all its layers.
     """
     result: Any = function(*tensors)
-    # A compiler decides for itself what is kept.
-    forgets = result.device.type in FORGETFUL_DEVICES and not torch.compiler.is_compiling()
-    if forgets and torch.is_grad_enabled():
+    if _is_forgetful(result) and torch.is_grad_enabled():
         result.recipe = _Recipe(function), [tensor.detach() for tensor in tensors], result._version
     return result  # type: ignore[no-any-return]
+
+
+def _is_forgetful(tensor: Tensor) -> bool:
+    # A compiler decides for itself what is kept.
+    return tensor.device.type in FORGETFUL_DEVICES and not torch.compiler.is_compiling()
 
 
 def _recipe_of(tensor: Any) -> tuple[_Recipe | None, list[Tensor]]:
@@ -79,7 +85,7 @@ def _forward(layer: Any, inputs: Tensor) -> Tensor:
     (name,) = layer.lora_A
     dropout = layer.lora_dropout[name]
     share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    kept = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share) if share else None
+    kept = _draw_kept(inputs, share) if share else None
     recipe, ingredients = _recipe_of(inputs)
     outputs: Tensor = _LoraLinear.apply(
         inputs,
@@ -139,7 +145,7 @@ class _LoraLinear(torch.autograd.Function):
             if kept is None:
                 gradient_ND.addmm_(gradient_RN.T, a)
             else:
-                gradient_ND.addcmul_(gradient_RN.T @ a, kept.view_as(gradient_ND))
+                _add_dropped(gradient_ND, gradient_RN.T @ a, kept)
             gradient_inputs = gradient_ND.view_as(inputs)
         return (
             gradient_inputs,
@@ -155,5 +161,39 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
-def _drop(values_ND: Tensor, kept: Tensor | None) -> Tensor:
-    return values_ND if kept is None else values_ND * kept.view_as(values_ND)
+def _draw_kept(values: Tensor, share: float) -> Tensor:
+    """Return which of `values` a dropout of this share keeps.
+
+    On GPUs bool, in the values' shape. On CPUs, which draw numbers slowly, their bits, (E,) int8: each number drawn
+    is for four of them, and the share is rounded to a multiple of 2⁻¹⁶.
+    """
+    if not _is_forgetful(values):
+        return torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - share)
+    num_bytes = -(-values.numel() // 8)
+    words = torch.empty(2 * num_bytes, dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    drawn_8E = words.view(torch.int16).view(8, num_bytes)
+    kept_8E = torch.empty_like(drawn_8E, dtype=torch.int8)
+    torch.ge(drawn_8E, round(share * 2**16) - 2**15, out=kept_8E)
+    return (kept_8E << _bits(values)).sum(0, dtype=torch.int8)
+
+
+def _drop(values: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return values
+    if kept.dtype is torch.bool:
+        return values * kept.view_as(values)
+    kept_8E = (kept >> _bits(values)).bitwise_and_(1)
+    kept_ND = kept_8E.flatten()[: values.numel()].view_as(values)
+    # Integers of mixed widths multiply much faster than a number and a bool.
+    return (values.view(_INTEGERS[values.itemsize]) * kept_ND).view(values.dtype)
+
+
+def _add_dropped(total: Tensor, values: Tensor, kept: Tensor) -> None:
+    if kept.dtype is torch.bool:
+        total.addcmul_(values, kept.view_as(values))
+    else:
+        total += _drop(values, kept)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.int8, device=values.device).unsqueeze(1)
