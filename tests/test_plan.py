@@ -143,7 +143,7 @@ def make_tiny_plan(memory: int, num_workers: int = 1, **settings: Any) -> Any:
         **{"lora_rank": 4, "max_seq_length": 512, "per_device_train_batch_size": 8, **settings}
     )
     planned = build_planned_model(config, build_config("llama", 300, **SHAPE), torch.bfloat16)
-    workers = Workers(num_workers, "cuda", "test", memory, None, torch.bfloat16, can_grow=True)
+    workers = Workers(num_workers, "cuda", "test", memory, None, torch.bfloat16, imagined=True)
     return planned, make_plan(planned, config, workers)
 
 
@@ -164,7 +164,7 @@ def make_tiny_plan(memory: int, num_workers: int = 1, **settings: Any) -> Any:
 def test_the_smallest_change_that_fits_is_told(settings: dict[str, Any], changed: dict[str, Any]) -> None:
     model, roomy = make_tiny_plan(1 << 40, **settings)
     # A byte less than needed: the first change that saves anything is enough.
-    tight = replace(roomy, workers=replace(roomy.workers, memory=roomy.memory.total - 1, can_grow=False))
+    tight = replace(roomy, workers=replace(roomy.workers, memory=roomy.memory.total - 1, imagined=False))
     fitting = find_fitting(model, tight)
     assert fitting is not None
     assert fitting.fits
@@ -199,6 +199,78 @@ def test_plan_prints_parts_speed_and_hours_and_ends_with_whether_it_fits(
     large = ["--per_device_train_batch_size", "1024", "--max_seq_length", "65536", "--lora_rank", "4"]
     assert main(["plan", "--model_path", tiny, "--gpu", "L4", *large]) == 1
     assert "It fits with --per_device_train_batch_size" in capsys.readouterr().out
+
+
+def plan_rows(folder: Path, *words: str) -> list[str]:
+    """Return the words of a plan for a tiny model on two GPUs, which trains on seven rows in steps of four."""
+    tiny = str(save_model(folder / "tiny", build_tokenizer("byte_bpe")))
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{letter * 40}"}}\n' for letter in "abcdefg"))
+    data = ["--dataset_name", str(rows), "--train_split_ratio", "1", "--max_seq_length", "64"]
+    batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    return ["plan", "--model_path", tiny, "--gpu", "H100", "--num_workers", "2", *data, *batch, *words]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("1", 2), ("3", 6)])
+def test_the_hours_of_epochs_are_those_of_the_rows(
+    epochs: str, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer("byte_bpe")
+    num_tokens = sum(len(tokenizer(letter * 40)["input_ids"]) + 1 for letter in "abcdefg")
+    assert main(plan_rows(tmp_path, "--packing", "false", "--num_train_epochs", epochs)) == 0
+    assert f"for {steps} steps of 4 rows, {epochs} × {num_tokens} tokens." in capsys.readouterr().out
+
+
+def test_max_steps_end_a_planned_epoch_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--packing", "false", "--num_train_epochs", "1", "--max_steps", "1"]
+    assert main(plan_rows(tmp_path, *words)) == 0
+    assert re.search(r"for 1 step of 4 rows, 0\.5 × \d+ tokens\.", capsys.readouterr().out)
+
+
+def test_rows_that_are_not_here_leave_the_speed_and_the_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent.jsonl")
+    assert main(plan_rows(tmp_path, "--num_train_epochs", "1", "--dataset_name", absent)) == 0
+    printed = capsys.readouterr().out
+    assert "for a million tokens" in printed
+    assert absent in printed
+
+
+def test_a_run_on_this_machine_needs_its_rows_for_a_plan_of_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent.jsonl")
+    tiny = str(save_model(tmp_path / "tiny", build_tokenizer("byte_bpe")))
+    words = ["--model_path", tiny, "--use_gpu", "false", "--num_train_epochs", "1"]
+    assert main(["plan", *words, "--dataset_name", absent]) == 2
+    assert absent in capsys.readouterr().err
+
+
+def test_a_file_of_the_charts_values_is_planned_as_the_run_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = save_model(tmp_path / "tiny", build_tokenizer("byte_bpe"))
+    run = f"hf_model_id: {tiny}\nmodel_path: /fsx/elsewhere\nlora_rank: 4\nnum_workers: 8\nmax_steps: 7\n"
+    (tmp_path / "run.yaml").write_text(run)
+    indented = "".join(f"  {line}\n" for line in run.splitlines())
+    (tmp_path / "values.yaml").write_text(f"resources: {{nnodes: 1}}\nrun:\n{indented}")
+    printed = []
+    for name in ("run.yaml", "values.yaml"):
+        assert main(["plan", str(tmp_path / name), "--gpu", "H100"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "8 × H100" in printed[0]
+    (tmp_path / "values.yaml").write_text("run: {lora_rnk: 4}")
+    assert main(["plan", str(tmp_path / "values.yaml")]) == 2
+    assert "values.yaml: run`: unknown setting `lora_rnk`" in capsys.readouterr().err
+
+
+def test_workers_that_this_machine_lacks_are_planned_on_named_gpus(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "--num_workers", "4096"]) == 2
+    assert "--gpu A100-80GB" in capsys.readouterr().err
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:

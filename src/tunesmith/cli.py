@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tunesmith.errors import ConfigError, TunesmithError
+from tunesmith.errors import ConfigError, ResourceError, TunesmithError
 from tunesmith.options import Option, format_options, take_options
 
 if TYPE_CHECKING:
@@ -170,7 +170,10 @@ def _plan(words: list[str]) -> int:
     if "--gpu" in given:
         workers = imagine_workers(config, given["--gpu"][-1])
     else:
-        allocation = allocate(config, [this_machine()], "this machine")
+        try:
+            allocation = allocate(config, [this_machine()], "this machine")
+        except ResourceError as error:
+            raise ResourceError(error.message, "name the GPUs to plan for: --gpu A100-80GB") from error
         workers = find_workers(config, allocation.num_workers, allocation.use_gpu)
     return 0 if plan(config, workers) else 1
 
@@ -249,7 +252,8 @@ def _read_config(verb: str, model: type[Model], words: list[str]) -> Model | Non
         print(format_help(model, _describe_verb(verb)), end="")
         return None
     flags = parse_flags(model, words, "checkpoints_dir" if issubclass(model, TunedModelConfig) else None)
-    config = load_settings(model, flags.yaml_path, flags.values, os.environ)
+    section = "run" if verb in _READ_VALUES_TOO else None
+    config = load_settings(model, flags.yaml_path, flags.values, os.environ, section)
     configure_logging()
     return config
 
@@ -307,6 +311,9 @@ _WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its ex
 _ONCE = Option("--once", "print the run's state and end")
 _GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
 _FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
+
+# Of a file of the chart's values they take the training alone.
+_READ_VALUES_TOO = ("inspect", "plan")
 
 _VERBS = {
     "train": Verb("train [run.yaml] [flags]", "fine-tune a model; the same command again resumes it", _train),

@@ -46,12 +46,16 @@ class _Problem:
 
 
 def load_settings(
-    model: type[Model], yaml_path: Path | None, flags: Mapping[str, str], environ: Mapping[str, str]
+    model: type[Model],
+    yaml_path: Path | None,
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    section: str | None = None,
 ) -> Model:
     """Return the settings; its `model_fields_set` is exactly what the user gave.
 
     `flags` holds texts by setting, as `parse_flags` returns them; of `environ` the variables that start
-    with `TUNESMITH_` count, unless they are empty.
+    with `TUNESMITH_` count, unless they are empty. Of a YAML file with a mapping `section`, that alone counts.
 
     Raises:
         ConfigError: anything is unknown, given twice in one place, malformed or out of range. One error names
@@ -59,7 +63,7 @@ def load_settings(
     """
     given: dict[str, _Given] = {}
     if yaml_path is not None:
-        given.update(_read_yaml(model, yaml_path))
+        given.update(_read_yaml(model, yaml_path, section))
     given.update(_read_environ(model, environ))
     given.update({name: _Given(text, f"--{name}") for name, text in flags.items()})
     fields = read_fields(model)
@@ -100,28 +104,31 @@ def dump_yaml(config: Settings) -> str:
     return write_yaml(config.model_dump(mode="json", exclude_unset=True))
 
 
-def _read_yaml(model: type[Settings], path: Path) -> dict[str, _Given]:
-    flat = _undash_keys(read_yaml_mapping(path), str(path))
+def _read_yaml(model: type[Settings], path: Path, section: str | None) -> dict[str, _Given]:
+    data, where = read_yaml_mapping(path), str(path)
+    if section is not None and isinstance(data.get(section), dict):
+        data, where = data[section], f"{path}: {section}"
+    flat = _undash_keys(data, where)
     grouped_names = dataset_field_names(model)
     group = flat.pop(DATASET_KEY, None) if grouped_names else None
     if group is not None and not isinstance(group, dict):
         raise ConfigError(
-            f"`{path}: {DATASET_KEY}` is `{show_value(group)}`; it must be a mapping",
+            f"`{where}: {DATASET_KEY}` is `{show_value(group)}`; it must be a mapping",
             f"write `{DATASET_KEY}:` and under it, indented, `dataset_name: …`",
         )
-    grouped = _undash_keys(group or {}, f"{path}: {DATASET_KEY}")
+    grouped = _undash_keys(group or {}, f"{where}: {DATASET_KEY}")
     known = [*read_fields(model), *([DATASET_KEY] if grouped_names else [])]
-    problems = [_unknown_key(str(path), key, known) for key in flat if key not in known]
+    problems = [_unknown_key(where, key, known) for key in flat if key not in known]
     for key in grouped:
         if key not in grouped_names:
-            problems.append(_unknown_key(f"{path}: {DATASET_KEY}", key, sorted(grouped_names)))
+            problems.append(_unknown_key(f"{where}: {DATASET_KEY}", key, sorted(grouped_names)))
         elif key in flat:
-            text = f"`{path}` gives `{key}` both by itself and under `{DATASET_KEY}`"
+            text = f"`{where}` gives `{key}` both by itself and under `{DATASET_KEY}`"
             problems.append(_Problem(text, "keep one of them"))
     if problems:
         raise _one_error(problems)
-    given = {name: _Given(value, f"{path}: {name}") for name, value in flat.items()}
-    given.update({name: _Given(value, f"{path}: {DATASET_KEY}.{name}") for name, value in grouped.items()})
+    given = {name: _Given(value, f"{where}: {name}") for name, value in flat.items()}
+    given.update({name: _Given(value, f"{where}: {DATASET_KEY}.{name}") for name, value in grouped.items()})
     return given
 
 

@@ -32,9 +32,6 @@ _LONGEST_SHOWN_CHARS = 2000
 def inspect(config: TrainConfig, num_examples: int = 3) -> None:
     """Print, to stdout, examples with their trained tokens marked, and the figures of the prepared data.
 
-    The data are prepared under `config.home` if that was given, where a run finds them again, else in a
-    temporary folder; `config.data_dir` is left alone.
-
     Raises:
         TunesmithError: as `prepare` does.
     """
@@ -43,8 +40,7 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
     console = Console(highlight=False)
     row_format = check_source(config)
     tokenizer = load_tokenizer(config)
-    with _datasets_dir(config) as datasets_dir:
-        prepared = prepare(config.model_copy(update={"data_dir": None}), tokenizer, datasets_dir)
+    with prepared_to_look_at(config, tokenizer) as prepared:
         choice = f"{row_format.source}: rows are read as {row_format.kind}, because {row_format.why}"
         console.print(choice, soft_wrap=True)
         _print_examples(console, prepared.train, tokenizer, num_examples)
@@ -54,12 +50,20 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
 
 
 @contextmanager
-def _datasets_dir(config: TrainConfig) -> Iterator[Path]:
+def prepared_to_look_at(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Prepared]:
+    """Prepare the data under `config.home` if that was given, where a run finds them again, else for a while.
+
+    `config.data_dir` is left alone.
+
+    Raises:
+        TunesmithError: as `prepare` does.
+    """
+    config = config.model_copy(update={"data_dir": None})
     if config.home is not None:
-        yield config.home.expanduser() / "datasets"
+        yield prepare(config, tokenizer, config.home.expanduser() / "datasets")
         return
-    with tempfile.TemporaryDirectory(prefix="tunesmith-inspect-") as folder:
-        yield Path(folder) / "datasets"
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        yield prepare(config, tokenizer, Path(folder) / "datasets")
 
 
 def _print_examples(

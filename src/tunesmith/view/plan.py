@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -10,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.config import TrainConfig
-from tunesmith.errors import ConfigError
+from tunesmith.data.batches import BatchPlan, GlobalBatch
+from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.machine import available_memory
 from tunesmith.model.flops import count_flops_per_token, known_gpus, memory_of_gpu, peak_flops
 from tunesmith.model.layout import plan_layout
-from tunesmith.model.load import load_model_config, resolve_dtype
+from tunesmith.model.load import load_model_config, load_tokenizer, resolve_dtype
 from tunesmith.model.memory import Layout, Memory, PlannedModel, build_planned_model
 from tunesmith.model.recompute import describe_recomputation
+from tunesmith.view.inspect import prepared_to_look_at
 from tunesmith.view.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+logger = logging.getLogger(__name__)
 
 # The share of what its products could do that a training reaches. CPU: about what a 135M model did with LoRA.
 # GPU: assumed, what the best published LoRA runs reach of an H100's data sheet.
@@ -39,7 +44,7 @@ class Workers:
     Attributes:
         memory: bytes of each worker.
         flops: FLOP/s of each worker's products in `dtype`; None for a GPU that isn't known.
-        can_grow: whether more such workers may be had.
+        imagined: whether they are elsewhere: more may be had, and their folders may be absent here.
     """
 
     num: int
@@ -48,7 +53,7 @@ class Workers:
     memory: int
     flops: float | None
     dtype: torch.dtype
-    can_grow: bool = False
+    imagined: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,16 @@ class Plan:
 def plan(config: TrainConfig, workers: Workers) -> bool:
     """Print, to stdout, what the run needs on these workers, and how long it takes; return whether it fits.
 
+    The data set is looked at only where `num_train_epochs` makes the hours depend on it.
+
     Raises:
-        ModelError, ConfigError: as `train` has them; the data set isn't looked at.
+        ModelError, ConfigError, DataError: as `train` has them; for imagined workers, data may be absent.
     """
     from rich.console import Console
 
     console = Console(highlight=False)
+    if workers.imagined:
+        config = _with_model_at_hand(config)
     model = build_planned_model(config, load_model_config(config), workers.dtype)
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
@@ -81,6 +90,15 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
     if not planned.fits:
         console.print(_describe_change(planned, find_fitting(model, planned)), soft_wrap=True)
     return planned.fits
+
+
+def _with_model_at_hand(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the hub's model where `model_path`, a cluster's folder, isn't on this machine."""
+    at_hand = config.model_path is None or config.model_path.expanduser().is_dir()
+    if at_hand or "hf_model_id" not in config.model_fields_set:
+        return config
+    logger.info("`%s` isn't here; planned for `%s` instead", config.model_path, config.hf_model_id)
+    return config.model_copy(update={"model_path": None})
 
 
 def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Plan:
@@ -117,7 +135,7 @@ def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
     # Volta has no instructions for bfloat16.
     best = torch.float32 if name == "V100" else torch.bfloat16
     dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
-    return Workers(config.num_workers or 1, "cuda", gpu, memory, peak_flops(name), dtype, can_grow=True)
+    return Workers(config.num_workers or 1, "cuda", gpu, memory, peak_flops(name), dtype, imagined=True)
 
 
 def find_fitting(model: PlannedModel, planned: Plan) -> Plan | None:
@@ -150,7 +168,7 @@ def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[T
     if num_workers > 1 and not config.full_ft and config.fsdp != "full_shard":
         config = change(fsdp="full_shard")
         yield config, num_workers
-    while workers.can_grow and num_workers < _MOST_TIMES_WORKERS * workers.num:
+    while workers.imagined and num_workers < _MOST_TIMES_WORKERS * workers.num:
         num_workers *= 2
         config = change(gradient_accumulation_steps=max(1, config.gradient_accumulation_steps // 2))
         yield config, num_workers
@@ -208,13 +226,45 @@ def _print_time(console: Console, planned: Plan, flops_per_token: float) -> None
         return
     share = _SHARE_OF_PEAK[workers.device_type]
     speed = workers.num * workers.flops * share / flops_per_token
-    rows = config.gradient_accumulation_steps * workers.num * config.per_device_train_batch_size
-    seconds = config.max_steps * rows * config.max_seq_length / speed
     console.print(
         f"About {speed:,.0f} tokens/s, if {share:.0%} of the products' speed is reached: "
-        f"{format_duration(seconds)} for {config.max_steps:,} steps of {rows} full rows.",
+        f"{_describe_hours(config, workers, speed)}",
         soft_wrap=True,
     )
+
+
+def _describe_hours(config: TrainConfig, workers: Workers, speed: float) -> str:
+    rows = config.gradient_accumulation_steps * workers.num * config.per_device_train_batch_size
+    if config.num_train_epochs is None:
+        seconds = config.max_steps * rows * config.max_seq_length / speed
+        return f"{format_duration(seconds)} for {_count_steps(config.max_steps)} of {rows} full rows."
+    try:
+        num_sequences, num_tokens = _count_training_set(config)
+    except TunesmithError as error:
+        if not workers.imagined:
+            raise
+        return (
+            f"{format_duration(1e6 / speed)} for a million tokens. "
+            f"How many an epoch has can't be told here: {error.message}."
+        )
+    batches = BatchPlan(num_sequences, GlobalBatch(1, rows), config.seed)
+    steps = batches.total_steps(config.max_steps, config.num_train_epochs)
+    epochs = batches.epoch(steps)
+    return (
+        f"{format_duration(epochs * num_tokens / speed)} for {_count_steps(steps)} of {rows} rows, "
+        f"{epochs:.3g} × {num_tokens:,} tokens."
+    )
+
+
+def _count_steps(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps:,} steps"
+
+
+def _count_training_set(config: TrainConfig) -> tuple[int, int]:
+    """Return the sequences that an epoch trains on, and their tokens; prepares the data set for that."""
+    with prepared_to_look_at(config, load_tokenizer(config)) as prepared:
+        train = prepared.stats.train
+        return train.packs if config.packing else train.examples, train.tokens
 
 
 def _measure_products(dtype: torch.dtype) -> float:
