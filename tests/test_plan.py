@@ -233,7 +233,7 @@ def test_rows_that_are_not_here_leave_the_speed_and_the_memory(
     absent = str(tmp_path / "absent.jsonl")
     assert main(plan_rows(tmp_path, "--num_train_epochs", "1", "--dataset_name", absent)) == 0
     printed = capsys.readouterr().out
-    assert "for a million tokens" in printed
+    assert "for 100 million tokens" in printed
     assert absent in printed
 
 
@@ -292,6 +292,7 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
         ("L40S", 44.4),
         ("L4", 22.0),
         ("A10G-24GB", 22.1),
+        ("h100-80gb", 79.2),
     ],
 )
 def test_an_imagined_gpu_has_the_memory_that_a_real_one_reports(gpu: str, gib: float) -> None:

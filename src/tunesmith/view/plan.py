@@ -124,7 +124,7 @@ def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
     Raises:
         ConfigError: that GPU isn't known.
     """
-    name, _, size = gpu.partition("-")
+    name, _, size = gpu.upper().partition("-")
     gigabytes = size.removesuffix("GB")
     if name not in known_gpus() or (size and not gigabytes.isdecimal()):
         raise ConfigError(
@@ -135,7 +135,9 @@ def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
     # Volta has no instructions for bfloat16.
     best = torch.float32 if name == "V100" else torch.bfloat16
     dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
-    return Workers(config.num_workers or 1, "cuda", gpu, memory, peak_flops(name), dtype, imagined=True)
+    return Workers(
+        config.num_workers or 1, "cuda", gpu.upper(), memory, peak_flops(name), dtype, imagined=True
+    )
 
 
 def find_fitting(model: PlannedModel, planned: Plan) -> Plan | None:
@@ -244,7 +246,7 @@ def _describe_hours(config: TrainConfig, workers: Workers, speed: float) -> str:
         if not workers.imagined:
             raise
         return (
-            f"{format_duration(1e6 / speed)} for a million tokens. "
+            f"{format_duration(1e8 / speed)} for 100 million tokens. "
             f"How many an epoch has can't be told here: {error.message}."
         )
     batches = BatchPlan(num_sequences, GlobalBatch(1, rows), config.seed)
