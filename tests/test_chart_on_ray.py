@@ -21,7 +21,7 @@ from tokenizers_at_hand import build_tokenizer
 from tunesmith.runs import find_runs
 from values_at_hand import FINE_TUNE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NODE = {"cpu": 1, "memory": "2Gi"}
 MODEL = "pretrained-models/Qwen/Qwen3-14B"

@@ -102,6 +102,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     process.wait()
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_cluster_of_ray_address_is_used_and_left_running(cluster: None, tmp_path: Path) -> None:
     model = save_model(tmp_path / "tiny", build_tokenizer("byte_bpe"))

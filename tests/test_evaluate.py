@@ -39,7 +39,7 @@ from tunesmith.evaluate.store import GenerationStore, only_writer
 from tunesmith.runs import RunDir
 from tunesmith.tuned import find_tuned
 
-pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.ray, pytest.mark.slow]
 
 ModelOf = Callable[[str], Path]
 

@@ -13,6 +13,7 @@ from tiny_models import save_model
 from tokenizers_at_hand import build_tokenizer
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_no_process_of_our_own_ray_asks_another_cluster_or_serves_a_dashboard(tmp_path: Path) -> None:
     model = save_model(tmp_path / "tiny", build_tokenizer("byte_bpe"), "llama")

@@ -77,6 +77,7 @@ def without(package: str, head: Cluster, folder: Path, *path: Path) -> Iterator[
     head.remove_node(node)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["tunesmith", "peft"])
 def test_a_training_says_what_its_workers_lack(
@@ -89,6 +90,7 @@ def test_a_training_says_what_its_workers_lack(
     assert_says_where_it_belongs(error.value)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_workers_train_with_the_package_from_its_zip(
     head: Cluster, model_of: ModelOf, rows: Path, tmp_path: Path
@@ -100,6 +102,7 @@ def test_workers_train_with_the_package_from_its_zip(
         assert fine_tune(config).ending == "finished"
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_conversion_and_an_evaluation_say_so_too(head: Cluster, model_of: ModelOf, tmp_path: Path) -> None:
     adapter = write_adapter(model_of("llama"), tmp_path / "adapter", target_modules=["q_proj"]).folder

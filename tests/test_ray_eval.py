@@ -117,11 +117,13 @@ def _on_sigterm(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_connecting_to_a_cluster_leaves_the_signal_handlers_in_place(cluster: Cluster) -> None:
     assert signal.getsignal(signal.SIGTERM) is _on_sigterm
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_work_of_a_lost_node_is_done_by_the_others(
     cluster: Cluster, model_of: ModelOf, caplog: pytest.LogCaptureFixture
@@ -143,6 +145,7 @@ def test_the_work_of_a_lost_node_is_done_by_the_others(
     assert by_sample(received)[:8] == by_sample(expected)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
@@ -161,6 +164,7 @@ def test_a_replica_that_fails_while_loading_is_an_error_of_ours(
     assert caught.value.hint is not None
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_replicas_that_keep_dying_while_they_load_end_the_evaluation(
     cluster: Cluster, model_of: ModelOf, tmp_path: Path
@@ -176,6 +180,7 @@ def test_replicas_that_keep_dying_while_they_load_end_the_evaluation(
     assert caught.value.hint is not None
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_replicas_that_find_no_room_are_waited_for_and_given_up(
     cluster: Cluster,

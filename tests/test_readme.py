@@ -77,6 +77,7 @@ def test_the_readme_names_the_commands_that_are_tested() -> None:
     ]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_commands_run_in_order(clone: Path) -> None:
     fetch = "examples/quickstart/fetch_"
@@ -114,6 +115,7 @@ def test_the_example_config_is_valid(tmp_path: Path) -> None:
     assert config.learning_rate == 5e-5
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_library_example_trains(clone: Path, tmp_path: Path) -> None:
     (snippet,) = blocks("python")

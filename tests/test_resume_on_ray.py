@@ -20,7 +20,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.model.lora import ADAPTER_WEIGHTS
 from tunesmith.runs import RunDir, iterate_metrics, newest_attempt
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_STEPS = 40
 

@@ -280,6 +280,7 @@ def settings_of(head: Head, **changes: Any) -> tuple[RunDir, list[str]]:
     return locate_run(config), [f"--{name}={value}" for name, value in changes.items()]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_ray_job_runs_the_code_and_the_config_that_were_submitted(head: Head, tmp_path: Path) -> None:
     shutil.copytree(
@@ -300,6 +301,7 @@ def test_a_ray_job_runs_the_code_and_the_config_that_were_submitted(head: Head, 
     assert params["settings"]["lora_rank"] == 2
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_ray_job_that_fails_ends_with_its_exit_code(head: Head) -> None:
     done = head.submit(
@@ -311,6 +313,7 @@ def test_a_ray_job_that_fails_ends_with_its_exit_code(head: Head) -> None:
     assert done.stderr.endswith("the job has failed\n")
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_ray_job_is_left_alone_and_stopped_with_a_checkpoint(head: Head) -> None:
     run, flags = settings_of(head, run_name="long", max_steps=100_000, eval_steps=0, save_steps=0)
@@ -324,6 +327,7 @@ def test_a_ray_job_is_left_alone_and_stopped_with_a_checkpoint(head: Head) -> No
     assert run.latest_checkpoint() is not None
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_an_interrupted_wait_leaves_the_job_running(head: Head) -> None:
     run, flags = settings_of(head, run_name="waited-for")
@@ -334,6 +338,7 @@ def test_an_interrupted_wait_leaves_the_job_running(head: Head) -> None:
     assert len(events(run, "finished")) == 1, logs
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_cluster_that_is_lost_ends_the_waiting_with_an_error(tmp_path: Path) -> None:
     with running_head(tmp_path) as head:
