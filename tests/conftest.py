@@ -19,7 +19,11 @@ from workers import WorkerGroup
 
 
 class _FilesOfRayTogether(LoadFileScheduling):
-    """Gives each file of tests to one process, and all files that start a Ray to the same one."""
+    """Gives each file of tests to one process, and all files that start a Ray to the same one.
+
+    Files rather than `xdist_group`: xdist 3.8 appends the group to an attribute that pytest 9.2 no longer reads,
+    so that its `loadgroup` shares out single tests, silently.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
