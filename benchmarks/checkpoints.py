@@ -11,8 +11,8 @@ from in_process import make_job, set_up_alone
 from ours import make_config
 from turn import answer, read_task
 
+from tunesmith.tracking.log import NoLog
 from tunesmith.train.checkpoint import Progress
-from tunesmith.train.tracking import NoLog
 from tunesmith.train.training import Training
 
 _PAIRS = 4

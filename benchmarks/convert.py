@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tunesmith.runs import sync_files
+from tunesmith.atomic_files import sync_files
 
 _MODEL = Path(__file__).parents[1] / "examples/quickstart/build/SmolLM2-135M-Instruct"
 _WAYS = {
@@ -106,7 +106,7 @@ def _convert_with_peft(model: Path, adapter: Path, output: Path, way: str) -> No
 def _convert_with_tunesmith(model: Path, adapter: Path, output: Path, way: str) -> None:
     from tunesmith.config import ConvertConfig, TrainConfig
     from tunesmith.export.convert import export
-    from tunesmith.tuned import TunedModel
+    from tunesmith.runs.tuned import TunedModel
 
     tuned = TunedModel("adapter", adapter, TrainConfig(model_path=model))
     export(tuned, ConvertConfig(verify=way == "tunesmith proven"), output)

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from tunesmith.evaluate.engine import EngineSpec, Request
-from tunesmith.evaluate.vllm_engine import VLLMEngine
+from tunesmith.evaluate.engines.base import EngineSpec, Request
+from tunesmith.evaluate.engines.vllm import VLLMEngine
 
 _MODEL = Path(__file__).parents[1] / "examples/quickstart/build/SmolLM2-135M-Instruct"
 _PROMPT_TOKENS = (20, 120)

@@ -25,9 +25,9 @@ from flops import count_flops, measure_shape
 from in_process import lengths_of, make_job, plan_bytes, set_up_alone
 from turn import peak_bytes
 
+from tunesmith.atomic_files import write_json
 from tunesmith.config import TrainConfig
-from tunesmith.model.flops import peak_flops
-from tunesmith.runs import write_json
+from tunesmith.planning.devices import peak_flops
 from tunesmith.train.training import Training
 
 _FOLDER = Path(__file__).parent

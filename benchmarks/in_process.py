@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.model.load import load_model_config, load_tokenizer
-from tunesmith.model.memory import build_planned_model
+from tunesmith.planning.memory import build_planned_model
 from tunesmith.train.start import locate_run, record_params
 from tunesmith.train.training import Training, set_up
 from tunesmith.train.worker import ProcessWorker, TrainJob

@@ -21,8 +21,9 @@ from tunesmith.config import TrainConfig
 from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
-from tunesmith.model import build, elementwise, memory
-from tunesmith.train import training
+from tunesmith.model.kernels import elementwise
+from tunesmith.planning import memory
+from tunesmith.train import build, training
 from tunesmith.train.training import Training
 
 _PRODUCTS = 3
@@ -36,10 +37,10 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
         [(build, "fuse_adapters", lambda _: False), (memory, "fuse_adapters", lambda _: False)],
     ),
     "norms and gates that keep less": ({}, [(build, "fuse_elementwise", lambda _: None)]),
-    "several sequences at a time": ({}, [(training, "sequences_at_a_time", lambda *_: 1)]),
+    "several sequences at a time": ({}, [(training, "sequences_per_forward", lambda *_: 1)]),
     "at most 1,024 tokens at a time": (
         {},
-        [(training, "sequences_at_a_time", lambda size, *_: size)],
+        [(training, "sequences_per_forward", lambda size, *_: size)],
     ),
     "cheap results computed again": (
         {},

@@ -18,7 +18,7 @@ from typing import Any
 
 from turn import FOLDER, Figures
 
-from tunesmith.runs import write_text
+from tunesmith.atomic_files import write_text
 
 PAGE = FOLDER.parent / "docs" / "performance.md"
 RESULTS = FOLDER / "results"

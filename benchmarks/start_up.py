@@ -17,7 +17,7 @@ from typing import Any
 from turn import FOLDER, answer
 
 from tunesmith.config import TrainConfig
-from tunesmith.runs import iterate_metrics
+from tunesmith.runs.metrics_log import iterate_metrics
 from tunesmith.train.start import locate_run
 
 _POLL_S = 0.02

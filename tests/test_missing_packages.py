@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from exports_at_hand import write_adapter
-from runs_at_hand import small_config
+from support.exports import write_adapter
+from support.runs import small_config
 from tunesmith.chart.package import package_zip
 from tunesmith.cluster.local_ray import signal_handlers_kept
 from tunesmith.cluster.ray_convert import convert
@@ -21,7 +21,7 @@ from tunesmith.cluster.remote import find_failed_import
 from tunesmith.cluster.resources import connected_nodes
 from tunesmith.config import ConvertConfig
 from tunesmith.errors import EvaluationError, ExportError, TrainingError, TunesmithError
-from tunesmith.evaluate.engine import EngineSpec
+from tunesmith.evaluate.engines.base import EngineSpec
 
 ModelOf = Callable[[str], Path]
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from tunesmith import TrainConfig
 from tunesmith.cli import main
-from tunesmith.runs import ORIGIN_FILE, RunDir, read_versioned_json
-from tunesmith.settings import load_settings
+from tunesmith.config.layers import load_settings
+from tunesmith.runs.folder import ORIGIN_FILE, RunDir, read_versioned_json
 from tunesmith.train.start import is_finished, locate_run
 from tunesmith.view.summary import format_summary
 

@@ -224,7 +224,7 @@ def _submit_to_ray(release: Release, wait: bool) -> int:
 def _read_release(verb: str, given: dict[str, list[str]], words: list[str]) -> Release | None:
     """Return the release that the options and settings of a verb describe, or None where help was printed."""
     from tunesmith.config import TrainConfig
-    from tunesmith.settings import parse_flags
+    from tunesmith.config.flags import parse_flags
 
     config = _read_config(verb, TrainConfig, words)
     if config is None:
@@ -246,7 +246,9 @@ def _read_release(verb: str, given: dict[str, list[str]], words: list[str]) -> R
 def _read_config(verb: str, model: type[Model], words: list[str]) -> Model | None:
     """Return the settings of a verb, or None where help was asked for and printed."""
     from tunesmith.config import TunedModelConfig
-    from tunesmith.settings import format_help, load_settings, parse_flags
+    from tunesmith.config.flags import parse_flags
+    from tunesmith.config.layers import load_settings
+    from tunesmith.config.reference import format_help
 
     if _asks_help(words):
         print(format_help(model, _describe_verb(verb)), end="")
@@ -273,7 +275,7 @@ def _watch(words: list[str]) -> int:
 
 def _schema(words: list[str]) -> int:
     from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
-    from tunesmith.settings import format_markdown, json_schema
+    from tunesmith.config.reference import format_markdown, json_schema
 
     if _asks_help(words):
         print(_describe_verb("schema"))
@@ -385,7 +387,7 @@ def _unknown_verb(words: list[str]) -> ConfigError:
 
 
 def _did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str | None:
-    from tunesmith.settings.fields import nearest_name
+    from tunesmith.config.fields import nearest_name
 
     near = nearest_name(word, names)
     return f"did you mean `{prefix}{near}`?" if near else None

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tunesmith.atomic_files import write_text
 from tunesmith.config import TrainConfig
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.errors import DataError
-from tunesmith.runs import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from tunesmith.chart.helm import CHART, install, merge_values, template
 from tunesmith.chart.places import refuse_relative_paths, warn_of_unmounted_paths
 from tunesmith.chart.schema import SUBDOMAIN
 from tunesmith.config import TrainConfig
+from tunesmith.config.yaml_file import write_yaml
 from tunesmith.errors import ConfigError
-from tunesmith.settings.yaml_file import write_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from tunesmith.config import TrainConfig
-from tunesmith.settings import json_schema
+from tunesmith.config.reference import json_schema
 
 Schema = dict[str, Any]
 

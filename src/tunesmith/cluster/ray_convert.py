@@ -23,7 +23,7 @@ from tunesmith.errors import ConfigError, ExportError
 from tunesmith.export.convert import Exported, choose_output, export
 from tunesmith.export.folder import mark_beside, tidy
 from tunesmith.machine import usable_cpus
-from tunesmith.tuned import TunedModel, taken
+from tunesmith.runs.tuned import TunedModel, taken
 
 logger = logging.getLogger(__name__)
 

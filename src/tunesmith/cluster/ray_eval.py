@@ -12,11 +12,11 @@ from tunesmith.cluster.replicas import EVALUATION, Replicas
 from tunesmith.cluster.resources import Node, connected_nodes
 from tunesmith.config import EvaluateConfig
 from tunesmith.errors import ConfigError, ResourceError
-from tunesmith.evaluate.engine import EngineSpec, make_engine, vllm_is_installed
+from tunesmith.evaluate.engines.base import EngineSpec, make_engine, vllm_is_installed
 from tunesmith.evaluate.evaluation import EvaluationResult, Generate, Pool, run_evaluation
+from tunesmith.evaluate.metrics.score import Metric, choose_metrics, score_predictions
 from tunesmith.evaluate.results import Prediction
-from tunesmith.evaluate.score import Metric, choose_metrics, score_predictions
-from tunesmith.tuned import taken
+from tunesmith.runs.tuned import taken
 
 logger = logging.getLogger(__name__)
 

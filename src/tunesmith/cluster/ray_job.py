@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import tunesmith
 from tunesmith.cluster.resources import check_address, no_answer
 from tunesmith.config import TrainConfig
+from tunesmith.config.layers import dump_yaml
 from tunesmith.errors import ConfigError, SubmitError
-from tunesmith.settings import dump_yaml
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -29,10 +29,12 @@ from tunesmith.errors import (
     TrainingError,
     TunesmithError,
 )
-from tunesmith.lease import Lease, refuse_if_held
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import check_weights, load_tokenizer
-from tunesmith.runs import RunDir, find_ending, iterate_metrics, newest_attempt
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.lease import Lease, refuse_if_held
+from tunesmith.runs.metrics_log import find_ending, iterate_metrics, newest_attempt
+from tunesmith.tracking.log import check_wandb
 from tunesmith.train.start import (
     check_model,
     check_resumable,
@@ -41,7 +43,6 @@ from tunesmith.train.start import (
     locate_run,
     record_params,
 )
-from tunesmith.train.tracking import check_wandb
 from tunesmith.train.worker import TrainJob
 from tunesmith.view.figures import draw_loss_curve
 from tunesmith.view.watch import LiveView

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.cluster.remote import Work, fetch
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluate.engine import EngineSpec, Generation, Request, Variant, make_engine
+from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant, make_engine
 
 logger = logging.getLogger(__name__)
 

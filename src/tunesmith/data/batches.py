@@ -190,7 +190,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def share_of_rank(num_microbatches: int, rank: int, world_size: int) -> list[int | None]:
+def microbatches_for_rank(num_microbatches: int, rank: int, world_size: int) -> list[int | None]:
     """Return the numbers of the microbatches that `rank` runs; None where it runs an empty one.
 
     Every rank gets equally many: FSDP hangs otherwise.

@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tunesmith.atomic_files import sync_files
 from tunesmith.errors import DataError
-from tunesmith.runs import sync_files
 
 logger = logging.getLogger(__name__)
 

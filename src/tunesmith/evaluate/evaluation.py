@@ -12,8 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
+from tunesmith.atomic_files import write_json, write_json_lines
 from tunesmith.config import EvaluateConfig
-from tunesmith.evaluate.engine import AdapterRefusedError, EngineSpec, Generation, Request
+from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
+from tunesmith.evaluate.metrics.score import Metric, choose_metrics, summarise
 from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_as_adapter, served_whole
 from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
 from tunesmith.evaluate.report import write_report
@@ -26,11 +28,11 @@ from tunesmith.evaluate.results import (
     Scores,
     ThroughputRecord,
 )
-from tunesmith.evaluate.score import Metric, choose_metrics, summarise
 from tunesmith.evaluate.store import GenerationStore, only_writer
 from tunesmith.evaluate.verdict import judge
-from tunesmith.runs import FORMAT_VERSION, untrained_loss, write_json, write_json_lines
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.folder import FORMAT_VERSION
+from tunesmith.runs.metrics_log import untrained_loss
+from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.bar import track_progress
 from tunesmith.view.figures import render_loss_curve
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from tunesmith.config import ConvertConfig, EvaluateConfig
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluate.engine import EngineSpec, Request, Variant, vllm_is_installed
+from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant, vllm_is_installed
+from tunesmith.evaluate.engines.vllm_adapter import unservable_reason
 from tunesmith.evaluate.test_set import TestSet
-from tunesmith.evaluate.vllm_adapter import unservable_reason
 from tunesmith.export.convert import export
 from tunesmith.model.load import load_model_config
-from tunesmith.runs import ORIGIN_FILE, read_versioned_json
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
+from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 

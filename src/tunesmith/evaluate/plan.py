@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.config import EvaluateConfig, TrainConfig
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.evaluate.engine import Generation, Variant
+from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.passes import choose_engine, weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
 from tunesmith.model.fit import check_adapter_fits, check_state_fits, read_adapter_shapes
@@ -26,7 +26,7 @@ from tunesmith.model.load import (
     resolve_dtype,
 )
 from tunesmith.model.state import list_weights
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast

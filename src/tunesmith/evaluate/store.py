@@ -18,9 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tunesmith.atomic_files import write_json_lines
 from tunesmith.errors import RunError
-from tunesmith.evaluate.engine import Generation, Request, Variant
-from tunesmith.runs import FORMAT_VERSION, write_json_lines
+from tunesmith.evaluate.engines.base import Generation, Request, Variant
+from tunesmith.runs.folder import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from tunesmith.data.prompts import Prompt, PromptEncoder
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.data.templates import Kind, choose_format
 from tunesmith.errors import DataError
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,8 +13,8 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.sources import local_path
 from tunesmith.errors import DataError
 from tunesmith.export.origin import name_base
-from tunesmith.runs import untrained_loss
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.metrics_log import untrained_loss
+from tunesmith.runs.tuned import TunedModel
 
 # Said elsewhere in the card, or true of one machine alone.
 _UNLISTED = {"hf_model_id", "model_path", "dataset_name", "trust_remote_code"}

@@ -19,7 +19,7 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
 # The tokenizer, configurations and headers beside the weights.

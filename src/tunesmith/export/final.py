@@ -7,14 +7,15 @@ import shutil
 
 import torch
 
+from tunesmith.atomic_files import replace_folder
 from tunesmith.config import TrainConfig
 from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
 from tunesmith.export.shards import write_shards
 from tunesmith.model.state import STATE_FOLDER
-from tunesmith.runs import STATE_FILE, Checkpoint, RunDir, replace_folder
-from tunesmith.tuned import Kind, TunedModel
+from tunesmith.runs.folder import STATE_FILE, Checkpoint, RunDir
+from tunesmith.runs.tuned import Kind, TunedModel
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from tempfile import NamedTemporaryFile
 
 from filelock import FileLock, Timeout
 
+from tunesmith.atomic_files import repair_folder, replace_folder
 from tunesmith.errors import ExportError, ResourceError, RunError
-from tunesmith.runs import repair_folder, replace_folder
 from tunesmith.view.units import format_bytes
 
 _RELEASED_WITHIN_S = 5  # a lock, once its process has been killed

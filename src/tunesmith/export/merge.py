@@ -13,7 +13,7 @@ from tunesmith.export.deltas import AdapterChanges
 from tunesmith.export.names import Group, NameMap
 from tunesmith.export.source import WeightSource, open_source
 from tunesmith.model.load import build_meta_model, load_model_config
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class Merge:
         self._group_of = {name: group for group in self.groups for name in group.files}
         self._check()
         self.tensors = {
-            name: _cast(source.tensors[self._stored[name]], dtype)
+            name: cast_weights(source.tensors[self._stored[name]], dtype)
             for group in self.groups
             for name in group.files
         }
@@ -167,5 +167,5 @@ def _find_ties(model: PreTrainedModel) -> dict[str, list[str]]:
     return {name: names for names in sharing.values() for name in names}
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def cast_weights(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tunesmith.atomic_files import write_json
 from tunesmith.config import TrainConfig
-from tunesmith.runs import FORMAT_VERSION, ORIGIN_FILE, write_json
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.folder import FORMAT_VERSION, ORIGIN_FILE
+from tunesmith.runs.tuned import TunedModel
 
 _TEMPLATES = ("input_template", "output_template", "field_mapping")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 

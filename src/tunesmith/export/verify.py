@@ -19,9 +19,9 @@ from tunesmith.export.prompts import choose_prompts
 from tunesmith.export.proof import Proof
 from tunesmith.export.sample import check_headers, prove_by_sample
 from tunesmith.machine import available_memory
-from tunesmith.model.lora import apply_adapter
+from tunesmith.model.adapters import apply_adapter
 from tunesmith.model.state import read_weights
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from tunesmith.errors import ResourceError
-from tunesmith.model.attention import VARLEN, attend_within_examples
-from tunesmith.model.shard import find_blocks
+from tunesmith.model.kernels.attention import VARLEN, attend_within_examples
+from tunesmith.parallel.blocks import find_blocks
 
 # Every kind of block compiles anew for inputs with and without a gradient, in training and in evaluation;
 # torch gives up after 8.

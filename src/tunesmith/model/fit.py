@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
-from tunesmith.model.lora import ADAPTER_WEIGHTS
+from tunesmith.model.adapters import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
-from tunesmith.model.attention import VARLEN, compute_logits, trying
-from tunesmith.model.loss import can_fuse_loss
-from tunesmith.model.shard import holds_on_all_ranks, release_gathered
+from tunesmith.model.kernels.attention import VARLEN, compute_logits, trying
+from tunesmith.model.kernels.loss import can_fuse_loss
+from tunesmith.parallel.collectives import holds_on_all_ranks
+from tunesmith.parallel.fsdp import release_gathered
 
 logger = logging.getLogger(__name__)
 

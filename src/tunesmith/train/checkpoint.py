@@ -26,20 +26,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from tunesmith.atomic_files import remove_folder, sync_files, write_json
 from tunesmith.errors import CheckpointError
-from tunesmith.lease import holds
-from tunesmith.model.lora import write_adapter
+from tunesmith.model.adapters import write_adapter
 from tunesmith.model.state import STATE_FOLDER, read_weights
-from tunesmith.runs import (
-    FORMAT_VERSION,
-    STATE_FILE,
-    Checkpoint,
-    read_versioned_json,
-    remove_folder,
-    sync_files,
-    write_json,
-)
-from tunesmith.train.step import share_objects
+from tunesmith.parallel.collectives import broadcast_objects
+from tunesmith.runs.folder import FORMAT_VERSION, STATE_FILE, Checkpoint, read_versioned_json
+from tunesmith.runs.lease import holds
 from tunesmith.train.stopping import EarlyStopping
 from tunesmith.train.worker import TrainJob
 
@@ -88,7 +81,7 @@ class Checkpointer:
         self._tokenizer = tokenizer
         # Its own group: the background write must not mix its messages with the loop's.
         self._group = dist.new_group(backend="gloo")
-        (self._token,) = share_objects([uuid.uuid4().hex[:8]], self._group)
+        (self._token,) = broadcast_objects([uuid.uuid4().hex[:8]], self._group)
         if rank == 0:
             job.run.discard_unfinished()  # of a group that a failure has ended
         self._writing: Future[Any] | None = None

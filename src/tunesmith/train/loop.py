@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tunesmith.runs import newest_attempt
+from tunesmith.runs.metrics_log import newest_attempt
+from tunesmith.tracking.log import MetricsLog, NoLog, open_trackers
 from tunesmith.train.checkpoint import Progress
-from tunesmith.train.tracking import MetricsLog, NoLog, open_trackers
 from tunesmith.train.training import Ending, set_up
 from tunesmith.train.worker import TrainJob, Worker
 

@@ -9,7 +9,8 @@ import time
 import torch
 from torch import nn
 
-from tunesmith.model.flops import count_flops_per_token, peak_flops
+from tunesmith.planning.devices import peak_flops
+from tunesmith.planning.throughput import count_flops_per_token
 
 
 class Meter:

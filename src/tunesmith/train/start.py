@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import tunesmith
 from tunesmith.config import TrainConfig
+from tunesmith.config.layers import dump_settings
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import source_fingerprint
 from tunesmith.errors import ConfigError, RunError
 from tunesmith.model.load import build_meta_model, load_model_config, model_fingerprint
-from tunesmith.runs import RunDir, find_ending
-from tunesmith.settings import dump_settings
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.metrics_log import find_ending
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,7 +82,7 @@ def check_model(config: TrainConfig) -> PretrainedConfig:
         )
     model = build_meta_model(config, model_config)
     if not config.full_ft:
-        from tunesmith.model.lora import choose_targets
+        from tunesmith.model.adapters import choose_targets
 
         choose_targets(model, config)
     return model_config

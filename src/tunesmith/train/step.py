@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, share_of_rank
-from tunesmith.model.loss import sum_cross_entropy
-from tunesmith.model.shard import release_gathered, sum_gradients
+from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, microbatches_for_rank
+from tunesmith.model.kernels.loss import sum_cross_entropy
+from tunesmith.parallel.collectives import sum_over_ranks
+from tunesmith.parallel.fsdp import release_gathered
+from tunesmith.parallel.replicate import sum_gradients
 from tunesmith.train.worker import Worker
 
 
@@ -42,17 +43,17 @@ def accumulate_gradients(
     seed: int,
     worker: Worker,
     fused_loss: bool,
-    num_sequences: int,
+    sequences_per_forward: int,
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
 
-    Of a microbatch `num_sequences` are run at once.
+    Of a microbatch `sequences_per_forward` are run at once.
 
     The gradient is that of the mean cross-entropy per trained token of the whole global batch. Nothing here
     waits for a GPU: while it computes one microbatch, the host collates the next. Collective.
     """
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
-    numbers = share_of_rank(len(microbatches), worker.rank, worker.world_size)
+    numbers = microbatches_for_rank(len(microbatches), worker.rank, worker.world_size)
     is_sharded = isinstance(model, FSDPModule)
     # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
     # they would cost every worker more memory than the model.
@@ -62,7 +63,7 @@ def accumulate_gradients(
     for i, number in enumerate(numbers):
         torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
         whole = None if number is None else microbatches[number]
-        parts = split_microbatch(whole, microbatches, num_sequences, is_sharded)
+        parts = split_microbatch(whole, microbatches, sequences_per_forward, is_sharded)
         for j, rows in enumerate(parts):
             if isinstance(model, FSDPModule):
                 is_last = i == len(numbers) - 1 and j == len(parts) - 1
@@ -81,17 +82,20 @@ def accumulate_gradients(
 
 
 def split_microbatch(
-    rows: np.ndarray | None, microbatches: Sequence[np.ndarray], num_sequences: int, is_sharded: bool
+    rows: np.ndarray | None, microbatches: Sequence[np.ndarray], sequences_per_forward: int, is_sharded: bool
 ) -> list[np.ndarray | None]:
-    """Return the parts of a microbatch that are run one after another, of at most `num_sequences` each.
+    """Return the parts of a microbatch that are run one after another, of at most `sequences_per_forward` each.
 
     None is one without rows. Under FSDP every rank must run equally many, whatever the microbatch; a rank without
     one (None) runs empty ones.
     """
     parts: list[np.ndarray | None] = []
     if rows is not None:
-        parts += [rows[start : start + num_sequences] for start in range(0, len(rows), num_sequences)]
-    num_parts = math.ceil(max(map(len, microbatches)) / num_sequences) if is_sharded else 0
+        parts += [
+            rows[start : start + sequences_per_forward]
+            for start in range(0, len(rows), sequences_per_forward)
+        ]
+    num_parts = math.ceil(max(map(len, microbatches)) / sequences_per_forward) if is_sharded else 0
     return parts + [None] * (num_parts - len(parts))
 
 
@@ -133,7 +137,7 @@ def evaluate_loss(
     """
     model.eval()
     loss_sum = torch.zeros((), device=worker.device)
-    for number in share_of_rank(len(microbatches), worker.rank, worker.world_size):
+    for number in microbatches_for_rank(len(microbatches), worker.rank, worker.world_size):
         rows = None if number is None else microbatches[number]
         batch = collate_rows(sequences, rows).to(worker.device)
         loss_sum += sum_cross_entropy(model, batch, fused_loss)
@@ -142,17 +146,3 @@ def evaluate_loss(
     num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
     (total,) = sum_over_ranks([loss_sum.item()], group)
     return total / num_trained if num_trained else math.nan
-
-
-def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]:
-    """Return the sums of the values over all ranks, in float64. Collective; `group` works on the CPU."""
-    totals = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(totals, group=group)
-    return totals.tolist()
-
-
-def share_objects(values: list[Any], group: dist.ProcessGroup) -> list[Any]:
-    """Return rank 0's values on every rank. Collective; they must pickle."""
-    shared = list(values)
-    dist.broadcast_object_list(shared, src=0, group=group)
-    return shared

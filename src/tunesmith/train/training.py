@@ -19,26 +19,22 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
 from tunesmith.machine import keep_freed_memory
-from tunesmith.model.attention import VARLEN
-from tunesmith.model.build import build_model, choose_ways, describe_choices
 from tunesmith.model.compilation import check_compiler, compile_blocks
+from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
-from tunesmith.model.memory import sequences_at_a_time
 from tunesmith.model.probe import keeps_examples_apart
-from tunesmith.model.recompute import count_recomputed, describe_recomputation
-from tunesmith.runs import Checkpoint, RunDir, finished_at
+from tunesmith.parallel.activation_checkpointing import count_recomputed, describe_recomputation
+from tunesmith.parallel.collectives import broadcast_objects, sum_over_ranks
+from tunesmith.planning.memory import sequences_per_forward
+from tunesmith.runs.folder import Checkpoint, RunDir
+from tunesmith.runs.metrics_log import finished_at
+from tunesmith.tracking.log import MetricsLog, NoLog
+from tunesmith.train.build import build_model, choose_ways, describe_choices
 from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
-from tunesmith.train.optimizer import build_optimizer, learning_rate, set_learning_rate
-from tunesmith.train.step import (
-    accumulate_gradients,
-    clip_gradients,
-    evaluate_loss,
-    read_scalars,
-    share_objects,
-    sum_over_ranks,
-)
-from tunesmith.train.tracking import MetricsLog, NoLog
+from tunesmith.train.optimizer import build_optimizer
+from tunesmith.train.schedule import learning_rate, set_learning_rate
+from tunesmith.train.step import accumulate_gradients, clip_gradients, evaluate_loss, read_scalars
 from tunesmith.train.worker import TrainJob, Worker
 
 logger = logging.getLogger(__name__)
@@ -105,12 +101,12 @@ class Training:
         A run that had stopped early and is started once more gets its whole patience again.
         """
         # One choice for all ranks: a shared disk may show them different folders.
-        (folder,) = share_objects([self.worker.resume_from()], self.group)
+        (folder,) = broadcast_objects([self.worker.resume_from()], self.group)
         if folder is None:
             return Progress()
         progress = self.checkpointer.restore(folder)
         logger.info("going on from step %d: `%s` is the latest whole checkpoint", progress.step, folder.name)
-        (finished,) = share_objects([finished_at(self.job.run, progress.step)], self.group)
+        (finished,) = broadcast_objects([finished_at(self.job.run, progress.step)], self.group)
         return replace(progress, stopping=progress.stopping.renew()) if finished else progress
 
     def take_step(self, step: int) -> StepResult:
@@ -126,7 +122,7 @@ class Training:
             config.seed,
             self.worker,
             self.fused_loss,
-            self.num_at_once,
+            self.sequences_per_forward,
         )
         norm = clip_gradients(self.model, config.max_grad_norm)
         # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
@@ -143,10 +139,10 @@ class Training:
         return result
 
     @property
-    def num_at_once(self) -> int:
+    def sequences_per_forward(self) -> int:
         """How many sequences of a microbatch are run at once."""
         config = self.config
-        return sequences_at_a_time(
+        return sequences_per_forward(
             config.per_device_train_batch_size, config.max_seq_length, self.worker.device.type
         )
 
@@ -231,7 +227,7 @@ class Training:
         rows = "packed" if self.sequences.packing else "padded"
         return (
             f"{self.num_steps} steps ({self.plan.steps_per_epoch} an epoch) of {batch.microbatches} × {batch.sequences_per_microbatch} {rows} sequences, "
-            f"{self.num_at_once} at a time, "
+            f"{self.sequences_per_forward} at a time, "
             f"on {self.worker.world_size} × {self.worker.device.type}; {describe_choices(self.model, self.fused_loss, self.config, self.worker.device)}"
         )
 
@@ -289,7 +285,7 @@ def decide_packing(
 
     Collective. Rank 0 records it with what else was chosen, so that a resumed run keeps batches and dtype.
     """
-    (params,) = share_objects([run.read_params()], group)
+    (params,) = broadcast_objects([run.read_params()], group)
     packing = config.packing if params["packing"] is None else bool(params["packing"])
     if packing and params["packing"] is None:
         is_fit = attention_of(model) == VARLEN or keeps_examples_apart(
@@ -342,7 +338,7 @@ def choose_validation_batches(
         if count > limit and chosen:
             break
         chosen.append(index)
-    size = sequences_at_a_time(config.per_device_eval_batch_size, config.max_seq_length, device_type)
+    size = sequences_per_forward(config.per_device_eval_batch_size, config.max_seq_length, device_type)
     return [np.array(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 

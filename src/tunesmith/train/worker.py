@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.config import TrainConfig
-from tunesmith.runs import RunDir
+from tunesmith.runs.folder import RunDir
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.errors import RunError
-from tunesmith.runs import RunDir, read_metrics
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.metrics_log import read_metrics
 from tunesmith.view.curves import smooth
 from tunesmith.view.progress import EvaluationPoint, EventPoint, TrainingPoint, parse_point
 from tunesmith.view.units import format_loss

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import RUN_PREFIX
+from tunesmith.runs.folder import RUN_PREFIX
 from tunesmith.view.curves import draw_bars, smooth
 from tunesmith.view.progress import RunProgress
 from tunesmith.view.units import format_bytes, format_duration, format_loss, format_step_time

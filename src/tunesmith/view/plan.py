@@ -14,11 +14,12 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.machine import available_memory
-from tunesmith.model.flops import count_flops_per_token, known_gpus, memory_of_gpu, peak_flops
-from tunesmith.model.layout import plan_layout
 from tunesmith.model.load import load_model_config, load_tokenizer, resolve_dtype
-from tunesmith.model.memory import Layout, Memory, PlannedModel, build_planned_model
-from tunesmith.model.recompute import describe_recomputation
+from tunesmith.parallel.activation_checkpointing import describe_recomputation
+from tunesmith.planning.devices import known_gpus, memory_of_gpu, peak_flops
+from tunesmith.planning.layout import plan_layout
+from tunesmith.planning.memory import Layout, Memory, PlannedModel, build_planned_model
+from tunesmith.planning.throughput import count_flops_per_token
 from tunesmith.view.inspect import prepared_to_look_at
 from tunesmith.view.units import format_bytes, format_duration
 
@@ -209,12 +210,12 @@ def _print_memory(console: Console, planned: Plan) -> None:
     table.add_section()
     table.add_row("together", format_bytes(planned.memory.total))
     table.add_row(f"{workers.name} has", format_bytes(workers.memory))
-    placed = "sharded, gathered once a microbatch" if layout.keeps_gathered else "sharded"
+    placed = "sharded, gathered once a microbatch" if not layout.reshard_after_forward else "sharded"
     recomputed = describe_recomputation(layout.num_recomputed, layout.num_blocks)
     console.print(
         f"{planned.config.model_source}: {workers.num} × {workers.name}, "
         f"{str(workers.dtype).removeprefix('torch.')}, "
-        f"weights {'whole on each worker' if layout.whole else placed}, gradient checkpointing {recomputed}",
+        f"weights {'whole on each worker' if layout.replicated else placed}, gradient checkpointing {recomputed}",
         soft_wrap=True,
     )
     console.print(table)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.runs import ENDINGS, check_format_version
+from tunesmith.runs.folder import check_format_version
+from tunesmith.runs.metrics_log import ENDINGS
 
 _RECENT_POINTS = 20
 _SILENT_AFTER_S = 60.0

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import ENDINGS, RunDir, iterate_metrics, read_metrics
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.metrics_log import ENDINGS, iterate_metrics, read_metrics
 from tunesmith.view.progress import (
     EvaluationPoint,
     EventPoint,

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from tunesmith.runs import open_run
+from tunesmith.runs.folder import open_run
 from tunesmith.view.panel import RunPanel
 from tunesmith.view.progress import EvaluationPoint, EventPoint, Point, RunProgress, TrainingPoint
 from tunesmith.view.units import format_duration, format_loss, format_step_time

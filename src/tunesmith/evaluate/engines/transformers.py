@@ -1,0 +1,113 @@
+"""Generation with transformers: what evaluates where vLLM isn't installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import TrainConfig
+from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformersEngine:
+    """Generates in batches of requests of like length, padded on the left."""
+
+    name = "transformers"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        import torch
+        from transformers import GenerationConfig
+
+        from tunesmith.model.adapters import apply_adapter
+        from tunesmith.model.load import load_model
+
+        self._spec = spec
+        if spec.num_threads is not None:
+            torch.set_num_threads(spec.num_threads)
+        device = torch.device("cuda" if spec.use_gpu else "cpu")
+        model = load_model(_source(spec), device).to(device, getattr(torch, spec.dtype)).eval()
+        # A model's own may hold penalties, with which greedy wouldn't be greedy.
+        model.generation_config = GenerationConfig()
+        self._model: Any = model if spec.adapter is None else apply_adapter(model, spec.adapter)
+        self._device = device
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
+        # The longest first: whether a batch fits in memory shows at once, and the estimated time only falls.
+        ordered = sorted(requests, key=lambda request: (request.variant, -len(request.prompt_ids)))
+        for variant in ("base", "tuned"):
+            of_variant = [request for request in ordered if request.variant == variant]
+            for start in range(0, len(of_variant), self._spec.batch_size):
+                yield self._generate_batch(of_variant[start : start + self._spec.batch_size], variant)
+
+    def close(self) -> None:
+        import torch
+
+        self._model = None
+        if self._spec.use_gpu:
+            torch.cuda.empty_cache()
+
+    def _generate_batch(self, batch: Sequence[Request], variant: Variant) -> list[Generation]:
+        import torch
+
+        longest = max(len(request.prompt_ids) for request in batch)
+        pad_id = self._spec.stop_token_ids[0]
+        input_ids_BT = torch.full((len(batch), longest), pad_id, dtype=torch.long)
+        mask_BT = torch.zeros_like(input_ids_BT)
+        for row, request in enumerate(batch):
+            start = longest - len(request.prompt_ids)
+            input_ids_BT[row, start:] = torch.tensor(request.prompt_ids)
+            mask_BT[row, start:] = 1
+        without_adapter = variant == "base" and self._spec.adapter is not None
+        rooms = [self._room(request) for request in batch]
+        torch.manual_seed(self._spec.seed + batch[0].sample)
+        with torch.inference_mode(), self._model.disable_adapter() if without_adapter else nullcontext():
+            output_BT: torch.Tensor = self._model.generate(
+                input_ids=input_ids_BT.to(self._device),
+                attention_mask=mask_BT.to(self._device),
+                generation_config=self._generation_config(max(rooms)),
+            )
+        answers = zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True)
+        return [_generation(request, ids[:room], self._spec.stop_token_ids) for request, room, ids in answers]
+
+    def _room(self, request: Request) -> int:
+        """Return how many tokens the answer may have."""
+        return min(self._spec.max_tokens, self._spec.max_model_len - len(request.prompt_ids))
+
+    def _generation_config(self, max_new_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        spec = self._spec
+        sampling: dict[str, Any] = {"do_sample": False}
+        if spec.temperature > 0:
+            sampling = {
+                "do_sample": True,
+                "temperature": spec.temperature,
+                "top_k": spec.top_k,
+                "top_p": spec.top_p,
+            }
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(spec.stop_token_ids),
+            pad_token_id=spec.stop_token_ids[0],
+            **sampling,
+        )
+
+
+def _source(spec: EngineSpec) -> TrainConfig:
+    """Return settings that load the model of `spec`."""
+    if Path(spec.model).is_dir():
+        return TrainConfig(model_path=Path(spec.model), trust_remote_code=spec.trust_remote_code)
+    return TrainConfig(
+        hf_model_id=spec.model, model_revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+
+
+def _generation(request: Request, ids: list[int], stop_token_ids: Sequence[int]) -> Generation:
+    stops = [position for position, token in enumerate(ids) if token in stop_token_ids]
+    kept = ids[: stops[0]] if stops else ids
+    return Generation(request.sample, request.variant, tuple(kept), "stop" if stops else "length")

@@ -1,0 +1,1 @@
+"""Weights and gradients over several workers."""

@@ -1,0 +1,65 @@
+"""A slice of every weight on each worker: PyTorch FSDP2."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from tunesmith.parallel.blocks import find_blocks
+
+
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    cpu_offload: bool,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
+
+    Frozen weights are kept in `dtype`. Trained ones are kept in float32, as are their gradients; they are
+    cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
+    private copy of the whole model. Gradients are summed over the workers, not averaged. Without
+    `reshard_after_forward` a block stays gathered until its backward pass is done.
+
+    Collective: every rank must call it.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    for block in find_blocks(model):
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    cast_weights(model, dtype)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no averaging; sums also keep the loss independent of the number of workers.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Let go of the weights that a forward without a backward pass has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that this worker holds: frozen ones to `dtype`, trained ones to float32."""
+    wanted = {id(p): torch.float32 if p.requires_grad else dtype for p in model.parameters()}
+    # Buffers are not in `wanted`: rotary frequencies stay in float32.
+    model._apply(lambda tensor: tensor.to(wanted[id(tensor)]) if id(tensor) in wanted else tensor)

@@ -1,0 +1,185 @@
+"""What training needs of a worker's memory, known from shapes before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunesmith.config import TrainConfig
+from tunesmith.model.adapters import add_adapters
+from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.elementwise import fuse_elementwise
+from tunesmith.model.kernels.lora_linear import fuse_adapters
+from tunesmith.model.load import attention_of, build_meta_model
+from tunesmith.parallel.blocks import find_blocks
+from tunesmith.planning.dry_run import Microbatch, measure_microbatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What a worker holds without a model. CPU: torch, transformers, peft and Ray, inferred from one run's peak.
+# GPU: assumed, for the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
+_PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
+
+# Freed tensors that the allocator can't use again: so many bytes, or a share of what a microbatch holds if that is
+# more. CPU: fitted to two runs, whose peaks rose over their first steps, with and without recomputation.
+_LEAST_HEAP_BYTES = {"cpu": 180 << 20, "cuda": 0}
+_HEAP_SHARE = {"cpu": 0.25, "cuda": 0.0}
+
+# Tokens that a CPU runs at once: its products gain little from more, and activations grow with them.
+_TOKENS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one worker holds at its peak, by what they are for."""
+
+    weights: int
+    """Frozen ones, or with `full_ft` all: as much of them as lies on this worker."""
+    gathered: int
+    """Whole blocks of sharded weights, while they are computed with."""
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    """What the loss needs besides the activations."""
+    workspace: int
+    """What the backward pass needs more than the loss did."""
+    heap: int
+    """Freed tensors that the allocator keeps."""
+    process: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies in a worker's memory, where there is a choice.
+
+    Attributes:
+        replicated: whether the weights lie whole on each worker; else they are sharded.
+        reshard_after_forward: whether a sharded block's gathered weights go after its forward pass, and come again for
+            its backward pass.
+        num_recomputed: of the `num_blocks` blocks, those that are recomputed: the first ones.
+    """
+
+    replicated: bool
+    reshard_after_forward: bool
+    num_recomputed: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as it is trained, on the meta device, and what it was made of.
+
+    Attributes:
+        fused: whether its adapters are computed with their layers, so that its weights needn't be sharded.
+        keeps_squares: whether its attention keeps a square of each example, which isn't counted.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    fused: bool
+    keeps_squares: bool
+
+
+def build_planned_model(
+    config: TrainConfig, model_config: PretrainedConfig, dtype: torch.dtype
+) -> PlannedModel:
+    """Return the adapted (or fully trainable) model of these settings without weights, to compute in `dtype`.
+
+    Raises:
+        ModelError, ConfigError: as `build_meta_model` and `choose_targets` say.
+    """
+    with torch.device("meta"):
+        model: Any = build_meta_model(config, model_config)
+        own = attention_of(model)
+        model.requires_grad_(config.full_ft)
+        if not config.full_ft:
+            model = add_adapters(model, config)
+    fused = not config.full_ft and fuse_adapters(model)
+    fuse_elementwise(model)
+    # Meta tensors of experts multiply in bfloat16 alone.
+    has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
+    computed = torch.bfloat16 if has_experts else dtype
+    for parameter in model.parameters():
+        # FSDP casts what is trained as it gathers it.
+        parameter.data = parameter.data.to(torch.float32 if fused and parameter.requires_grad else computed)
+    stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
+    attention = own if config.attn_implementation in ("auto", VARLEN) else config.attn_implementation
+    return PlannedModel(model.train(), dtype, stored, fused, keeps_squares=attention == "eager")
+
+
+def sequences_per_forward(batch_size: int, max_seq_length: int, device_type: str) -> int:
+    """Return how many sequences of a microbatch are run at once: on GPUs all of them."""
+    if device_type != "cpu":
+        return batch_size
+    return min(batch_size, max(1, _TOKENS_AT_A_TIME // max_seq_length))
+
+
+def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> Microbatch:
+    """Return what the sequences that are run at once hold.
+
+    Rows are taken to be full, every token of them to be trained, and attention to be `varlen` or FlashAttention.
+
+    Raises:
+        ModelError: as `measure_microbatch` says.
+    """
+    model: Any = planned.model
+    length = config.max_seq_length
+    num_tokens = length * sequences_per_forward(config.per_device_train_batch_size, length, device_type)
+    found = measure_microbatch(model, num_tokens, length, device_type)
+    return found.times(planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize)
+
+
+def estimate_memory(
+    planned: PlannedModel,
+    config: TrainConfig,
+    layout: Layout,
+    microbatch: Microbatch,
+    device_type: str,
+    num_workers: int,
+) -> Memory:
+    """Return what each of `num_workers` workers holds at its peak."""
+    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in planned.model.parameters() if not p.requires_grad)
+    itemsize = planned.dtype.itemsize
+    share = 1 if layout.replicated else num_workers
+    if config.cpu_offload and device_type == "cuda":
+        trained = frozen = 0  # they lie in the host's memory
+    live = microbatch.recompute(layout.num_recomputed)
+    return Memory(
+        weights=(frozen * itemsize + (4 * trained if config.full_ft else 0)) // share,
+        gathered=0
+        if layout.replicated
+        else _gathered_bytes(planned, config.full_ft, layout.reshard_after_forward),
+        adapters=0 if config.full_ft else 4 * trained // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
+        activations=live.activations,
+        logits=live.loss_peak - live.activations,
+        workspace=max(0, live.backward_peak - live.loss_peak),
+        heap=max(
+            _LEAST_HEAP_BYTES[device_type],
+            int(_HEAP_SHARE[device_type] * max(live.loss_peak, live.backward_peak)),
+        ),
+        process=_PROCESS_BYTES[device_type],
+    )
+
+
+def _gathered_bytes(planned: PlannedModel, full_ft: bool, reshard_after_forward: bool) -> int:
+    """Return what FSDP has whole at once: the outermost weights, and two blocks, one of them on its way, or all."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(planned.model)]
+    outermost = sum(p.numel() for p in planned.model.parameters()) - sum(blocks)
+    gathered = 2 * max(blocks, default=0) if reshard_after_forward else sum(blocks)
+    whole = planned.dtype.itemsize * (outermost + gathered)
+    # The gradient of a block is whole until it is summed over the workers, in float32.
+    return whole + (4 * max([outermost, *blocks]) if full_ft else 0)

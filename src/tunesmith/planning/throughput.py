@@ -1,0 +1,25 @@
+"""Floating-point operations of training."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
+    """Return the FLOP that training must spend on one token: without recomputation, attention scores, dropout.
+
+    Each weight of a product costs 2 forward and 2 for the gradient of its input; a trained weight costs 2
+    more. Experts count as often as the router uses them. Counts whole weights, sharded or not.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    flops = 0.0
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or (id(parameter) in embeddings and parameter is not head.weight):
+            continue
+        share = active_share if parameter.dim() == 3 else 1.0
+        flops += share * parameter.numel() * (6 if full_ft or parameter.requires_grad else 4)
+    return flops

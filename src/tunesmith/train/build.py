@@ -1,0 +1,88 @@
+"""From weights on disk to a model that is ready to train."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from tunesmith.config import TrainConfig
+from tunesmith.errors import ModelError
+from tunesmith.model.adapters import add_adapters
+from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.elementwise import fuse_elementwise
+from tunesmith.model.kernels.lora_linear import fuse_adapters
+from tunesmith.model.load import (
+    attention_of,
+    load_model,
+    load_model_config,
+    narrowest_window,
+    resolve_dtype,
+)
+from tunesmith.model.probe import fuses_loss, use_varlen_attention
+from tunesmith.parallel.activation_checkpointing import (
+    count_recomputed,
+    describe_recomputation,
+    recompute_first,
+)
+from tunesmith.parallel.fsdp import shard_model
+from tunesmith.parallel.replicate import replicate_model
+from tunesmith.planning.layout import choose_layout, find_room
+from tunesmith.planning.memory import build_planned_model
+
+
+def build_model(config: TrainConfig, device: torch.device, world_size: int) -> nn.Module:
+    """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective."""
+    dtype = resolve_dtype(config, device)
+    planned = build_planned_model(config, load_model_config(config), dtype)
+    layout = choose_layout(planned, config, device.type, world_size, find_room(device, world_size))
+    model: nn.Module = load_model(config, device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(config.full_ft)
+    if not config.full_ft:
+        model = add_adapters(model, config)
+        fuse_adapters(model)
+    fuse_elementwise(model)
+    if layout.num_recomputed:
+        recompute_first(model, layout.num_recomputed)
+    if layout.replicated:
+        replicate_model(model, device, dtype)
+    else:
+        mesh = init_device_mesh(device.type, (world_size,))
+        shard_model(model, mesh, dtype, config.cpu_offload, layout.reshard_after_forward)
+    return model.train()
+
+
+def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> bool:
+    """Let the model attend in the fastest way that it allows, and return whether its loss can be fused. Collective.
+
+    Raises:
+        ModelError: the model doesn't allow the attention that the settings name.
+    """
+    dtype = resolve_dtype(config, device)
+    if _may_use_varlen(config, model):
+        uses_varlen = use_varlen_attention(model, device, dtype)
+        if not uses_varlen and config.attn_implementation == VARLEN:
+            raise ModelError(
+                f"`attn_implementation` is `{VARLEN}`, which doesn't compute the attention of `{config.model_source}`",
+                "leave `attn_implementation` out",
+            )
+    return fuses_loss(model, device, dtype)
+
+
+def _may_use_varlen(config: TrainConfig, model: nn.Module) -> bool:
+    if config.attn_implementation != "auto":
+        return config.attn_implementation == VARLEN
+    return not attention_of(model).startswith("flash") and config.max_seq_length <= narrowest_window(model)
+
+
+def describe_choices(model: nn.Module, fused_loss: bool, config: TrainConfig, device: torch.device) -> str:
+    """Return in one line what was chosen where the settings leave a choice."""
+    dtype = str(resolve_dtype(config, device)).removeprefix("torch.")
+    return (
+        f"{dtype}, attention {attention_of(model)}, loss {'fused' if fused_loss else 'of whole logits'}, "
+        f"weights {'sharded' if isinstance(model, FSDPModule) else 'whole on each worker'}, "
+        f"gradient checkpointing {describe_recomputation(*count_recomputed(model))}, "
+        f"{'blocks compiled, ' if config.torch_compile else ''}{torch.get_num_threads()} CPU threads"
+    )

@@ -1,0 +1,205 @@
+"""The sized examples: their models fit the nodes that they ask for, and their settings fit the models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from support.paths import REPOSITORY
+from support.tiny_models import build_config
+from support.values import EXAMPLES, read_run
+from tunesmith.config import TrainConfig
+from tunesmith.data.templates import choose_format
+from tunesmith.model.adapters import add_adapters, choose_targets
+from tunesmith.model.load import build_meta_model
+from tunesmith.parallel.blocks import find_blocks
+from tunesmith.planning.layout import SHARE_FOR_WEIGHTS
+
+GB, GIB = 10**9, 2**30
+MODELS = {name: values for name, values in EXAMPLES.items() if values.get("run")}
+SFT = "qwen3-14b-sft/fine-tune.yaml"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An instance type of AWS with 8 GPUs, from its data sheet."""
+
+    gpu: str
+    gpu_gb: int
+    cpus: int
+    memory_gib: int
+    efa_interfaces: int
+
+
+INSTANCES = {
+    "p4d.24xlarge": Instance("A100", 40, 96, 1152, 4),
+    "p4de.24xlarge": Instance("A100", 80, 96, 1152, 4),
+    "p5.48xlarge": Instance("H100", 80, 192, 2048, 32),
+}
+# As in each model's config.json on the hub.
+CONFIGS: dict[str, PretrainedConfig] = {
+    "Qwen/Qwen3-8B": Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    ),
+    "Qwen/Qwen3-14B": Qwen3Config(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+    ),
+    "meta-llama/Llama-3.1-70B": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+    ),
+    "mistralai/Mistral-7B-v0.1": MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False,
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": MixtralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2,
+    ),
+    "microsoft/Phi-3-medium-4k-instruct": Phi3Config(
+        hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=10, vocab_size=32064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def gib(quantity: str) -> float:
+    units = {"Gi": 1.0, "Mi": 1 / 1024}
+    return float(quantity[:-2]) * units[quantity[-2:]]
+
+
+def read_text(name: str) -> str:
+    return (REPOSITORY / "examples" / name).read_text()
+
+
+def sizes_told(name: str) -> tuple[float, float]:
+    """Return what the example's first lines say: GB of weights, and of them on each GPU."""
+    told = re.search(r"([\d.]+) GB of weights, ([\d.]+) GB on each GPU", read_text(name))
+    assert told
+    return float(told[1]), float(told[2])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_worker_trains_on_each_gpu(name: str, tmp_path: Path) -> None:
+    resources = MODELS[name]["resources"]
+    config = read_run(MODELS[name], tmp_path)
+    assert config.num_workers == resources["nnodes"] * resources["limits"]["nvidia.com/gpu"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, SFT])
+def test_pods_leave_their_nodes_some_room(name: str) -> None:
+    values = EXAMPLES[name]
+    instance, limits = INSTANCES[values["resources"]["node_type"]], values["resources"]["limits"]
+    efa = values.get("efa")
+    assert limits["nvidia.com/gpu"] == 8
+    assert 0.9 * instance.cpus < limits["cpu"] + 4 <= instance.cpus
+    # Virtualisation, the kubelet and the daemon sets of such a node take up to a tenth.
+    used = gib(limits["memory"]) + (gib(efa["hugepages"]) if efa else 0)
+    assert 0.8 * instance.memory_gib < used < 0.9 * instance.memory_gib
+    assert (efa is not None) == (values["resources"]["nnodes"] > 1)
+    assert efa is None or efa["interfaces"] == instance.efa_interfaces
+    num_gpus = 8 * values["resources"]["nnodes"]
+    assert (
+        f"{values['resources']['node_type']}, {num_gpus} {instance.gpu} of {instance.gpu_gb} GB"
+        in read_text(name)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, SFT])
+def test_the_model_fits_the_gpus_and_the_memory_of_its_nodes(name: str, tmp_path: Path) -> None:
+    # Of the two for Qwen3-14B, model and batch are the same.
+    config = read_run(MODELS["models/qwen3-14b.yaml" if name == SFT else name], tmp_path)
+    model = build_meta_model(config, CONFIGS[config.hf_model_id])
+    resources = EXAMPLES[name]["resources"]
+    instance, num_gpus = INSTANCES[resources["node_type"]], 8 * resources["nnodes"]
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    # Whole where they fill at most half of a GPU, as the training itself decides.
+    num_shares = 1 if weights <= SHARE_FOR_WEIGHTS * instance.gpu_gb * GB else num_gpus
+    assert sizes_told(name) == (round(weights / GB, 1), round(weights / num_shares / GB, 1))
+    assert needed_on_gpu(model, config, num_gpus) < 0.6 * instance.gpu_gb * GB
+
+    # transformers maps a file's weights, which all workers of a node share; but it makes one tensor of a
+    # layer's experts, of which each worker then holds its own.
+    experts = 8 * 2 * sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    assert weights + experts < 0.9 * gib(resources["limits"]["memory"]) * GIB
+    assert not experts or f"the experts once: {experts / GB:.0f} GB of memory" in read_text(name)
+
+
+@pytest.mark.slow
+def test_a_large_model_does_not_fit_a_small_ones_node(tmp_path: Path) -> None:
+    config = read_run(MODELS["models/llama-3.1-70b.yaml"], tmp_path)
+    model = build_meta_model(config, CONFIGS[config.hf_model_id])
+    assert needed_on_gpu(model, config, num_gpus=8) > 0.6 * INSTANCES["p4d.24xlarge"].gpu_gb * GB
+
+
+def needed_on_gpu(model: PreTrainedModel, config: TrainConfig, num_gpus: int) -> float:
+    """Return an estimate, in bytes: slices, gathered weights, kept activations and those of one block.
+
+    A block's activations are 34 bytes a token and hidden unit (Korthikanti et al. 2022), doubled for gates and
+    adapters. Adapters, their gradients and AdamW's moments are float32.
+    """
+    shape: Any = model.config
+    block = find_blocks(model)[0]
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (model, block)]
+    rest = sizes[0] - shape.num_hidden_layers * sizes[1]
+    targets, _ = choose_targets(model, config)
+    adapters = sum(
+        config.lora_rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in targets
+    )
+    units = config.per_device_train_batch_size * config.max_seq_length * shape.hidden_size
+    sliced = (2 * sizes[0] + 16 * adapters) / num_gpus
+    # The next block is gathered while one computes.
+    gathered = 2 * (2 * sizes[1] + rest)
+    return sliced + gathered + 2 * units * shape.num_hidden_layers + 2 * 34 * units
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_adapters_fit_the_family(name: str, tmp_path: Path) -> None:
+    config = read_run(MODELS[name], tmp_path)
+    family = CONFIGS[config.hf_model_id].model_type
+    tiny = AutoModelForCausalLM.from_config(build_config(family, 300))
+    model = add_adapters(tiny, config).train()
+    ids_BT = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert {"lora_A" in name or "lora_B" in name for name, _ in trained} == {True}
+    assert any(float(p.grad.abs().max()) > 0 for _, p in trained if p.grad is not None)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in trained}
+    attention = {"qkv_proj", "o_proj"} if family == "phi3" else {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert attention <= adapted
+    assert (adapted == attention) == (family == "mixtral")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_rows_of_its_data_set_fill_its_templates(name: str, tmp_path: Path) -> None:
+    config = read_run(MODELS[name], tmp_path)
+    row = {"instruction": "Be brief.", "input": "Why?", "output": "Because."}
+    row_format = choose_format(config, row, "rows", config.gives_template)
+    rendered = row_format.render(row, "row 1")
+    assert rendered["input"] == "### Instruction:\nBe brief.\n ### Input:\nWhy?\n"
+    assert rendered["output"] == "### Response:\nBecause."

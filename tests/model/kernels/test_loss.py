@@ -1,0 +1,190 @@
+"""The summed cross-entropy at trained positions alone is that of the model's own logits and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    PretrainedConfig,
+)
+
+from support.tiny_models import FAMILIES
+from tunesmith.data.batches import Batch, empty_batch
+from tunesmith.model.kernels import loss as loss_module
+from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+HEADS: dict[str, PretrainedConfig] = {
+    "gemma2, which caps its logits": Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5),
+    "cohere, which scales its logits": CohereConfig(**SHAPE, logit_scale=0.25, pad_token_id=0),
+    "granite, which divides its logits": GraniteConfig(**SHAPE, logits_scaling=5.0),
+    "gpt2, which names everything otherwise": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300),
+}
+
+
+def batch_of(trained_BT: torch.Tensor, vocab_size: int) -> tuple[Batch, torch.Tensor]:
+    """Return a random batch that trains these tokens, and labels that say the same in transformers' way."""
+    size, length = trained_BT.shape
+    ids_BT = torch.randint(vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
+    labels_BT = torch.where(trained_BT, ids_BT, -100)
+    predictors_BT = torch.cat([trained_BT[:, 1:], torch.zeros(size, 1, dtype=torch.bool)], dim=1)
+    positions_N = predictors_BT.flatten().nonzero().squeeze(1)
+    position_ids_BT = torch.arange(length).repeat(size, 1)
+    starts = torch.arange(0, size * length + 1, length, dtype=torch.int32)
+    targets_N = ids_BT.flatten()[positions_N + 1]
+    return Batch(ids_BT, position_ids_BT, positions_N, targets_N, starts, length), labels_BT
+
+
+def some_tokens(size: int = 3, length: int = 20) -> torch.Tensor:
+    trained_BT = torch.rand(size, length, generator=torch.Generator().manual_seed(1)) < 0.4
+    trained_BT[:, 0] = False  # nothing precedes it
+    return trained_BT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_those_of_transformers(family: str, model_of: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of(family))
+    check_against_transformers(model)
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+def test_what_a_model_does_with_its_logits_still_applies(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))  # far from uniform logits
+    check_against_transformers(model.eval())
+    batch, _ = batch_of(some_tokens(), 300)
+    logits_BTV = model(input_ids=batch.input_ids_BT).logits
+    expected = F.cross_entropy(logits_BTV.flatten(0, 1)[batch.positions_N], batch.targets_N, reduction="sum")
+    torch.testing.assert_close(sum_cross_entropy(model, batch), expected, rtol=1e-6, atol=1e-5)
+    raw_BTV = model.get_output_embeddings()(model.base_model(batch.input_ids_BT).last_hidden_state)
+    raw = F.cross_entropy(raw_BTV.flatten(0, 1)[batch.positions_N], batch.targets_N, reduction="sum")
+    assert (abs(raw - expected) > 1.0) == (config.model_type != "gpt2")
+
+
+def check_against_transformers(model: nn.Module) -> None:
+    batch, labels_BT = batch_of(some_tokens(), model.config.vocab_size)
+    num_trained = len(batch.targets_N)
+    theirs = model(input_ids=batch.input_ids_BT, labels=labels_BT).loss
+    theirs.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    ours = sum_cross_entropy(model, batch) / num_trained
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("at_a_time", [(1, 1), (700, 1), (1 << 12, 700), (1 << 24, 1 << 24)])
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
+    family: str,
+    trains_head: bool,
+    at_a_time: tuple[int, int],
+    model_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
+    model = AutoModelForCausalLM.from_pretrained(model_of(family))
+    head = model.get_output_embeddings()
+    if trains_head:
+        head.bias = nn.Parameter(torch.randn(head.out_features))
+    else:
+        head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+    batch, _ = batch_of(some_tokens(), model.config.vocab_size)
+    plain, fused = (sum_cross_entropy(model, batch, way) for way in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(plain / 7, trained, allow_unused=True)
+    for mine, its in zip(torch.autograd.grad(fused / 7, trained, allow_unused=True), expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+    empty = sum_cross_entropy(model, empty_batch(0), fused=True)
+    empty.backward()
+    assert empty.item() == 0
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+def test_the_loss_is_fused_only_where_the_model_leaves_its_logits_alone(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch, _ = batch_of(some_tokens(), 300)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    assert can_fuse_loss(model, batch, 1e-4) == (config.model_type == "gpt2")
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_the_loss_is_not_fused_with_an_adapter_on_the_output_layer(model_of: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
+    batch, _ = batch_of(some_tokens(), model.config.vocab_size)
+    assert can_fuse_loss(model, batch, 1e-4)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    assert not can_fuse_loss(adapted, batch, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_targets_costs_nothing_and_moves_nothing(
+    family: str, model_of: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of(family)).train()
+    loss = sum_cross_entropy(model, empty_batch(0))
+    assert loss.item() == 0.0
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(bool((gradient == 0).all()) for gradient in gradients)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=2, max_size=12).map(lambda trained: [False, *trained]))
+def test_any_set_of_trained_tokens_sums_their_losses(
+    model_of: Callable[[str], Path], trained: list[bool]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
+    batch, _ = batch_of(torch.tensor([trained]), 256)
+    with torch.no_grad():
+        log_probs_TV = model(input_ids=batch.input_ids_BT).logits[0].log_softmax(-1)
+        ids_T = batch.input_ids_BT[0]
+        expected = -sum(log_probs_TV[t - 1, ids_T[t]].item() for t in range(1, len(trained)) if trained[t])
+        assert sum_cross_entropy(model, batch).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_output_layer_sees_trained_positions_only(model_of: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
+    batch, _ = batch_of(some_tokens(), 256)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _, arguments, logits: shapes.append(logits.shape))
+    sum_cross_entropy(model, batch)
+    model(input_ids=batch.input_ids_BT)
+    assert shapes == [
+        (1, len(batch.targets_N), model.config.vocab_size),
+        (3, 20, model.config.vocab_size),
+    ]

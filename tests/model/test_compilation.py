@@ -1,0 +1,143 @@
+"""Compiled blocks train as plain ones, are compiled once, and are refused where nothing can compile them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from support.gradients import assert_close, gradient_of_step, open_sequences
+from support.runs import last_event, small_config, start, train_here
+from support.tiny_models import save_model
+from support.tokenizers import build_tokenizer
+from tunesmith.errors import ResourceError
+from tunesmith.model.compilation import check_compiler
+from tunesmith.model.kernels.attention import _attend_on_gpu
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 12
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def find_missing_compiler() -> str | None:
+    try:
+        check_compiler(CPU)
+    except ResourceError as error:
+        return error.message
+    return None
+
+
+needs_compiler = pytest.mark.skipif(find_missing_compiler() is not None, reason=str(find_missing_compiler()))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", build_tokenizer("byte_bpe"), num_hidden_layers=NUM_BLOCKS)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attn_implementation": "sdpa", "lora_target_modules": ["q_proj"]},
+        {"fsdp": "full_shard", "gradient_checkpointing": True},
+        {"full_ft": True},
+    ],
+)
+def test_compiled_blocks_train_as_plain_ones(
+    changes: dict[str, Any], deep: Path, rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(deep, rows, tmp_path, lora_dropout=0, **changes)
+    sequences = open_sequences(config, packing=True)
+    microbatches = [np.array([0, 1]), np.array([2])]
+    plain = gradient_of_step(config, sequences, microbatches)
+    compiled = config.model_copy(update={"torch_compile": True})
+    # Compiled code adds up in another order.
+    assert_close(plain, gradient_of_step(compiled, sequences, microbatches), tolerance=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("changes", [{}, {"fsdp": "full_shard"}])
+def test_blocks_share_what_is_compiled_whatever_the_length(
+    changes: dict[str, Any], deep: Path, rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(deep, rows, tmp_path, torch_compile=True, **changes)
+    sequences = open_sequences(config, packing=False)
+    microbatches = [np.array([i]) for i in range(12)]
+    assert len({sequences.count_tokens(examples)[0] for examples in microbatches}) > 3
+    num_graphs = []
+    for some in (microbatches[:1], microbatches):
+        torch._dynamo.reset()
+        counters.clear()
+        gradient_of_step(config, sequences, some)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[0] == num_graphs[1] < NUM_BLOCKS
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_run_compiles_when_asked_to(deep: Path, rows: Path, tmp_path: Path) -> None:
+    run = train_here(start(small_config(deep, rows, tmp_path, torch_compile=True, max_steps=1)))
+    assert "blocks compiled" in last_event(run, "start")["message"]
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_attention_on_gpus_stays_in_the_graph() -> None:
+    # Its kernels run nowhere else; tensors without data show what is traced.
+    attend = torch.compile(_attend_on_gpu, backend="eager", fullgraph=True, dynamic=True)
+    for longest, num_starts in ((9, 4), (10, 5), (12, 6), (13, 5)):
+        states = [torch.empty(1, num_heads, 64, 16, device="meta") for num_heads in (4, 2, 2)]
+        starts = torch.empty(num_starts, dtype=torch.int32, device="meta")
+        assert attend(*states, 0.25, starts, longest).shape == (1, 64, 4, 16)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "compiler"),
+    [("cpu", "CXX", "g++"), ("cuda", "CC", "gcc"), ("cuda", "CC", "clang")],
+)
+def test_a_missing_compiler_is_told_before_anything_is_loaded(
+    device: str, variable: str, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ResourceError, match=re.escape(f"`{compiler}`")) as caught:
+        check_compiler(torch.device(device))
+    assert "torch_compile" in str(caught.value.hint)
+    program = tmp_path / compiler
+    program.touch(mode=0o755)
+    message = None
+    try:
+        check_compiler(torch.device(device))
+    except ResourceError as error:
+        message = error.message
+    # What else is missing on this machine is told then.
+    assert message is None or compiler not in message
+
+
+def test_a_run_without_a_compiler_ends_before_its_model_is_loaded(
+    model_of: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = start(small_config(model_of("llama"), rows, tmp_path, torch_compile=True))
+    shutil.rmtree(job.prepared_path)
+    monkeypatch.setenv("CXX", "absent-compiler")
+    with pytest.raises(ResourceError, match="absent-compiler"):
+        train_here(job)
