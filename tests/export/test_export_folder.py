@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 from tunesmith.config import ConvertConfig, TrainConfig
 from tunesmith.export.convert import export
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 
 base, adapter, output = map(Path, sys.argv[1:])
 tuned = TunedModel("adapter", adapter, TrainConfig(model_path=base))
@@ -47,7 +47,7 @@ export(tuned, ConvertConfig(max_shard_size="500KB"), output)
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from tunesmith.runs import replace_folder
+from tunesmith.atomic_files import replace_folder
 
 left = int(sys.argv[2])
 

@@ -47,7 +47,7 @@ def measure(work, tiny, large):
 def ours(kind, base, tuned, output):
     from tunesmith.config import ConvertConfig, TrainConfig
     from tunesmith.export.convert import export
-    from tunesmith.tuned import TunedModel
+    from tunesmith.runs.tuned import TunedModel
     config = ConvertConfig(verify=False, max_shard_size="50MB")
     export(TunedModel(kind, Path(tuned), TrainConfig(model_path=base)), config, Path(output))
 

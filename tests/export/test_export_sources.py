@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_hub import REMOTE_MODEL, run_python
 
+from support.commands import run_python
 from support.exports import load, load_weights, logits_of, merge_by_peft, write_adapter
+from support.own_code import REMOTE_MODEL
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from tunesmith.config import ConvertConfig, TrainConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.export.convert import export
-from tunesmith.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel
 adapter, output, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 try:
     export(TunedModel("adapter", adapter, TrainConfig(**settings)), ConvertConfig(), output)

@@ -6,18 +6,16 @@ Each loads in a process of its own: the hub's libraries read their environment o
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from support.commands import run_python
+from support.own_code import REMOTE_MODEL
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.config import TrainConfig
@@ -25,21 +23,6 @@ from tunesmith.errors import ModelError
 from tunesmith.model.load import load_model_config
 
 pytestmark = pytest.mark.slow
-
-
-def run_python(code: str, *arguments: Path | str, cwd: Path | None = None, **environ: str) -> Any:
-    """Return what the code prints, as JSON."""
-    path = os.pathsep.join(sys.path)
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environ},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
 
 
 LOAD_FROM_HUB = """
@@ -75,17 +58,6 @@ def test_a_model_of_the_hub_is_loaded_at_its_revision(tmp_path: Path) -> None:
     assert "`org/tiny`" in loaded["v3"]
 
 
-REMOTE_MODEL = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 LOAD_REMOTE = """
 import json, sys
 import torch

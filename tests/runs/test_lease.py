@@ -19,7 +19,7 @@ from tunesmith.runs.lease import Lease, holds
 HOLD = """
 import sys, time
 from pathlib import Path
-from tunesmith.lease import Lease
+from tunesmith.runs.lease import Lease
 with Lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

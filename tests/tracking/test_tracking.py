@@ -232,8 +232,8 @@ RECORD_WITH_WANDB = """
 import logging, sys
 from pathlib import Path
 from tunesmith.config import TrainConfig
-from tunesmith.runs import RunDir
-from tunesmith.train.tracking import check_wandb, open_trackers
+from tunesmith.runs.folder import RunDir
+from tunesmith.tracking.log import check_wandb, open_trackers
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 config = TrainConfig(use_wandb=True, hf_model_id="a/tiny")
 run_dir = RunDir(Path(sys.argv[1]) / "home", "results", "tiny", "a-run")
@@ -272,7 +272,7 @@ def test_a_wandb_error_is_said_once_per_attempt_and_the_training_goes_on(tmp_pat
 def test_wandb_that_cannot_work_is_refused_early(tmp_path: Path, mode: str, word: str) -> None:
     code = (
         "from tunesmith.config import TrainConfig\nfrom tunesmith.errors import ConfigError\n"
-        "from tunesmith.train.tracking import check_wandb\n"
+        "from tunesmith.tracking.log import check_wandb\n"
         "try:\n    check_wandb(TrainConfig(use_wandb=True))\nexcept ConfigError as error:\n    print(error)\n"
     )
     done = run_python(code, tmp_path, WANDB_MODE=mode)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples_models import CONFIGS, INSTANCES, MODELS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from support.example_models import CONFIGS, INSTANCES, MODELS
 from support.paths import REPOSITORY
 from support.tiny_models import build_config, save_model
 from support.tokenizers import build_tokenizer
