@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from tunesmith.config import ModelRef
 from tunesmith.evaluate.engines.base import EngineSpec, Request
 from tunesmith.evaluate.engines.vllm import VLLMEngine
 
@@ -59,7 +60,7 @@ def main() -> None:
 def _make_spec(words: argparse.Namespace) -> EngineSpec:
     use_gpu = torch.cuda.is_available()
     return EngineSpec(
-        model=str(words.model),
+        model=ModelRef(words.model),
         adapter=None,
         dtype="bfloat16" if use_gpu else "float32",
         max_model_len=_PROMPT_TOKENS[1] + words.max_tokens,

@@ -18,9 +18,9 @@ from tunesmith.view.plan import find_workers, make_plan
 def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None = None) -> TrainJob:
     """Prepare the data and record the run, as the driver does."""
     run = locate_run(config)
-    prepared = prepare(config, load_tokenizer(config), run.datasets_path)
+    prepared = prepare(config, load_tokenizer(config.model), run.datasets_path)
     run.path.mkdir(parents=True, exist_ok=True)
-    record_params(run, config, load_model_config(config), prepared, num_workers)
+    record_params(run, config, load_model_config(config.model), prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=num_threads)
 
 
@@ -42,5 +42,5 @@ def lengths_of(training: Training, step: int) -> list[int]:
 def plan_bytes(config: TrainConfig, device: torch.device) -> int:
     """Return what `tunesmith plan` tells of the memory of a worker that has `device`, alone."""
     workers = find_workers(config, 1, use_gpu=device.type == "cuda")
-    model = build_planned_model(config, load_model_config(config), workers.dtype)
+    model = build_planned_model(config, load_model_config(config.model), workers.dtype)
     return make_plan(model, config, workers).memory.total

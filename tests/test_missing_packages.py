@@ -19,7 +19,7 @@ from tunesmith.cluster.ray_eval import RayPool
 from tunesmith.cluster.ray_train import fine_tune
 from tunesmith.cluster.remote import find_failed_import
 from tunesmith.cluster.resources import connected_nodes
-from tunesmith.config import ConvertConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import EvaluationError, ExportError, TrainingError, TunesmithError
 from tunesmith.evaluate.engines.base import EngineSpec
 
@@ -107,7 +107,7 @@ def test_workers_train_with_the_package_from_its_zip(
 def test_a_conversion_and_an_evaluation_say_so_too(head: Cluster, model_of: ModelOf, tmp_path: Path) -> None:
     adapter = write_adapter(model_of("llama"), tmp_path / "adapter", target_modules=["q_proj"]).folder
     pool = RayPool(1, use_gpu=False, num_threads=1, gpus_each=0, cpus_each=1)
-    spec = EngineSpec(str(model_of("llama")), None, "float32", 64, 8, 0.0, 0, 1.0, (0,), 0, 1, 1)
+    spec = EngineSpec(ModelRef(model_of("llama")), None, "float32", 64, 8, 0.0, 0, 1.0, (0,), 0, 1, 1)
     with without("tunesmith", head, tmp_path), connected_nodes():
         with pytest.raises(ExportError, match="No module named 'tunesmith'") as failed_export:
             convert(ConvertConfig(checkpoints_dir=str(adapter)))

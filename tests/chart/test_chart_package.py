@@ -56,7 +56,7 @@ config = TrainConfig(model_path=sys.argv[1], dataset_name=sys.argv[2], input_tem
                      output_template="{answer}", max_seq_length=96, num_proc=2)
 token_files._ROWS_PER_PROCESS = 10
 sys.executable = sys.argv[4]
-prepare(config, load_tokenizer(config), Path(sys.argv[3]))
+prepare(config, load_tokenizer(config.model), Path(sys.argv[3]))
 """
 
 REPORT = """

@@ -22,7 +22,7 @@ from tunesmith.cluster import replicas
 from tunesmith.cluster.local_ray import signal_handlers_kept
 from tunesmith.cluster.ray_eval import LocalPool, RayPool, choose_pool
 from tunesmith.cluster.resources import Node, connected_nodes
-from tunesmith.config import EvaluateConfig
+from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, EvaluationError, ModelError, ResourceError, TunesmithError
 from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, make_engine
 
@@ -219,7 +219,7 @@ def idle_replicas() -> list[psutil.Process]:
 
 def spec_of(model: Path, **changes: Any) -> EngineSpec:
     fixed: dict[str, Any] = {
-        "model": str(model),
+        "model": ModelRef(model),
         "adapter": None,
         "dtype": "float32",
         "max_model_len": 128,

@@ -143,7 +143,7 @@ def test_the_run_of_other_settings_is_refused_by_name(config: TrainConfig, unint
 
 def test_a_failed_training_shows_its_cause_first(config: TrainConfig, tmp_path: Path) -> None:
     model = tmp_path / "tiny"
-    shutil.copytree(config.model_source, model)
+    shutil.copytree(config.model.source, model)
     weights = load_file(model / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, model / "model.safetensors", {"format": "pt"})

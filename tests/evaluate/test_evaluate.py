@@ -28,7 +28,7 @@ from support.tokenizers import build_tokenizer
 from tunesmith import cli
 from tunesmith.cluster.ray_convert import convert
 from tunesmith.cluster.ray_eval import RayPool, evaluate
-from tunesmith.config import ConvertConfig, EvaluateConfig
+from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
 from tunesmith.data.prompts import opening_of
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.evaluate.engines.base import Request, make_engine
@@ -101,7 +101,7 @@ def test_both_variants_are_what_their_models_say_one_prompt_at_a_time(
 ) -> None:
     config = settings(run.path, batch_size=batch_size)
     plan = plan_of(config)
-    served = Served(str(model_of("llama")), plan.tuned.folder)
+    served = Served(ModelRef(model_of("llama")), plan.tuned.folder)
     stop = plan.stop_token_ids
     spec = make_spec(config, served, "float32", plan.max_model_len, stop_token_ids=stop)
     requests = [

@@ -14,7 +14,7 @@ from support.runs import small_config, start, train_here
 from support.scores import minilm_folder
 from tunesmith.cluster.ray_eval import choose_pool
 from tunesmith.cluster.resources import Node
-from tunesmith.config import EvaluateConfig
+from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.engines.base import vllm_is_installed
 from tunesmith.evaluate.metrics.score import choose_metrics
@@ -74,9 +74,9 @@ def outcome(config: EvaluateConfig) -> dict[str, Any]:
         tuned = find_tuned(config)
         found = {
             "folder": tuned.folder,
-            "base": tuned.base and (tuned.base.model_source, tuned.base.trust_remote_code),
+            "base": tuned.base and (tuned.base.source, tuned.base.trust_remote_code),
         }
-        if tuned.base is not None and tuned.base.model_path is None:
+        if tuned.base is not None and tuned.base.folder is None:
             return found
         plan = make_plan(config, tuned, use_gpu=False)
         pool = choose_pool(config, NODES, "the cluster")
@@ -84,7 +84,7 @@ def outcome(config: EvaluateConfig) -> dict[str, Any]:
         metrics, _ = choose_metrics(config.metrics, references, config.bertscore_model, "cpu")
         spec = make_spec(
             config,
-            Served("model"),
+            Served(ModelRef("model")),
             plan.dtype,
             plan.max_model_len,
             stop_token_ids=(0,),

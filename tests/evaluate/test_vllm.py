@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.cluster.ray_eval import evaluate
-from tunesmith.config import EvaluateConfig, TrainConfig
+from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant, vllm_is_installed
 from tunesmith.evaluate.engines.vllm import VLLMEngine
@@ -56,7 +56,7 @@ class Trained:
 
 def spec_of(model: Path, **changes: Any) -> EngineSpec:
     settings: dict[str, Any] = {
-        "model": str(model),
+        "model": ModelRef(model),
         "adapter": None,
         "dtype": "float32",
         "max_model_len": 256,
@@ -146,7 +146,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("trained")
     adapted.save_pretrained(folder / "adapter")
-    tuned = TunedModel("adapter", folder / "adapter", TrainConfig(model_path=SMOLLM2))
+    tuned = TunedModel("adapter", folder / "adapter", ModelRef(SMOLLM2))
     questions = [row["question"] for row in rows[100:116]]
     plain = [tokenizer(f"### Question:\n{question}\n### Answer:\n").input_ids for question in questions[:8]]
     chats = [[{"role": "user", "content": question}] for question in questions[8:]]

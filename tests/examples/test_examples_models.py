@@ -75,7 +75,7 @@ def test_pods_leave_their_nodes_some_room(name: str) -> None:
 def test_the_model_fits_the_gpus_and_the_memory_of_its_nodes(name: str, tmp_path: Path) -> None:
     # Of the two for Qwen3-14B, model and batch are the same.
     config = read_run(MODELS["models/qwen3-14b.yaml" if name == SFT else name], tmp_path)
-    model = build_meta_model(config, CONFIGS[config.hf_model_id])
+    model = build_meta_model(config.model, CONFIGS[config.hf_model_id])
     resources = EXAMPLES[name]["resources"]
     instance, num_gpus = INSTANCES[resources["node_type"]], 8 * resources["nnodes"]
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
@@ -94,7 +94,7 @@ def test_the_model_fits_the_gpus_and_the_memory_of_its_nodes(name: str, tmp_path
 @pytest.mark.slow
 def test_a_large_model_does_not_fit_a_small_ones_node(tmp_path: Path) -> None:
     config = read_run(MODELS["models/llama-3.1-70b.yaml"], tmp_path)
-    model = build_meta_model(config, CONFIGS[config.hf_model_id])
+    model = build_meta_model(config.model, CONFIGS[config.hf_model_id])
     assert needed_on_gpu(model, config, num_gpus=8) > 0.6 * INSTANCES["p4d.24xlarge"].gpu_gb * GB
 
 

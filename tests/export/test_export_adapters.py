@@ -33,7 +33,7 @@ from support.exports import (
 )
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.adapter import open_adapter, prove_copy, write_adapter_folder
 from tunesmith.export.convert import export
@@ -139,7 +139,7 @@ def test_pickled_weights_are_read_too(model_of: ModelOf, tmp_path: Path) -> None
     torch.save(load_weights(model_of("qwen3")), base / "pytorch_model.bin")
     tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"])
     pickle_adapter(tuned.folder)
-    tuned = TunedModel("adapter", tuned.folder, TrainConfig(model_path=base))
+    tuned = TunedModel("adapter", tuned.folder, ModelRef(base))
     assert_merged(model_of("qwen3"), tuned, tmp_path / "out")
 
 
@@ -194,7 +194,7 @@ def test_other_adapters_are_refused_by_name(
 def test_another_method_is_refused_by_name(model_of: ModelOf, tmp_path: Path) -> None:
     settings = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     get_peft_model(load(model_of("qwen3")), settings).save_pretrained(tmp_path / "adapter")
-    tuned = TunedModel("adapter", tmp_path / "adapter", TrainConfig(model_path=model_of("qwen3")))
+    tuned = TunedModel("adapter", tmp_path / "adapter", ModelRef(model_of("qwen3")))
     with pytest.raises(ModelError, match="a IA3 adapter, can't be merged"):
         convert(tuned, tmp_path / "out")
 
@@ -213,14 +213,12 @@ def test_a_wrong_base_model_is_refused_with_what_differs(
     adapter = write_adapter(model_of("llama"), tmp_path / "adapter", target_modules=["q_proj"]).folder
     wrong = save_model(tmp_path / "wrong", build_tokenizer("byte_bpe"), family, **changes)
     with pytest.raises(ModelError, match=said) as error:
-        convert(TunedModel("adapter", adapter, TrainConfig(model_path=wrong)), tmp_path / "out")
+        convert(TunedModel("adapter", adapter, ModelRef(wrong)), tmp_path / "out")
     assert "--base_model" in str(error.value.hint)
     assert error.value.exit_code == 2
 
     with pytest.raises(ModelError, match=said.replace(r"\.weight", "")):
-        convert(
-            TunedModel("adapter", adapter, TrainConfig(model_path=wrong)), tmp_path / "out", no_merge=True
-        )
+        convert(TunedModel("adapter", adapter, ModelRef(wrong)), tmp_path / "out", no_merge=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -286,7 +284,7 @@ def test_a_quantized_base_is_refused(model_of: ModelOf, tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="is quantized") as error:
-        convert(TunedModel("adapter", tuned.folder, TrainConfig(model_path=base)), tmp_path / "out")
+        convert(TunedModel("adapter", tuned.folder, ModelRef(base)), tmp_path / "out")
     assert "--no_merge" in str(error.value.hint)
 
 

@@ -33,12 +33,12 @@ ModelOf = Callable[[str], Path]
 CONVERT = """
 import sys
 from pathlib import Path
-from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.export.convert import export
 from tunesmith.runs.tuned import TunedModel
 
 base, adapter, output = map(Path, sys.argv[1:])
-tuned = TunedModel("adapter", adapter, TrainConfig(model_path=base))
+tuned = TunedModel("adapter", adapter, ModelRef(base))
 export(tuned, ConvertConfig(max_shard_size="500KB"), output)
 """
 

@@ -45,11 +45,11 @@ def measure(work, tiny, large):
     print(memory("VmHWM") - before)
 
 def ours(kind, base, tuned, output):
-    from tunesmith.config import ConvertConfig, TrainConfig
+    from tunesmith.config import ConvertConfig, ModelRef
     from tunesmith.export.convert import export
     from tunesmith.runs.tuned import TunedModel
     config = ConvertConfig(verify=False, max_shard_size="50MB")
-    export(TunedModel(kind, Path(tuned), TrainConfig(model_path=base)), config, Path(output))
+    export(TunedModel(kind, Path(tuned), ModelRef(Path(base))), config, Path(output))
 
 def peft(kind, base, tuned, output):
     from peft import PeftModel

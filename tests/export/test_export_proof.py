@@ -18,7 +18,7 @@ from support.exports import convert, load_weights, tuned_of, write_adapter
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import ExportError
 from tunesmith.export.compare import count_inexact
 from tunesmith.export.convert import export
@@ -164,7 +164,7 @@ def test_a_unit_of_rounding_is_allowed_and_no_more() -> None:
 
 def test_a_proof_of_a_whole_model_needs_no_base(model_of: ModelOf, tmp_path: Path) -> None:
     tuned = TunedModel("model", model_of("gemma"), None)
-    files = TrainConfig(model_path=model_of("gemma"))
+    files = ModelRef(model_of("gemma"))
     folder = convert(tuned, tmp_path / "out", dtype="bfloat16")
     proof = prove(open_merge(tuned, files, torch.bfloat16), tuned, files, folder)
     assert proof.way == "whole"

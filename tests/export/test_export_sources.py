@@ -27,7 +27,7 @@ from tunesmith.export.convert import export
 from tunesmith.runs.tuned import TunedModel
 adapter, output, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 try:
-    export(TunedModel("adapter", adapter, TrainConfig(**settings)), ConvertConfig(), output)
+    export(TunedModel("adapter", adapter, TrainConfig(**settings).model), ConvertConfig(), output)
     print(json.dumps("done"))
 except TunesmithError as error:
     print(json.dumps(error.message))

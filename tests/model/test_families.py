@@ -106,7 +106,7 @@ def test_full_fine_tuning_trains_every_weight_and_final_holds_them(
     config = small_config(model_of(family), rows, tmp_path, full_ft=True, packing=packing, **FAR)
     run = train_here(start(config))
     assert losses(run, "eval_loss")[8] < losses(run, "eval_loss")[0] - 0.2
-    write_final(run, config)
+    write_final(run, config.model)
 
     trained, before = load(run.final_path).state_dict(), load(model_of(family)).state_dict()
     weights = read_weights(run.checkpoint_path(8))
@@ -123,7 +123,7 @@ def test_final_holds_the_best_adapter_ready_for_peft(model_of: ModelOf, rows: Pa
         model_of("llama"), rows, tmp_path, **{**FAR, "eval_steps": 2, "save_total_limit": 1}
     )
     run = train_here(start(config))
-    best = write_final(run, config)
+    best = write_final(run, config.model)
     evaluated = losses(run, "eval_loss")
     assert evaluated[best.step] == min(loss for step, loss in evaluated.items() if step > 0)
     adapted = PeftModel.from_pretrained(load(model_of("llama")), run.final_path)
@@ -142,7 +142,7 @@ def test_bfloat16_trains_with_float32_adapters_and_master_weights(
         weights = read_weights(run.checkpoint_path(8))
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
         assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
-        write_final(run, config)
+        write_final(run, config.model)
         if full_ft:
             assert {weight.dtype for weight in load(run.final_path, "auto").parameters()} == {torch.bfloat16}
 
@@ -189,7 +189,7 @@ def test_default_targets_leave_routers_and_fused_experts_alone(
     config: PretrainedConfig, routers: tuple[str, ...], model_of: ModelOf, rows: Path, tmp_path: Path
 ) -> None:
     settings = small_config(model_of("llama"), rows, tmp_path)
-    model = build_meta_model(settings, config)
+    model = build_meta_model(settings.model, config)
     modules, parameters = choose_targets(model, settings)
     assert modules
     assert parameters == []

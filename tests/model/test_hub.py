@@ -18,7 +18,7 @@ from support.commands import run_python
 from support.own_code import REMOTE_MODEL
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.model.load import load_model_config
 
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.slow
 
 LOAD_FROM_HUB = """
 import json
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.model.load import load_model_config, load_tokenizer, model_fingerprint
 loaded = {}
 for revision in (None, "v2", "2" * 40, "v3"):
-    config = TrainConfig(hf_model_id="org/tiny", model_revision=revision)
+    ref = ModelRef("org/tiny", revision)
     try:
-        model_config = load_model_config(config)
-        load_tokenizer(config)
-        loaded[str(revision)] = [model_config.hidden_size, model_fingerprint(config, model_config)]
+        model_config = load_model_config(ref)
+        load_tokenizer(ref)
+        loaded[str(revision)] = [model_config.hidden_size, model_fingerprint(ref, model_config)]
     except ModelError as error:
         loaded[str(revision)] = error.message
 print(json.dumps(loaded))
@@ -60,11 +60,13 @@ def test_a_model_of_the_hub_is_loaded_at_its_revision(tmp_path: Path) -> None:
 
 LOAD_REMOTE = """
 import json, sys
+from pathlib import Path
 import torch
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.model.load import load_model, load_model_config
-config = TrainConfig(model_path=sys.argv[1], trust_remote_code=True)
-names = [type(load_model_config(config)).__name__, type(load_model(config, torch.device("cpu"))).__name__]
+ref = ModelRef(Path(sys.argv[1]), trust_remote_code=True)
+model = load_model(ref, torch.device("cpu"), torch.float32)
+names = [type(load_model_config(ref)).__name__, type(model).__name__]
 print(json.dumps(names))
 """
 
@@ -82,7 +84,7 @@ def test_a_model_s_own_code_runs_only_when_it_is_trusted(
     (folder / "config.json").write_text(json.dumps(content))
     (folder / "own.py").write_text(REMOTE_MODEL)
     with pytest.raises(ModelError, match="can't load the config") as error:
-        load_model_config(TrainConfig(model_path=folder))
+        load_model_config(ModelRef(folder))
     assert "--trust_remote_code" in str(error.value.hint)
     assert run_python(LOAD_REMOTE, folder, HF_HOME=str(tmp_path)) == ["OwnConfig", "OwnForCausalLM"]
 

@@ -183,7 +183,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def room_for(config: TrainConfig, num_recomputed: int) -> int:
     """Return the least memory in which no more blocks than that are recomputed."""
-    planned = build_planned_model(config, load_model_config(config), torch.float32)
+    planned = build_planned_model(config, load_model_config(config.model), torch.float32)
     microbatch = estimate_microbatch(planned, config, "cpu")
     whole = planned.fused and config.fsdp != "full_shard"
     lies = Layout(whole, False, num_recomputed, NUM_BLOCKS)
@@ -244,7 +244,7 @@ def test_blocks_that_stay_gathered_train_as_resharded_ones(
     runs = []
     for name, room in (("gathered", 1 << 40), ("resharded", 1)):
         config = small_config(deep, rows, tmp_path / name, gradient_checkpointing=False, **changes)
-        planned = build_planned_model(config, load_model_config(config), torch.float32)
+        planned = build_planned_model(config, load_model_config(config.model), torch.float32)
         assert choose_layout(planned, config, "cpu", 2, room).reshard_after_forward == (name != "gathered")
         runs.append(two_workers.run(train_with_room, start(config, num_workers=2), room)[0])
     gathered, resharded = runs

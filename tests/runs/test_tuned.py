@@ -34,7 +34,7 @@ def run(model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory,
     for step, loss in ((2, 5.0), (4, 4.0), (6, 4.5)):
         path = run.checkpoint_path(step) / "trainer_state.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eval_loss": loss}))
-    write_final(run, config)
+    write_final(run, config.model)
     return run
 
 
@@ -121,16 +121,16 @@ def test_the_runs_base_model_and_settings_come_with_it(
 ) -> None:
     tuned = find(run.path)
     assert tuned.base is not None
-    assert Path(tuned.base.model_source) == model_of("llama")
-    assert tuned.base.input_template == "{instruction} "
-    assert tuned.base.gives_template
+    assert tuned.base.folder == model_of("llama")
+    assert tuned.dataset.input_template == "{instruction} "
+    assert tuned.dataset.gives_template
     shutil.copytree(model_of("llama"), tmp_path / "elsewhere")
     moved = find(run.path, model_path=tmp_path / "elsewhere")
     assert moved.base is not None
-    assert Path(moved.base.model_source) == tmp_path / "elsewhere"
+    assert moved.base.folder == tmp_path / "elsewhere"
     hub = find(run.path, base_model="org/other")
     assert hub.base is not None
-    assert hub.base.model_source == "org/other"
+    assert hub.base.source == "org/other"
 
 
 def test_final_knows_its_run(run: RunDir) -> None:
@@ -144,7 +144,7 @@ def test_a_checkpoint_copied_elsewhere_knows_its_base_and_data(run: RunDir, tmp_
     assert (tuned.kind, tuned.run, tuned.step) == ("adapter", None, 4)
     assert tuned.params is not None
     assert tuned.base is not None
-    assert tuned.base.input_template == "{instruction} "
+    assert tuned.dataset.input_template == "{instruction} "
 
 
 def test_a_full_checkpoint_is_sharded_state(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_any_adapter_or_model_folder_will_do(run: RunDir, model_of: ModelOf, tmp
     tuned = find(adapter)
     assert (tuned.kind, tuned.run, tuned.params) == ("adapter", None, None)
     assert tuned.base is not None
-    assert Path(tuned.base.model_source) == model_of("llama")
+    assert tuned.base.folder == model_of("llama")
 
     model = find(model_of("qwen3"))
     assert (model.kind, model.base) == ("model", None)

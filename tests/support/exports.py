@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.export.convert import export
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.tuned import TunedModel, find_tuned
@@ -30,7 +30,7 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> T
             if parameter.requires_grad:
                 parameter.normal_(std=0.15)
     adapted.save_pretrained(folder)
-    return TunedModel("adapter", folder, TrainConfig(model_path=base))
+    return TunedModel("adapter", folder, ModelRef(base))
 
 
 def convert(tuned: TunedModel, output: Path, **settings: Any) -> Path:

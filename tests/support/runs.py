@@ -62,9 +62,9 @@ def small_config(model_path: Path, data: Path, home: Path, **changes: Any) -> Tr
 def start(config: TrainConfig, num_workers: int = 1) -> TrainJob:
     """Prepare the data and record the run, as the driver does."""
     run = locate_run(config)
-    prepared = prepare(config, load_tokenizer(config), run.datasets_path)
+    prepared = prepare(config, load_tokenizer(config.model), run.datasets_path)
     run.path.mkdir(parents=True, exist_ok=True)
-    record_params(run, config, load_model_config(config), prepared, num_workers)
+    record_params(run, config, load_model_config(config.model), prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=1)
 
 

@@ -133,12 +133,12 @@ def test_final_holds_the_best_checkpoint_and_says_which(config: TrainConfig) -> 
     run = train_here(start(config))
     measured = losses(run, "eval_loss")
     del measured[0]
-    best = write_final(run, config)
+    best = write_final(run, config.model)
     assert best.step == min(measured, key=measured.__getitem__)
     assert_equal(load_file(run.final_path / ADAPTER_WEIGHTS), adapter(run, best.step))
     origin = json.loads((run.final_path / "tunesmith.json").read_text())
     assert (origin["run"], origin["checkpoint"]) == (run.path.name, best.path.name)
-    write_final(run, config)
+    write_final(run, config.model)
     assert [path.name for path in run.final_path.parent.iterdir() if path.name.startswith(".")] == []
 
 
@@ -251,7 +251,7 @@ def test_a_full_models_result_keeps_the_bases_generation_settings(folder: Path, 
     (model / "generation_config.json").write_text(json.dumps(settings))
     config = config.model_copy(update={"model_path": model, "full_ft": True, "dtype": "bfloat16"})
     run = train_here(start(config))
-    write_final(run, config)
+    write_final(run, config.model)
     kept = json.loads((run.final_path / "generation_config.json").read_text())
     assert {name: kept[name] for name in settings} == settings
     weights = load_file(run.final_path / "model.safetensors")

@@ -356,7 +356,7 @@ def test_the_planned_peak_is_that_of_a_real_training_on_cpus(recompute: bool, tm
         if "peak_memory_bytes" in line
     )
     dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    planned = build_planned_model(config, load_model_config(config), dtype)
+    planned = build_planned_model(config, load_model_config(config.model), dtype)
     _, memory = plan_layout(planned, config, "cpu", 1, 1 << 34)
     print(f"planned {memory.total / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert 0.85 < memory.total / measured < 1.15

@@ -53,7 +53,7 @@ def choose_name(given: str | None, config: TrainConfig, config_path: Path | None
                 "write it as my-run",
             )
         return given
-    source = config.run_name or (config_path.stem if config_path else config.model_name)
+    source = config.run_name or (config_path.stem if config_path else config.model.name)
     name = re.sub("[^a-z0-9]+", "-", source.lower())[:_LONGEST_NAME].strip("-")
     if not name:
         raise ConfigError(f"`{source}` makes no name of a release", "give one: --release my-run")

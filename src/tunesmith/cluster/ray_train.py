@@ -97,8 +97,8 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     check_wandb(config)
     check_resumable(run, config)
     check_source(config)
-    check_weights(config)
-    tokenizer = load_tokenizer(config)
+    check_weights(config.model)
+    tokenizer = load_tokenizer(config.model)
     model_config = check_model(config)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)
@@ -318,7 +318,7 @@ def _conclude(
     if ending["event"] == "finished":
         from tunesmith.export.final import write_final
 
-        write_final(run, config)
+        write_final(run, config.model)
     return FineTuneResult(run, ending["event"], signal_number)
 
 
@@ -360,8 +360,8 @@ def _remoteness(error: BaseException) -> int:
 
 def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:
     """Return the settings such that every worker loads the same model: its absolute path, or its commit."""
-    if config.model_path is not None:
+    if (folder := config.model.folder) is not None:
         # Ray starts workers in another folder.
-        return config.model_copy(update={"model_path": Path(config.model_source).absolute()})
+        return config.model_copy(update={"model_path": folder.absolute()})
     commit = run.read_params()["model"]["fingerprint"]
     return config.model_copy(update={"model_revision": commit}) if _COMMIT.fullmatch(commit) else config

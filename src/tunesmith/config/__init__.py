@@ -5,6 +5,7 @@ The command line, the environment variables, the YAML file, the JSON schema, the
 """
 
 from tunesmith.config.declare import Settings, setting
+from tunesmith.config.model_ref import ModelRef
 from tunesmith.config.train import HFDatasetConfig, TrainConfig
 from tunesmith.config.tuned import METRICS, ConvertConfig, EvaluateConfig, TunedModelConfig
 
@@ -13,6 +14,7 @@ __all__ = [
     "ConvertConfig",
     "EvaluateConfig",
     "HFDatasetConfig",
+    "ModelRef",
     "Settings",
     "TrainConfig",
     "TunedModelConfig",

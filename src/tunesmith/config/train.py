@@ -20,6 +20,7 @@ from tunesmith.config.declare import (
     parse_none,
     setting,
 )
+from tunesmith.config.model_ref import ModelRef
 
 SEED_DATASET = "cognitivecomputations/dolphin"
 SEED_DATASET_CONFIG = "flan1m-alpaca-uncensored"
@@ -41,6 +42,12 @@ class HFDatasetConfig(Settings):
         f"Configuration (subset) of a hub data set; for {SEED_DATASET} {SEED_DATASET_CONFIG}, else none.",
         group="data",
         scope="data",
+    )
+    dataset_revision: OptionalStr = setting(
+        None,
+        "Branch, tag or commit of the data set on the hub; unset: its main branch.",
+        group="data",
+        scope="training",
     )
     split: str = setting("train", "Split of the data set to read.", group="data", scope="data", min_length=1)
     train_split_ratio: float = setting(
@@ -83,6 +90,11 @@ class HFDatasetConfig(Settings):
         8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1
     )
 
+    @property
+    def gives_template(self) -> bool:
+        """True if the user chose a template or a field mapping, so that rows must fill it."""
+        return bool({"input_template", "output_template", "field_mapping"} & self.model_fields_set)
+
 
 class TrainConfig(HFDatasetConfig):
     """Everything `tunesmith train` can be told; each field is a flag, a YAML key and an environment variable."""
@@ -100,12 +112,6 @@ class TrainConfig(HFDatasetConfig):
         None,
         "Branch, tag or commit of the model on the hub; unset: its main branch.",
         group="model",
-        scope="training",
-    )
-    dataset_revision: OptionalStr = setting(
-        None,
-        "Branch, tag or commit of the data set on the hub; unset: its main branch.",
-        group="data",
         scope="training",
     )
     trust_remote_code: bool = setting(
@@ -327,18 +333,10 @@ class TrainConfig(HFDatasetConfig):
         return self
 
     @property
-    def model_source(self) -> str:
-        """Path or hub id that the weights are loaded from."""
-        return str(self.model_path.expanduser()) if self.model_path is not None else self.hf_model_id
-
-    @property
-    def model_name(self) -> str:
-        """Last part of `hf_model_id` when that was given, else of `model_path`."""
-        if self.model_path is not None and "hf_model_id" not in self.model_fields_set:
-            return self.model_path.resolve().name
-        return self.hf_model_id.rstrip("/").rsplit("/", 1)[-1]
-
-    @property
-    def gives_template(self) -> bool:
-        """True if the user chose a template or a field mapping, so that rows must fill it."""
-        return bool({"input_template", "output_template", "field_mapping"} & self.model_fields_set)
+    def model(self) -> ModelRef:
+        """The model to train, called by `hf_model_id` when that was given, else by `model_path`."""
+        on_hub = ModelRef(self.hf_model_id, self.model_revision, self.trust_remote_code)
+        if self.model_path is None:
+            return on_hub
+        called = on_hub.name if "hf_model_id" in self.model_fields_set else None
+        return ModelRef(self.model_path.expanduser(), None, self.trust_remote_code, called)

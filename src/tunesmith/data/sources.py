@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import HFDatasetConfig
 from tunesmith.data.files import BATCH_ROWS, READERS, Row, Rows, list_files, open_rows
 from tunesmith.errors import DataError
 
 
-def read_rows(config: TrainConfig) -> Rows:
+def read_rows(config: HFDatasetConfig) -> Rows:
     """Yield `(where, row)` for every row; `where` names the row in errors.
 
     Raises:
@@ -39,7 +39,7 @@ def read_rows(config: TrainConfig) -> Rows:
             )
 
 
-def describe_source(config: TrainConfig) -> str:
+def describe_source(config: HFDatasetConfig) -> str:
     """Return the data set's name as errors say it: `alpaca.jsonl` (train)."""
     path = local_path(config)
     name = config.dataset_name if path is None else path.name or str(path)
@@ -47,7 +47,7 @@ def describe_source(config: TrainConfig) -> str:
     return f"`{name}{subset}` ({config.split})"
 
 
-def local_path(config: TrainConfig) -> Path | None:
+def local_path(config: HFDatasetConfig) -> Path | None:
     """Return the data set's path if it is local, None if it is a hub id. What exists on disk wins.
 
     Raises:
@@ -70,7 +70,7 @@ def local_path(config: TrainConfig) -> Path | None:
     return None
 
 
-def source_fingerprint(config: TrainConfig) -> str:
+def source_fingerprint(config: HFDatasetConfig) -> str:
     """Return a digest of the rows' origin: of the files' content, or the hub's commit."""
     path = local_path(config)
     digest = hashlib.blake2b(digest_size=16)
@@ -98,7 +98,7 @@ def _number(rows: Iterator[Row], name: str) -> Rows:
 # The hub and saved data sets.
 
 
-def _hub_hint(config: TrainConfig) -> str:
+def _hub_hint(config: HFDatasetConfig) -> str:
     return (
         f"tried the hub (revision {config.dataset_revision or 'main'}) and this machine's cache of it, as "
         f"`{Path(config.dataset_name).absolute()}` does not exist; check the name, dataset_config, split and the "
@@ -106,7 +106,7 @@ def _hub_hint(config: TrainConfig) -> str:
     )
 
 
-def _hub_builder(config: TrainConfig) -> Any:
+def _hub_builder(config: HFDatasetConfig) -> Any:
     import datasets
 
     try:
@@ -119,7 +119,7 @@ def _hub_builder(config: TrainConfig) -> Any:
         ) from error
 
 
-def _read_hub(config: TrainConfig) -> Iterator[Row]:
+def _read_hub(config: HFDatasetConfig) -> Iterator[Row]:
     import datasets
 
     _hub_builder(config)

@@ -119,12 +119,11 @@ def _generate(
         except AdapterRefusedError as error:
             refusal = error.message
     if of_tuned:
-        with served_whole(plan.tuned, refusal, folder) as served:
+        with served_whole(plan.tuned, refusal, folder, plan.trust_remote_code) as served:
             _serve(config, plan, pool, store, served, of_tuned)
     if of_base:
         assert plan.tuned.base is not None
-        base = plan.tuned.base
-        _serve(config, plan, pool, store, Served(base.model_source, None, base.model_revision), of_base)
+        _serve(config, plan, pool, store, Served(plan.tuned.base), of_base)
 
 
 def _serve(
@@ -141,11 +140,10 @@ def _serve(
         plan.dtype,
         plan.max_model_len,
         stop_token_ids=plan.stop_token_ids,
-        trust_remote_code=plan.trust_remote_code,
         use_gpu=pool.use_gpu,
         num_threads=pool.num_threads,
     )
-    logger.info("loading `%s` in %s, %s", served.model, plan.engine, plan.dtype)
+    logger.info("loading `%s` in %s, %s", served.model.source, plan.engine, plan.dtype)
     with (
         pool.load(plan.engine, spec) as generate,
         track_progress("generating", len(requests), "answers", "tokens") as tracker,
@@ -199,7 +197,7 @@ def _describe(
         step=tuned.step,
         why=tuned.why,
         kind=tuned.kind,
-        base=plan.base.model_name if plan.base else None,
+        base=plan.base.name if plan.base else None,
         tuned=tuned.label,
         test_set=str(plan.test_set.path),
         num_samples=len(rows),

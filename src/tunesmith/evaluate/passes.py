@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tunesmith.config import ConvertConfig, EvaluateConfig
+from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant, vllm_is_installed
 from tunesmith.evaluate.engines.vllm_adapter import unservable_reason
@@ -31,11 +31,10 @@ _EXPORT_PREFIX = ".export_"
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine loads: a model folder or hub id, and the adapter on it, if any."""
+    """What an engine loads: a model, and the adapter on it, if any."""
 
-    model: str
+    model: ModelRef
     adapter: Path | None = None
-    revision: str | None = None
 
 
 def choose_engine(config: EvaluateConfig) -> str:
@@ -86,18 +85,20 @@ def served_as_adapter(tuned: TunedModel, engine: str, use_gpu: bool) -> tuple[Se
         reason = unservable_reason(tuned.folder, load_model_config(tuned.base), use_gpu)
         if reason is not None:
             return None, f"vLLM can't serve it as an adapter: {reason}"
-    return Served(tuned.base.model_source, tuned.folder, tuned.base.model_revision), None
+    return Served(tuned.base, tuned.folder), None
 
 
 @contextmanager
-def served_whole(tuned: TunedModel, reason: str | None, folder: Path) -> Iterator[Served]:
+def served_whole(
+    tuned: TunedModel, reason: str | None, folder: Path, trust_remote_code: bool
+) -> Iterator[Served]:
     """Give the tuned model as a folder of whole weights: its own, `final/`, or an export into `folder` for now.
 
     `reason` says why an export is needed.
     """
     found = tuned.folder if tuned.kind == "model" else _final_of(tuned)
     if found is not None:
-        yield Served(str(found))
+        yield Served(ModelRef(found, None, trust_remote_code))
         return
     for left in folder.glob(f"{_EXPORT_PREFIX}*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -105,7 +106,7 @@ def served_whole(tuned: TunedModel, reason: str | None, folder: Path) -> Iterato
         logger.info("exporting %s to a temporary folder, because %s", tuned.label, reason)
         exported = Path(temporary) / tuned.folder.name
         export(tuned, ConvertConfig(verify=False), exported)
-        yield Served(str(exported))
+        yield Served(ModelRef(exported, None, trust_remote_code))
 
 
 def make_spec(
@@ -115,7 +116,6 @@ def make_spec(
     return EngineSpec(
         model=served.model,
         adapter=served.adapter,
-        revision=served.revision,
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=max_model_len,
         max_tokens=config.max_tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.config import EvaluateConfig, TrainConfig
+from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.passes import choose_engine, weights_digest
@@ -39,7 +39,7 @@ class Plan:
     """The models, the samples and the engine of one evaluation. Lengths are in tokens."""
 
     tuned: TunedModel
-    base: TrainConfig | None
+    base: ModelRef | None
     """None where the tuned model is evaluated alone."""
     tokenizer: PreTrainedTokenizerFast
     test_set: TestSet
@@ -97,7 +97,7 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
             )
         logger.info("no base model is known: `%s` is evaluated alone (--model_path names one)", tuned.folder)
     trusts = config.trust_remote_code or (tuned.base is not None and tuned.base.trust_remote_code)
-    loaded = TrainConfig(model_path=tuned.folder, trust_remote_code=trusts)
+    loaded = ModelRef(tuned.folder, None, trusts)
     if tuned.kind != "model":
         assert tuned.base is not None, "only a whole model has no base"
         loaded = tuned.base
@@ -162,26 +162,26 @@ def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, fingerprint: s
     assert tuned.base is not None
     model = build_meta_model(tuned.base, model_config)
     if tuned.kind == "adapter":
-        check_adapter_fits(model, read_adapter_shapes(tuned.folder), tuned.base.model_source)
+        check_adapter_fits(model, read_adapter_shapes(tuned.folder), str(tuned.base.source))
     else:
         shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
-        check_state_fits(model, shapes, tuned.base.model_source)
+        check_state_fits(model, shapes, str(tuned.base.source))
     recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
     if recorded and recorded != fingerprint:
         logger.warning(
             "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
-            tuned.base.model_source,
+            tuned.base.source,
             recorded,
         )
 
 
-def _check_vocabulary(test_set: TestSet, base: TrainConfig, base_config: PretrainedConfig) -> None:
+def _check_vocabulary(test_set: TestSet, base: ModelRef, base_config: PretrainedConfig) -> None:
     """Refuse a base model that doesn't know the tuned model's tokens."""
     highest = max(max(prompt.input_ids) for prompt in test_set.samples.values())
     known = base_config.get_text_config().vocab_size
     if highest >= known:
         raise ModelError(
-            f"`{base.model_source}` knows {known:,} tokens, and the prompts of the tuned model use token {highest:,}",
+            f"`{base.source}` knows {known:,} tokens, and the prompts of the tuned model use token {highest:,}",
             "give the base model that it was trained on with --model_path or --base_model",
         )
 
@@ -194,4 +194,4 @@ def _choose_dtype(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> s
     if use_gpu and not torch.cuda.is_available():  # they are elsewhere in the cluster
         return "bfloat16"
     device = torch.device("cuda" if use_gpu else "cpu")
-    return str(resolve_dtype(TrainConfig(), device)).removeprefix("torch.")
+    return str(resolve_dtype("auto", device)).removeprefix("torch.")

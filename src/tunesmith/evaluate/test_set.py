@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import HFDatasetConfig
 from tunesmith.data.prompts import Prompt, PromptEncoder
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.data.templates import Kind, choose_format
@@ -61,8 +61,8 @@ def read_test_set(
         raise DataError(f"there is no test file `{path}`", "give a JSONL, JSON, CSV or Parquet file")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
-    config = tuned.base if tuned.base is not None else TrainConfig(**tuned.templates)
-    config = config.model_copy(update={"dataset_name": str(path), "dataset_config": None, "split": "test"})
+    changes = {"dataset_name": str(path), "dataset_config": None, "split": "test"}
+    config = tuned.dataset.model_copy(update=changes)
     rows, kind = _rendered_rows(tuned, path, config)
     encoder = PromptEncoder(tokenizer, kind, config.output_template)
     taken: list[dict[str, Any]] = list(islice(rows, max_samples))
@@ -107,7 +107,7 @@ def _own_test_set(tuned: TunedModel) -> Path:
 
 
 def _rendered_rows(
-    tuned: TunedModel, path: Path, config: TrainConfig
+    tuned: TunedModel, path: Path, config: HFDatasetConfig
 ) -> tuple[Iterator[dict[str, Any]], Kind]:
     is_own = tuned.data_dir is not None and path.parent.absolute() == tuned.data_dir.absolute()
     if is_own and tuned.params is not None:
@@ -124,7 +124,7 @@ def _rendered_rows(
     return (row_format.render(row, where) for where, row in read_rows(config)), row_format.kind
 
 
-def _fills_templates(config: TrainConfig, row: dict[str, Any]) -> bool:
+def _fills_templates(config: HFDatasetConfig, row: dict[str, Any]) -> bool:
     try:
         return choose_format(config, row, describe_source(config), given=True).kind == "template"
     except DataError:

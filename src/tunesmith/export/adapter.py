@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.model_files import write_tokenizer
 from tunesmith.export.proof import Proof
@@ -24,12 +24,12 @@ from tunesmith.runs.tuned import read_adapter_config
 class Adapter:
     """An adapter that fits its base model. `weights` is the file of its `num_weights` numbers."""
 
-    base: TrainConfig
+    base: ModelRef
     weights: Path
     num_weights: int
 
 
-def open_adapter(folder: Path, base: TrainConfig) -> Adapter:
+def open_adapter(folder: Path, base: ModelRef) -> Adapter:
     """Return the adapter that lies in `folder`; reads names and shapes alone.
 
     Raises:
@@ -43,7 +43,7 @@ def open_adapter(folder: Path, base: TrainConfig) -> Adapter:
     if not shapes:
         raise ModelError(f"`{weights}` holds no weights", "get the adapter again")
     model = build_meta_model(base, load_model_config(base))
-    check_adapter_fits(model, shapes, base.model_source)
+    check_adapter_fits(model, shapes, str(base.source))
     return Adapter(base, weights, sum(map(math.prod, shapes.values())))
 
 
@@ -56,12 +56,9 @@ def write_adapter_folder(adapter: Adapter, folder: Path) -> None:
     source, base = adapter.weights.parent, adapter.base
     shutil.copyfile(adapter.weights, folder / adapter.weights.name)
     settings = read_adapter_config(source)
-    local = base.model_path is not None
     # PEFT finds a local base model by its path only.
-    settings["base_model_name_or_path"] = (
-        str(Path(base.model_source).absolute()) if local else base.model_source
-    )
-    settings["revision"] = None if local else base.model_revision
+    settings["base_model_name_or_path"] = str(base.folder.absolute() if base.folder else base.source)
+    settings["revision"] = base.revision
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     write_tokenizer(base, source, folder)

@@ -66,10 +66,10 @@ def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
 
 
 def _hub_dataset(tuned: TunedModel) -> str | None:
-    if tuned.params is None or tuned.base is None:
+    if tuned.params is None:
         return None
     with contextlib.suppress(DataError):  # a local one that is gone
-        return tuned.base.dataset_name if local_path(tuned.base) is None else None
+        return tuned.dataset.dataset_name if local_path(tuned.dataset) is None else None
     return None
 
 

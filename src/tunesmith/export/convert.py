@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tunesmith.config import ConvertConfig, TrainConfig
+from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import ConfigError
 from tunesmith.export.adapter import open_adapter, prove_copy, write_adapter_folder
 from tunesmith.export.card import write_card
@@ -71,7 +71,7 @@ def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
 def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
     files = _model_files(tuned, config)
     dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    sources = [tuned.folder] + ([Path(files.model_source)] if files.model_path else [])
+    sources = [tuned.folder] + ([files.folder] if files.folder else [])
     with new_folder(output, config.overwrite, sources) as folder:
         merge = open_merge(tuned, files, dtype)
         num_bytes = count_bytes(merge)
@@ -108,9 +108,9 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
     return Exported(output, "adapter", 1, num_bytes, (), proof)
 
 
-def _model_files(tuned: TunedModel, config: ConvertConfig) -> TrainConfig:
+def _model_files(tuned: TunedModel, config: ConvertConfig) -> ModelRef:
     """Return the model whose files the weights are made from: the base model, or a whole tuned one."""
     if tuned.kind == "model":
-        return TrainConfig(model_path=tuned.folder, trust_remote_code=config.trust_remote_code)
+        return ModelRef(tuned.folder, None, config.trust_remote_code)
     assert tuned.base is not None, "only a whole model has no base"
     return tuned.base

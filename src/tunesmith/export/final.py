@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from tunesmith.atomic_files import replace_folder
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MAX_SHARD_SIZE = "5GB"
 
 
-def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
+def write_final(run: RunDir, base: ModelRef) -> Checkpoint:
     """Put the best checkpoint's adapter or model, and the tokenizer, into `final/`; return that checkpoint.
 
     The folder is whole or absent, and says in `tunesmith.json` which run and checkpoint it came from.
@@ -30,14 +30,15 @@ def write_final(run: RunDir, config: TrainConfig) -> Checkpoint:
     best = run.best_checkpoint()
     assert best is not None, "a finished run has a checkpoint"
     params = run.read_params()
-    kind: Kind = "state" if config.full_ft else "adapter"
-    tuned = TunedModel(kind, best.path, config, run, params, best.step, best.eval_loss)
+    is_full = params["settings"]["full_ft"]
+    kind: Kind = "state" if is_full else "adapter"
+    tuned = TunedModel(kind, best.path, base, run, params, best.step, best.eval_loss)
     with replace_folder(run.final_path) as folder:
-        if config.full_ft:
+        if is_full:
             dtype: torch.dtype = getattr(torch, params["resolved"]["dtype"])
-            merge = open_merge(tuned, config, dtype)
+            merge = open_merge(tuned, base, dtype)
             write_shards(merge, folder, _MAX_SHARD_SIZE)
-            write_model_files(merge, config, best.path, folder)
+            write_model_files(merge, base, best.path, folder)
         else:
             ignored = shutil.ignore_patterns(STATE_FOLDER, STATE_FILE, "params.json")
             shutil.copytree(best.path, folder, ignore=ignored, dirs_exist_ok=True)

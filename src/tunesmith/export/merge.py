@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.changes import Changes, NoChanges, StateChanges
 from tunesmith.export.deltas import AdapterChanges
@@ -130,7 +130,7 @@ class Merge:
                 )
 
 
-def open_merge(tuned: TunedModel, files: TrainConfig, dtype: torch.dtype | None) -> Merge:
+def open_merge(tuned: TunedModel, files: ModelRef, dtype: torch.dtype | None) -> Merge:
     """Return the weights of `tuned`, from a model's `files` and what the tuning changed; reads headers alone.
 
     Raises:
@@ -140,11 +140,11 @@ def open_merge(tuned: TunedModel, files: TrainConfig, dtype: torch.dtype | None)
     model_config = load_model_config(files)
     if getattr(model_config, "quantization_config", None) is not None:
         raise ModelError(
-            f"`{files.model_source}` is quantized, and a merge would need its weights as they were before",
+            f"`{files.source}` is quantized, and a merge would need its weights as they were before",
             "name the model it was quantized from with --model_path, or export with --no_merge",
         )
     model = build_meta_model(files, model_config)
-    base = files.model_source
+    base = str(files.source)
     changes: Changes
     if tuned.kind == "adapter":
         changes = AdapterChanges(tuned.folder, model, base)

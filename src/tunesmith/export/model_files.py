@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.export.merge import Merge
 from tunesmith.export.source import locate_file
@@ -19,7 +19,7 @@ GENERATION_CONFIG = "generation_config.json"
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
-def write_model_files(merge: Merge, files: TrainConfig, tuned: Path, folder: Path) -> None:
+def write_model_files(merge: Merge, files: ModelRef, tuned: Path, folder: Path) -> None:
     """Write everything but the weights and the model card into `folder`.
 
     Args:
@@ -43,7 +43,7 @@ def write_model_files(merge: Merge, files: TrainConfig, tuned: Path, folder: Pat
     write_tokenizer(files, tuned, folder)
 
 
-def write_tokenizer(files: TrainConfig, tuned: Path, folder: Path) -> None:
+def write_tokenizer(files: ModelRef, tuned: Path, folder: Path) -> None:
     """Write the tokenizer, with its chat template, of the tuned model's folder; else that of `files`.
 
     Raises:
@@ -51,14 +51,12 @@ def write_tokenizer(files: TrainConfig, tuned: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    source = str(tuned)
-    options: dict[str, Any] = {"trust_remote_code": files.trust_remote_code}
-    if not any((tuned / name).is_file() for name in _TOKENIZERS):
-        source = files.model_source
-        if files.model_path is None:
-            options["revision"] = files.model_revision or "main"
+    is_tuned = any((tuned / name).is_file() for name in _TOKENIZERS)
+    source, revision = (tuned, None) if is_tuned else (files.source, files.revision)
     try:
-        AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=files.trust_remote_code
+        ).save_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"can't load the tokenizer of `{source}`: {str(error).strip().splitlines()[0]}",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.atomic_files import write_json
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.runs.folder import FORMAT_VERSION, ORIGIN_FILE
 from tunesmith.runs.tuned import TunedModel
 
@@ -30,6 +30,6 @@ def write_origin(tuned: TunedModel, folder: Path) -> None:
     write_json(folder / ORIGIN_FILE, content)
 
 
-def name_base(base: TrainConfig) -> str:
+def name_base(base: ModelRef) -> str:
     """Return the hub's id, or a local folder's name: its path means nothing elsewhere."""
-    return base.hf_model_id if base.model_path is None else Path(base.model_source).resolve().name
+    return base.source.resolve().name if isinstance(base.source, Path) else base.source

@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.export.tensors import TensorFile
 
@@ -64,23 +64,23 @@ class WeightSource:
         return self._files[name].read(name)
 
 
-def open_source(config: TrainConfig) -> WeightSource:
+def open_source(ref: ModelRef) -> WeightSource:
     """Find the weight files of a model, fetching what the hub's cache lacks, and read their headers.
 
     Raises:
         ModelError: there are none, or one is torn.
     """
-    folder = Path(locate_file(config, "config.json") or _nothing(config, "config.json")).parent
+    folder = Path(locate_file(ref, "config.json") or _nothing(ref, "config.json")).parent
     for name, reader in ((_SAFETENSORS, TensorFile), (_PICKLED, PickledFile)):
-        index = locate_file(config, name + _INDEX)
+        index = locate_file(ref, name + _INDEX)
         if index is not None:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            paths: list[Path] = [locate_file(config, part) or _nothing(config, part) for part in names]
+            paths: list[Path] = [locate_file(ref, part) or _nothing(ref, part) for part in names]
             return _collect(folder, [reader(path) for path in paths])
-        path = locate_file(config, name)
+        path = locate_file(ref, name)
         if path is not None:
             return _collect(folder, [reader(path)])
-    _nothing(config, _SAFETENSORS)
+    _nothing(ref, _SAFETENSORS)
 
 
 def _collect(folder: Path, files: Iterable[_File]) -> WeightSource:
@@ -103,7 +103,7 @@ def find_adapter_weights(folder: Path) -> Path:
     return found
 
 
-def locate_file(config: TrainConfig, name: str) -> Path | None:
+def locate_file(ref: ModelRef, name: str) -> Path | None:
     """Return a file of the model, fetched if need be; None if the model has none of that name.
 
     Raises:
@@ -111,20 +111,17 @@ def locate_file(config: TrainConfig, name: str) -> Path | None:
     """
     from transformers.utils import cached_file
 
-    revision = None if config.model_path else config.model_revision
     try:
         found = cached_file(
-            config.model_source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            str(ref.source), name, revision=ref.revision, _raise_exceptions_for_missing_entries=False
         )
     except OSError as error:
         raise ModelError(
-            f"can't get `{name}` of `{config.model_source}`: {str(error).splitlines()[0]}",
+            f"can't get `{name}` of `{ref.source}`: {str(error).splitlines()[0]}",
             "check the base model's name, the network, and HF_TOKEN for a gated model; or give --model_path",
         ) from error
     return Path(found) if found else None
 
 
-def _nothing(config: TrainConfig, name: str) -> NoReturn:
-    raise ModelError(
-        f"`{config.model_source}` has no `{name}`", "give a whole model folder with --model_path"
-    )
+def _nothing(ref: ModelRef, name: str) -> NoReturn:
+    raise ModelError(f"`{ref.source}` has no `{name}`", "give a whole model folder with --model_path")

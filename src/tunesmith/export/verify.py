@@ -6,12 +6,12 @@ import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError
 from tunesmith.export.compare import count_inexact
 from tunesmith.export.merge import Merge
@@ -35,7 +35,7 @@ _KEPT_POSITIONS = 64
 _MEMORY_FACTOR = 1.2
 
 
-def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> Proof:
+def prove(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) -> Proof:
     """Hold the export in `folder` against an independent merge, and warn where rounding changes a token.
 
     A model that memory doesn't hold in float32 is checked on a sample of its weights.
@@ -70,7 +70,7 @@ def prove(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> 
 
 
 @torch.inference_mode()
-def prove_whole(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Path) -> Proof:
+def prove_whole(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) -> Proof:
     """Compare every weight, and logits on real prompts; holds the model once in float32.
 
     Raises:
@@ -81,11 +81,12 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Pat
     reference, tuned_logits = _load_reference(merge, tuned, files, prompts)
     _round(reference, merge)
     merged_logits = _compute_logits(reference, prompts)
-    exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), "auto")
+    written = ModelRef(folder, None, files.trust_remote_code)
+    exported = _load(written, "auto")
     num_weights, num_inexact = _compare(reference, exported)
     del reference, exported
     gc.collect()  # PEFT's modules refer to each other
-    exported = _load(TrainConfig(model_path=folder, trust_remote_code=files.trust_remote_code), torch.float32)
+    exported = _load(written, torch.float32)
     logits = _compute_logits(exported, prompts)
     error = float((logits - merged_logits).abs().max())
     # NaN fails too.
@@ -106,7 +107,7 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: TrainConfig, folder: Pat
 
 
 def _load_reference(
-    merge: Merge, tuned: TunedModel, files: TrainConfig, prompts: Sequence[torch.Tensor]
+    merge: Merge, tuned: TunedModel, files: ModelRef, prompts: Sequence[torch.Tensor]
 ) -> tuple[nn.Module, torch.Tensor]:
     """Return the tuned model in float32, merged by PEFT if it is an adapter, and its logits before that."""
     if tuned.kind == "state":
@@ -126,15 +127,18 @@ def _load_reference(
     return adapted.merge_and_unload(), logits
 
 
-def _load(config: TrainConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(ref: ModelRef, dtype: torch.dtype | str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.model_path is None:
-        options["revision"] = config.model_revision or "main"
-    return AutoModelForCausalLM.from_pretrained(config.model_source, dtype=dtype, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        ref.source,
+        dtype=dtype,
+        revision=ref.revision or "main",
+        trust_remote_code=ref.trust_remote_code,
+    )
+    return model.eval()
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
         ]
         if not chosen:
             raise ConfigError(
-                f"`{config.model_source}` has no linear layer to adapt outside its head and routers",
+                f"`{config.model.source}` has no linear layer to adapt outside its head and routers",
                 "name modules with --lora_target_modules, or train every weight with --full_ft",
             )
         return _shorten(chosen, named), []
@@ -63,7 +63,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
                 {name.rsplit(".", 1)[-1] for name in named} | {".".join(n.split(".")[-2:]) for n in fused}
             )
             raise ConfigError(
-                f"`lora_target_modules` names `{target}`, which matches nothing in `{config.model_source}`",
+                f"`lora_target_modules` names `{target}`, which matches nothing in `{config.model.source}`",
                 f"the model has {', '.join(f'`{name}`' for name in known)}",
             )
     if parameters and config.lora_dropout:
@@ -160,7 +160,7 @@ def _lora_config(config: TrainConfig, modules: list[str], parameters: list[str])
         target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=config.model_source,
+        base_model_name_or_path=str(config.model.source),
         revision=config.model_revision,
     )
 

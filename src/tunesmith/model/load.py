@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(ref: ModelRef, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """Return the tokenizer that lies in `folder`, as beside a checkpoint, else the model's.
 
     Raises:
@@ -32,16 +32,16 @@ def load_tokenizer(config: TrainConfig, folder: Path | None = None) -> PreTraine
     from transformers import AutoTokenizer
 
     if folder is None:
-        check_model_path(config)
-    options = _hub_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code}
+        check_model_path(ref)
+    options = _hub_options(ref) if folder is None else {"trust_remote_code": ref.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or config.model_source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder or ref.source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded("tokenizer", config, error) from error
+        raise _not_loaded("tokenizer", ref, error) from error
     return tokenizer
 
 
-def load_model_config(config: TrainConfig) -> PretrainedConfig:
+def load_model_config(ref: ModelRef) -> PretrainedConfig:
     """Return the model's own configuration.
 
     Raises:
@@ -49,14 +49,14 @@ def load_model_config(config: TrainConfig) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    check_model_path(config)
+    check_model_path(ref)
     try:
-        return AutoConfig.from_pretrained(config.model_source, **_hub_options(config))
+        return AutoConfig.from_pretrained(ref.source, **_hub_options(ref))
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded("config", config, error) from error
+        raise _not_loaded("config", ref, error) from error
 
 
-def build_meta_model(config: TrainConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+def build_meta_model(ref: ModelRef, model_config: PretrainedConfig) -> PreTrainedModel:
     """Return the model without weights: names and shapes alone, on the meta device.
 
     Raises:
@@ -67,15 +67,17 @@ def build_meta_model(config: TrainConfig, model_config: PretrainedConfig) -> Pre
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=ref.trust_remote_code)
     except (ValueError, KeyError) as error:
-        raise _not_loaded("model", config, error) from error
+        raise _not_loaded("model", ref, error) from error
 
 
-def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
+def load_model(
+    ref: ModelRef, device: torch.device, dtype: torch.dtype, attn_implementation: str = "auto"
+) -> PreTrainedModel:
     """Return the model in its stored dtype on the CPU, its weights memory-mapped.
 
-    Mapped pages are shared by all processes of a machine; a cast here would make a private copy each,
+    What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all processes of a machine; a cast here would make a private copy each,
     so `shard_model` casts after sharding.
 
     Raises:
@@ -85,21 +87,21 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    attention = _choose_attention(config, device)
+    attention = _choose_attention(ref, device, dtype, attn_implementation)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            config.model_source,
+            ref.source,
             dtype="auto",
             attn_implementation=attention,
             output_loading_info=True,
-            **_hub_options(config),
+            **_hub_options(ref),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded("model", config, error) from error
+        raise _not_loaded("model", ref, error) from error
     if found["missing_keys"]:
         # transformers would train them from random values.
         raise ModelError(
-            f"the files of `{config.model_source}` lack weights: {', '.join(sorted(found['missing_keys'])[:3])} …",
+            f"the files of `{ref.source}` lack weights: {', '.join(sorted(found['missing_keys'])[:3])} …",
             "download the model again, or take one with a language-model head",
         )
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
@@ -110,38 +112,40 @@ def load_model(config: TrainConfig, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def load_end_tokens(config: TrainConfig, model_config: PretrainedConfig) -> set[int]:
+def load_end_tokens(ref: ModelRef, model_config: PretrainedConfig) -> set[int]:
     """Return the tokens that the model itself ends its answers with."""
     from transformers import GenerationConfig
 
     try:
-        ends = GenerationConfig.from_pretrained(config.model_source, **_hub_options(config)).eos_token_id
+        ends = GenerationConfig.from_pretrained(ref.source, **_hub_options(ref)).eos_token_id
     except OSError:  # few models come without one
         ends = getattr(model_config.get_text_config(), "eos_token_id", None)
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
-def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return the compute type; `auto` is bfloat16 where there are instructions for it."""
+def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """Return the compute type that `dtype` means; `auto` is bfloat16 where there are instructions for it."""
     import torch
 
-    if config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.dtype)
+    if setting != "auto":
+        dtype: torch.dtype = getattr(torch, setting)
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _choose_attention(config: TrainConfig, device: torch.device) -> str | None:
+def _choose_attention(
+    ref: ModelRef, device: torch.device, dtype: torch.dtype, attn_implementation: str
+) -> str | None:
     """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
-    if config.attn_implementation == "varlen":
+    if attn_implementation == "varlen":
         return None  # it takes the place of the model's own once that is built
-    if config.attn_implementation != "auto":
-        return config.attn_implementation
-    is_half = resolve_dtype(config, device).itemsize == 2  # FlashAttention computes in nothing longer
+    if attn_implementation != "auto":
+        return attn_implementation
+    is_half = dtype.itemsize == 2  # FlashAttention computes in nothing longer
     if device.type == "cuda" and is_half and importlib.util.find_spec("flash_attn"):
-        model = build_meta_model(config, load_model_config(config))
+        model = build_meta_model(ref, load_model_config(ref))
         return "flash_attention_2" if model._supports_flash_attn else None
     return None
 
@@ -158,26 +162,24 @@ def attention_of(model: nn.Module) -> str:
     return str(model.config._attn_implementation)  # type: ignore[union-attr]
 
 
-def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> str:
+def model_fingerprint(ref: ModelRef, model_config: PretrainedConfig) -> str:
     """Return the hub's commit of the model, or a digest of a local folder's config and weight files.
 
     The digest takes each weight file's name, size and the head of its content (safetensors' table of
     names, types and shapes), not all of its bytes: reading 100 GB to start a run would be absurd.
     """
-    if config.model_path is None:
+    if isinstance(ref.source, str):
         from transformers.utils import cached_file, extract_commit_hash
 
         # The configuration doesn't say which commit it came from, but its place in the cache does.
-        config_file = cached_file(
-            config.model_source, "config.json", revision=config.model_revision or "main"
-        )
+        config_file = cached_file(ref.source, "config.json", revision=ref.revision or "main")
         commit = extract_commit_hash(config_file, None)
         if commit is not None:
             return str(commit)
     # Not the path, which may be spelt in many ways.
     content = {key: value for key, value in model_config.to_dict().items() if key != "_name_or_path"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-    folder = Path(config.model_source)
+    folder = Path(ref.source)
     for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
@@ -185,28 +187,28 @@ def model_fingerprint(config: TrainConfig, model_config: PretrainedConfig) -> st
     return digest.hexdigest()[:16]
 
 
-def check_model_path(config: TrainConfig) -> None:
+def check_model_path(ref: ModelRef) -> None:
     """Refuse a `model_path` that is no folder of a model.
 
     Raises:
         ModelError: with what is missing.
     """
-    if config.model_path is None:
+    folder = ref.folder
+    if folder is None:
         return
-    folder = Path(config.model_source)
     if not folder.is_dir():
         raise ModelError(
-            f"`model_path` is `{config.model_path}`, which is not a folder",
+            f"`model_path` is `{folder}`, which is not a folder",
             "give the folder that holds config.json and the weights, or name a model of the hub instead",
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"`model_path` is `{config.model_path}`, which holds no config.json",
+            f"`model_path` is `{folder}`, which holds no config.json",
             "give a Hugging Face model folder: config.json, weights, tokenizer",
         )
 
 
-def check_weights(config: TrainConfig) -> None:
+def check_weights(ref: ModelRef) -> None:
     """Refuse a `model_path` that is no folder of a model, or whose weights are absent or torn.
 
     Cheap: it reads the files' heads alone.
@@ -216,10 +218,10 @@ def check_weights(config: TrainConfig) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    check_model_path(config)
-    if config.model_path is None:
+    check_model_path(ref)
+    folder = ref.folder
+    if folder is None:
         return
-    folder = Path(config.model_source)
     if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
         raise ModelError(f"`model_path` is `{folder}`, which holds no weights", "download the model again")
     for path in folder.glob("*.safetensors"):
@@ -232,21 +234,21 @@ def check_weights(config: TrainConfig) -> None:
             ) from error
 
 
-def _hub_options(config: TrainConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.model_path is None and config.model_revision is not None:
-        options["revision"] = config.model_revision
+def _hub_options(ref: ModelRef) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": ref.trust_remote_code}
+    if ref.revision is not None:
+        options["revision"] = ref.revision
     return options
 
 
-def _not_loaded(what: str, config: TrainConfig, error: Exception) -> ModelError:
+def _not_loaded(what: str, ref: ModelRef, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
     if isinstance(error, ImportError):
         hint = MISSING_PACKAGE_HINT
-    elif config.model_path is None:
+    elif ref.folder is None:
         hint = "check the model's name, the network, and HF_TOKEN for a gated model; or give --model_path"
     else:
         hint = (
             "check that the folder is complete; --trust_remote_code allows a model that brings its own code"
         )
-    return ModelError(f"can't load the {what} of `{config.model_source}`: {reason}", hint)
+    return ModelError(f"can't load the {what} of `{ref.source}`: {reason}", hint)

@@ -100,7 +100,7 @@ def build_planned_model(
         ModelError, ConfigError: as `build_meta_model` and `choose_targets` say.
     """
     with torch.device("meta"):
-        model: Any = build_meta_model(config, model_config)
+        model: Any = build_meta_model(config.model, model_config)
         own = attention_of(model)
         model.requires_grad_(config.full_ft)
         if not config.full_ft:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.config import TrainConfig, TunedModelConfig
+from tunesmith.config import HFDatasetConfig, ModelRef, TrainConfig, TunedModelConfig
 from tunesmith.config.layers import settings_from_dump
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.logs import log_to_file
@@ -42,21 +42,20 @@ class TunedModel:
 
     `kind`: `adapter` is a PEFT folder (a LoRA run's checkpoint is one), `state` a full fine-tuning's
     checkpoint with its weights in `state/`, `model` a Hugging Face folder.
-    `base` loads the base model with the functions of `model.load`; None where no base is known, which
-    only a `model` can be. `run`, `params` (its params.json), `step` and `eval_loss` (nats) are None for
-    what no run recorded. `why` tells why this one was taken; `templates` are the settings that rendered its
-    rows, where it was exported from a run that isn't here.
+    `base` is None where no base model is known, which only a `model` can be. `dataset` holds the settings
+    that rendered its rows, as far as they are known. `run`, `params` (its params.json), `step` and
+    `eval_loss` (nats) are None for what no run recorded. `why` tells why this one was taken.
     """
 
     kind: Kind
     folder: Path
-    base: TrainConfig | None
+    base: ModelRef | None
     run: RunDir | None = None
     params: dict[str, Any] | None = None
     step: int | None = None
     eval_loss: float | None = None
     why: str = "it was named"
-    templates: dict[str, Any] = field(default_factory=dict)
+    dataset: HFDatasetConfig = field(default_factory=HFDatasetConfig)
 
     @property
     def label(self) -> str:
@@ -133,16 +132,17 @@ def _from_run(config: TunedModelConfig, folder: Path | None) -> TunedModel:
     else:
         checkpoint, why = _choose_checkpoint(config, run)
     params = run.read_params()
-    kind: Kind = "state" if params["settings"]["full_ft"] else "adapter"
+    recorded = _recorded_settings(params)
     return TunedModel(
-        kind,
+        "state" if recorded.full_ft else "adapter",
         checkpoint.path,
-        _recorded_base(config, params, checkpoint.path, trusts=True),
+        _recorded_base(config, recorded, params, checkpoint.path, trusts=True),
         run,
         params,
         checkpoint.step,
         checkpoint.eval_loss,
         f"{why}{why_run}",
+        recorded,
     )
 
 
@@ -207,11 +207,14 @@ def _named_checkpoint(config: TunedModelConfig, run: RunDir, folder: Path) -> Ch
     return found
 
 
+def _recorded_settings(params: dict[str, Any]) -> TrainConfig:
+    return settings_from_dump(TrainConfig, params["settings"], params["given"])
+
+
 def _recorded_base(
-    config: TunedModelConfig, params: dict[str, Any], folder: Path, trusts: bool
-) -> TrainConfig:
-    """Return the settings that load the run's base model; `trusts`: the run's own word on foreign code counts."""
-    recorded = settings_from_dump(TrainConfig, params["settings"], params["given"])
+    config: TunedModelConfig, recorded: TrainConfig, params: dict[str, Any], folder: Path, trusts: bool
+) -> ModelRef:
+    """Return the run's base model; `trusts`: the run's own word on foreign code counts."""
     trusted = config.trust_remote_code or (trusts and recorded.trust_remote_code)
     changes: dict[str, Any] = {"trust_remote_code": trusted}
     same_name = config.base_model.rsplit("/", 1)[-1] == params["model_name"]
@@ -226,7 +229,7 @@ def _recorded_base(
         changes["model_path"] = _recorded_path(params["model"], folder)
     elif _COMMIT.fullmatch(params["model"]["fingerprint"]):
         changes["model_revision"] = params["model"]["fingerprint"]
-    return recorded.model_copy(update=changes)
+    return recorded.model_copy(update=changes).model
 
 
 def _recorded_path(model: dict[str, Any], folder: Path) -> Path:
@@ -252,20 +255,15 @@ def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
     kind: Kind = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "model"
     if kind == "model" and (folder / STATE_FILE).is_file():
         kind = "state"
+    dataset: HFDatasetConfig
     if params:
-        base: TrainConfig | None = _recorded_base(config, params, folder, trusts=run is not None)
+        dataset = recorded = _recorded_settings(params)
+        base: ModelRef | None = _recorded_base(config, recorded, params, folder, trusts=run is not None)
     else:
+        dataset = _exported_dataset(origin)
         base = _named_base(folder, kind, config, origin)
-    return TunedModel(
-        kind,
-        folder,
-        base,
-        run,
-        params,
-        origin.get("step"),
-        origin.get("eval_loss"),
-        templates=_templates_of(origin),
-    )
+    step, loss = origin.get("step"), origin.get("eval_loss")
+    return TunedModel(kind, folder, base, run, params, step, loss, dataset=dataset)
 
 
 def _origin_of(folder: Path) -> tuple[RunDir | None, dict[str, Any] | None, dict[str, Any]]:
@@ -287,13 +285,13 @@ def _origin_of(folder: Path) -> tuple[RunDir | None, dict[str, Any] | None, dict
 
 def _named_base(
     folder: Path, kind: Kind, config: TunedModelConfig, origin: dict[str, Any]
-) -> TrainConfig | None:
+) -> ModelRef | None:
     """Return the base model of what no run is known for: as given, else as recorded beside the weights."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **_templates_of(origin)}
+    trusts = config.trust_remote_code
     if config.model_path is not None:
-        return TrainConfig(model_path=config.model_path.expanduser().absolute(), **options)
+        return ModelRef(config.model_path.expanduser().absolute(), None, trusts)
     if "base_model" in config.model_fields_set:
-        return TrainConfig(hf_model_id=config.base_model, **options)
+        return ModelRef(config.base_model, None, trusts)
     source, revision = origin.get("base"), None
     if source is not None and "/" not in source:  # the name of a local folder: where that lies isn't recorded
         source = None
@@ -307,16 +305,16 @@ def _named_base(
     if not source:
         return None
     if Path(source).expanduser().is_dir():
-        return TrainConfig(model_path=Path(source).expanduser().absolute(), **options)
+        return ModelRef(Path(source).expanduser().absolute(), None, trusts)
     if source.startswith(("/", ".", "~")):
         raise ModelError(f"the base model of `{folder}`, `{source}`, is not there", "give its --model_path")
-    return TrainConfig(hf_model_id=source, model_revision=revision, **options)
+    return ModelRef(source, revision, trusts)
 
 
-def _templates_of(origin: dict[str, Any]) -> dict[str, Any]:
+def _exported_dataset(origin: dict[str, Any]) -> HFDatasetConfig:
     """Return the settings that rendered the rows of the run that an export came from."""
     templates = dict(origin.get("templates", {}))
-    return templates if templates.pop("row_format", None) == "template" else {}
+    return HFDatasetConfig(**templates if templates.pop("row_format", None) == "template" else {})
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

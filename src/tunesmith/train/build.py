@@ -34,10 +34,10 @@ from tunesmith.planning.memory import build_planned_model
 
 def build_model(config: TrainConfig, device: torch.device, world_size: int) -> nn.Module:
     """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective."""
-    dtype = resolve_dtype(config, device)
-    planned = build_planned_model(config, load_model_config(config), dtype)
+    dtype = resolve_dtype(config.dtype, device)
+    planned = build_planned_model(config, load_model_config(config.model), dtype)
     layout = choose_layout(planned, config, device.type, world_size, find_room(device, world_size))
-    model: nn.Module = load_model(config, device)
+    model: nn.Module = load_model(config.model, device, dtype, config.attn_implementation)
     for parameter in model.parameters():
         parameter.requires_grad_(config.full_ft)
     if not config.full_ft:
@@ -60,12 +60,12 @@ def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> 
     Raises:
         ModelError: the model doesn't allow the attention that the settings name.
     """
-    dtype = resolve_dtype(config, device)
+    dtype = resolve_dtype(config.dtype, device)
     if _may_use_varlen(config, model):
         uses_varlen = use_varlen_attention(model, device, dtype)
         if not uses_varlen and config.attn_implementation == VARLEN:
             raise ModelError(
-                f"`attn_implementation` is `{VARLEN}`, which doesn't compute the attention of `{config.model_source}`",
+                f"`attn_implementation` is `{VARLEN}`, which doesn't compute the attention of `{config.model.source}`",
                 "leave `attn_implementation` out",
             )
     return fuses_loss(model, device, dtype)
@@ -79,7 +79,7 @@ def _may_use_varlen(config: TrainConfig, model: nn.Module) -> bool:
 
 def describe_choices(model: nn.Module, fused_loss: bool, config: TrainConfig, device: torch.device) -> str:
     """Return in one line what was chosen where the settings leave a choice."""
-    dtype = str(resolve_dtype(config, device)).removeprefix("torch.")
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return (
         f"{dtype}, attention {attention_of(model)}, loss {'fused' if fused_loss else 'of whole logits'}, "
         f"weights {'sharded' if isinstance(model, FSDPModule) else 'whole on each worker'}, "

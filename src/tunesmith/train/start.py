@@ -34,7 +34,7 @@ def locate_run(config: TrainConfig) -> RunDir:
     """Return the run that these settings mean; touches nothing on disk."""
     run_name = config.run_name or default_run_name(config)
     home = config.home if config.home is not None else Path("runs") / run_name
-    return RunDir(home.expanduser().absolute(), config.results_dir, config.model_name, run_name)
+    return RunDir(home.expanduser().absolute(), config.results_dir, config.model.name, run_name)
 
 
 def default_run_name(config: TrainConfig) -> str:
@@ -42,7 +42,7 @@ def default_run_name(config: TrainConfig) -> str:
     settings = config.model_dump(mode="json")
     shaping = {name: settings[name] for name in sorted(settings) if scope_of(name) != "run"}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.model_name}-{digest}"
+    return f"{config.model.name}-{digest}"
 
 
 def scope_of(name: str) -> str:
@@ -71,16 +71,16 @@ def check_model(config: TrainConfig) -> PretrainedConfig:
     Raises:
         ModelError, ConfigError: as `load_model_config`, `build_meta_model` and `choose_targets` say.
     """
-    model_config = load_model_config(config)
+    model_config = load_model_config(config.model)
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_seq_length > longest:
         logger.warning(
             "`max_seq_length` is %d, but `%s` was made for %d positions: longer examples train beyond them",
             config.max_seq_length,
-            config.model_source,
+            config.model.source,
             longest,
         )
-    model = build_meta_model(config, model_config)
+    model = build_meta_model(config.model, model_config)
     if not config.full_ft:
         from tunesmith.model.adapters import choose_targets
 
@@ -161,9 +161,9 @@ def record_params(
         "row_format": prepared.row_format,
     }
     model = {
-        "source": config.model_source,
-        "path": None if config.model_path is None else str(Path(config.model_source).absolute()),
-        "fingerprint": model_fingerprint(config, model_config),
+        "source": str(config.model.source),
+        "path": str(config.model.folder.absolute()) if config.model.folder else None,
+        "fingerprint": model_fingerprint(config.model, model_config),
     }
     params: dict[str, Any] = {
         "run_name": run.run_name,
@@ -178,7 +178,7 @@ def record_params(
     if run.params_path.exists():
         recorded = run.read_params()
         _check_unchanged("data set", config.dataset_name, recorded["data"], data)
-        _check_unchanged("model", config.model_source, recorded["model"], model)
+        _check_unchanged("model", str(config.model.source), recorded["model"], model)
         params = {name: recorded[name] for name in params}
     run.write_params(
         {

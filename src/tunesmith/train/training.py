@@ -247,7 +247,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         check_compiler(device)
     group = dist.new_group(backend="gloo")
     prepared = open_prepared(job.prepared_path)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     model = build_model(config, device, worker.world_size)
     fused_loss = choose_ways(config, model, device)
     packing = decide_packing(config, run, model, worker, group)
@@ -289,18 +289,18 @@ def decide_packing(
     packing = config.packing if params["packing"] is None else bool(params["packing"])
     if packing and params["packing"] is None:
         is_fit = attention_of(model) == VARLEN or keeps_examples_apart(
-            model, worker.device, resolve_dtype(config, worker.device)
+            model, worker.device, resolve_dtype(config.dtype, worker.device)
         )
         (num_unfit,) = sum_over_ranks([float(not is_fit)], group)
         packing = num_unfit == 0
         if not packing:
             logger.warning(
                 "`%s` lets packed examples see one another, so it is trained padded: one example a sequence",
-                config.model_source,
+                config.model.source,
             )
     if worker.rank == 0:
         resolved = {
-            "dtype": str(resolve_dtype(config, worker.device)).removeprefix("torch."),
+            "dtype": str(resolve_dtype(config.dtype, worker.device)).removeprefix("torch."),
             "attn_implementation": attention_of(model),
             "gradient_checkpointing": describe_recomputation(*count_recomputed(model)),
             "fsdp": "full_shard" if isinstance(model, FSDPModule) else "no_shard",

@@ -39,7 +39,7 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
 
     console = Console(highlight=False)
     row_format = check_source(config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     with prepared_to_look_at(config, tokenizer) as prepared:
         choice = f"{row_format.source}: rows are read as {row_format.kind}, because {row_format.why}"
         console.print(choice, soft_wrap=True)

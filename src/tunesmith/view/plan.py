@@ -84,7 +84,7 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
     console = Console(highlight=False)
     if workers.imagined:
         config = _with_model_at_hand(config)
-    model = build_planned_model(config, load_model_config(config), workers.dtype)
+    model = build_planned_model(config, load_model_config(config.model), workers.dtype)
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
     _print_time(console, planned, count_flops_per_token(model.model, config.full_ft))
@@ -111,7 +111,7 @@ def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Pla
 def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Workers:
     """Return `num_workers` workers on this machine, which share its processors, or have one of its GPUs each."""
     device = torch.device("cuda" if use_gpu else "cpu")
-    dtype = resolve_dtype(config, device)
+    dtype = resolve_dtype(config.dtype, device)
     if use_gpu:
         gpu = torch.cuda.get_device_properties(device)
         return Workers(num_workers, "cuda", gpu.name, gpu.total_memory, peak_flops(gpu.name), dtype)
@@ -213,7 +213,7 @@ def _print_memory(console: Console, planned: Plan) -> None:
     placed = "sharded, gathered once a microbatch" if not layout.reshard_after_forward else "sharded"
     recomputed = describe_recomputation(layout.num_recomputed, layout.num_blocks)
     console.print(
-        f"{planned.config.model_source}: {workers.num} × {workers.name}, "
+        f"{planned.config.model.source}: {workers.num} × {workers.name}, "
         f"{str(workers.dtype).removeprefix('torch.')}, "
         f"weights {'whole on each worker' if layout.replicated else placed}, gradient checkpointing {recomputed}",
         soft_wrap=True,
@@ -265,7 +265,7 @@ def _count_steps(steps: int) -> str:
 
 def _count_training_set(config: TrainConfig) -> tuple[int, int]:
     """Return the sequences that an epoch trains on, and their tokens; prepares the data set for that."""
-    with prepared_to_look_at(config, load_tokenizer(config)) as prepared:
+    with prepared_to_look_at(config, load_tokenizer(config.model)) as prepared:
         train = prepared.stats.train
         return train.packs if config.packing else train.examples, train.tokens
 

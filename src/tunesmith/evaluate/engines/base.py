@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 
 Variant = Literal["tuned", "base"]
@@ -21,7 +22,7 @@ class EngineSpec:
     serves `model` as whichever variant it is asked for. `num_threads` limits CPU threads; None leaves the library's choice.
     """
 
-    model: str
+    model: ModelRef
     adapter: Path | None
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int
@@ -36,8 +37,6 @@ class EngineSpec:
     gpu_memory_utilization: float = 0.9
     use_gpu: bool = False
     num_threads: int | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import TrainConfig
 from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
 
 if TYPE_CHECKING:
@@ -30,7 +28,8 @@ class TransformersEngine:
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         device = torch.device("cuda" if spec.use_gpu else "cpu")
-        model = load_model(_source(spec), device).to(device, getattr(torch, spec.dtype)).eval()
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        model = load_model(spec.model, device, dtype).to(device, dtype).eval()
         # A model's own may hold penalties, with which greedy wouldn't be greedy.
         model.generation_config = GenerationConfig()
         self._model: Any = model if spec.adapter is None else apply_adapter(model, spec.adapter)
@@ -96,15 +95,6 @@ class TransformersEngine:
             pad_token_id=spec.stop_token_ids[0],
             **sampling,
         )
-
-
-def _source(spec: EngineSpec) -> TrainConfig:
-    """Return settings that load the model of `spec`."""
-    if Path(spec.model).is_dir():
-        return TrainConfig(model_path=Path(spec.model), trust_remote_code=spec.trust_remote_code)
-    return TrainConfig(
-        hf_model_id=spec.model, model_revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
 
 
 def _generation(request: Request, ids: list[int], stop_token_ids: Sequence[int]) -> Generation:

@@ -141,7 +141,9 @@ def _start(spec: EngineSpec) -> tuple[LLM, LoRARequest | None]:
         llm = lora = None
         try:
             model_config = AutoConfig.from_pretrained(
-                spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+                spec.model.source,
+                revision=spec.model.revision,
+                trust_remote_code=spec.model.trust_remote_code,
             )
             arguments = _arguments(spec, model_config)
             if spec.adapter is not None:
@@ -166,9 +168,9 @@ def _start(spec: EngineSpec) -> tuple[LLM, LoRARequest | None]:
 def _arguments(spec: EngineSpec, model_config: PretrainedConfig) -> dict[str, Any]:
     """Return the arguments of vllm.LLM, adapters aside."""
     arguments: dict[str, Any] = {
-        "model": spec.model,
-        "revision": spec.revision,
-        "trust_remote_code": spec.trust_remote_code,
+        "model": str(spec.model.source),
+        "revision": spec.model.revision,
+        "trust_remote_code": spec.model.trust_remote_code,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # a model's own may hold penalties, with which greedy wouldn't be greedy
         "dtype": spec.dtype,
@@ -245,13 +247,13 @@ def _not_started(spec: EngineSpec, error: Exception) -> ModelError:
     if spec.adapter is not None and "lora" in reason.lower():
         return _not_served(spec, reason)
     return ModelError(
-        f"vLLM can't load `{spec.model}`: {reason}",
+        f"vLLM can't load `{spec.model.source}`: {reason}",
         "try --engine transformers; or, where memory is short, a smaller --batch_size or --max_model_len",
     )
 
 
 def _not_served(spec: EngineSpec, reason: str) -> AdapterRefusedError:
     return AdapterRefusedError(
-        f"vLLM can't serve the adapter `{spec.adapter}` on `{spec.model}`: {reason}",
+        f"vLLM can't serve the adapter `{spec.adapter}` on `{spec.model.source}`: {reason}",
         "evaluate what `tunesmith convert` makes of it, or use --engine transformers",
     )
