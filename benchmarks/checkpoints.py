@@ -11,7 +11,7 @@ from in_process import make_job, set_up_alone
 from ours import make_config
 from turn import answer, read_task
 
-from tunesmith.tracking.log import NoLog
+from tunesmith.tracking.jsonl import NoLog
 from tunesmith.train.checkpoint import Progress
 from tunesmith.train.training import Training
 

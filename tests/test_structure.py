@@ -45,7 +45,7 @@ ONLY_IN = {
     "bert_score": {"evaluate/metrics/bertscore.py"},
     "rouge_score": {"evaluate/metrics/score.py"},
     "sacrebleu": {"evaluate/metrics/score.py"},
-    "wandb": {"tracking/log.py"},
+    "wandb": {"tracking/wandb.py"},
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/sources.py"},
     "liger_kernel": {"model/load.py"},

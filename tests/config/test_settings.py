@@ -72,6 +72,7 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "save_steps": ("0", 0, 0),
     "save_total_limit": ("1", 1, 1),
     "logging_steps": ("1", 1, 1),
+    "report_to": ("wandb, mlflow", ["wandb", "mlflow"], ["wandb", "mlflow"]),
     "use_wandb": ("true", True, True),
 }
 

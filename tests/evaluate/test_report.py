@@ -19,7 +19,7 @@ from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.results import Prediction, Scores
 from tunesmith.evaluate.table import format_scores
 from tunesmith.runs.folder import RunDir
-from tunesmith.tracking.log import MetricsLog
+from tunesmith.tracking.jsonl import MetricsLog
 from tunesmith.view.figures import render_loss_curve
 
 CHROMIUM = shutil.which("chromium")
@@ -105,7 +105,7 @@ def draw_curve(folder: Path) -> bytes:
     for step in range(1, 41):
         log.training(step, {"loss": 2 + 2 * 0.9**step})
         if step % 10 == 0:
-            log.evaluation(step, 2.1 + 2 * 0.9**step)
+            log.evaluation(step, {"eval_loss": 2.1 + 2 * 0.9**step})
     log.close()
     return render_loss_curve(run)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tunesmith.errors import RunError
 from tunesmith.runs.folder import RunDir
-from tunesmith.tracking.log import MetricsLog
+from tunesmith.tracking.jsonl import MetricsLog
 from tunesmith.view.curves import draw_bars, smooth
 from tunesmith.view.figures import draw_loss_curve
 from tunesmith.view.panel import RunPanel
@@ -62,11 +62,11 @@ def record(run_dir: RunDir, attempt: int, first: int, last: int, ending: str | N
     log = MetricsLog(run_dir.metrics_path, attempt, {})
     log.event(first, "start", f"from checkpoint_{first:08d}" if first else "fresh start")
     if first == 0:
-        log.evaluation(0, 4.0)
+        log.evaluation(0, {"eval_loss": 4.0})
     for step in range(first + 1, last + 1):
         log.training(step, training_values(step))
         if step % 20 == 0:
-            log.evaluation(step, loss_at(step) + (0.5 if step == 100 else 0.0))
+            log.evaluation(step, {"eval_loss": loss_at(step) + (0.5 if step == 100 else 0.0)})
             log.event(step, "checkpoint", f"checkpoint_{step:08d}")
     if ending == "finished":
         log.event(last, "finished", "all steps are done")
@@ -224,7 +224,7 @@ def test_losses_that_are_not_finite_are_shown_and_drawn(tmp_path: Path) -> None:
     log = MetricsLog(run_dir.metrics_path, 1, {})
     for step in range(1, 60):
         log.training(step, {**training_values(step), "loss": math.nan if step > 50 else loss_at(step)})
-    log.evaluation(59, math.nan)
+    log.evaluation(59, {"eval_loss": math.nan})
     log.event(59, "failed", "loss is nan")
     log.close()
     shown = panel_of(run_dir, 60)
@@ -505,7 +505,7 @@ def test_the_loss_curve_is_a_picture_with_both_losses_in_it(tmp_path: Path, num_
     log = MetricsLog(run_dir.metrics_path, 1, {})
     for step in range(1, num_points + 1):
         log.training(step, training_values(step, num_points))
-    log.evaluation(num_points, 2.2)
+    log.evaluation(num_points, {"eval_loss": 2.2})
     log.close()
     path = tmp_path / "pictures" / "curve.png"
     draw_loss_curve(run_dir, path)

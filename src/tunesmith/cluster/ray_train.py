@@ -34,7 +34,7 @@ from tunesmith.model.load import check_weights, load_tokenizer
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.lease import Lease, refuse_if_held
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics, newest_attempt
-from tunesmith.tracking.log import check_wandb
+from tunesmith.tracking.trackers import check_trackers
 from tunesmith.train.start import (
     check_model,
     check_resumable,
@@ -94,7 +94,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     run = locate_run(config)
     check_writable(run)
     refuse_if_held(run.lease_path)
-    check_wandb(config)
+    check_trackers(config)
     check_resumable(run, config)
     check_source(config)
     check_weights(config.model)

@@ -55,6 +55,10 @@ def _parse_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
+def _none_is_empty(value: Any) -> Any:
+    return [] if value == ["none"] else value
+
+
 def parse_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
 
@@ -70,6 +74,7 @@ Names = Annotated[
     BeforeValidator(_parse_list),
     BeforeValidator(parse_auto),
 ]
+Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator(_parse_list)]
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
 OptionalPath = Annotated[Path | None, BeforeValidator(parse_none)]

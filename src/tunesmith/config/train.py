@@ -16,6 +16,7 @@ from tunesmith.config.declare import (
     OptionalStr,
     Settings,
     Template,
+    Trackers,
     parse_auto,
     parse_none,
     setting,
@@ -309,9 +310,14 @@ class TrainConfig(HFDatasetConfig):
         2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1
     )
     logging_steps: int = setting(10, "Steps between lines of metrics.", group="output", scope="run", ge=1)
-    use_wandb: bool = setting(
-        False, "Log to Weights & Biases too (needs tunesmith[wandb]).", group="output", scope="run"
+    report_to: Trackers = setting(
+        ["tensorboard"],
+        "Where metrics are logged besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, as a,b; the last three "
+        "need the extra of their name (tunesmith[mlflow]); none: nowhere.",
+        group="output",
+        scope="run",
     )
+    use_wandb: bool = setting(False, "Add wandb to report_to.", group="output", scope="run")
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tunesmith.runs.metrics_log import newest_attempt
-from tunesmith.tracking.log import MetricsLog, NoLog, open_trackers
+from tunesmith.tracking.jsonl import MetricsLog, NoLog
+from tunesmith.tracking.trackers import open_trackers
 from tunesmith.train.checkpoint import Progress
 from tunesmith.train.training import Ending, set_up
 from tunesmith.train.worker import TrainJob, Worker
@@ -22,7 +23,7 @@ def train(job: TrainJob, worker: Worker) -> None:
     try:
         log.event(progress.step, "start", training.describe())
         if progress.step == 0 and training.has_validation:
-            log.evaluation(0, training.evaluate())
+            log.evaluation(0, {"eval_loss": training.evaluate()})
         ending = training.find_ending(progress, stop_requested=False)
         while ending is None:
             step = progress.step + 1
@@ -38,7 +39,7 @@ def train(job: TrainJob, worker: Worker) -> None:
             if training.has_validation and (step == training.num_steps or is_due(step, config.eval_steps)):
                 eval_loss = training.evaluate()
                 progress = progress.observe(eval_loss, config.early_stopping_threshold)
-                log.evaluation(step, eval_loss)
+                log.evaluation(step, {"eval_loss": eval_loss})
             ending = training.find_ending(progress, result.stop_requested)
             is_best = progress.stopping.best_loss != before.stopping.best_loss
             if ending or is_best or is_due(step, config.save_steps):
@@ -56,7 +57,8 @@ def open_log(job: TrainJob, worker: Worker, start_step: int) -> MetricsLog | NoL
     """Return what this rank records into: everything on rank 0, nothing on the others."""
     if worker.rank != 0:
         return NoLog()
-    return open_trackers(job.run, job.config, newest_attempt(job.run) + 1, start_step)
+    attempt = newest_attempt(job.run) + 1
+    return MetricsLog(job.run.metrics_path, attempt, open_trackers(job.run, job.config, start_step))
 
 
 def is_due(step: int, interval: int) -> bool:

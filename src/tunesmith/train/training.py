@@ -28,7 +28,7 @@ from tunesmith.parallel.collectives import broadcast_objects, sum_over_ranks
 from tunesmith.planning.memory import sequences_per_forward
 from tunesmith.runs.folder import Checkpoint, RunDir
 from tunesmith.runs.metrics_log import finished_at
-from tunesmith.tracking.log import MetricsLog, NoLog
+from tunesmith.tracking.jsonl import MetricsLog, NoLog
 from tunesmith.train.build import build_model, choose_ways, describe_choices
 from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
