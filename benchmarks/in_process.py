@@ -9,7 +9,8 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.planning.memory import build_planned_model
-from tunesmith.train.start import locate_run, record_params
+from tunesmith.runs.identity import locate_run
+from tunesmith.train.start import record_params
 from tunesmith.train.training import Training, set_up
 from tunesmith.train.worker import ProcessWorker, TrainJob
 from tunesmith.view.plan import find_workers, make_plan
@@ -20,7 +21,7 @@ def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None 
     run = locate_run(config)
     prepared = prepare(config, load_tokenizer(config.model), run.datasets_path)
     run.path.mkdir(parents=True, exist_ok=True)
-    record_params(run, config, load_model_config(config.model), prepared, num_workers)
+    record_params(run, config, prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=num_threads)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from turn import FOLDER, answer
 
 from tunesmith.config import TrainConfig
+from tunesmith.runs.identity import locate_run
 from tunesmith.runs.metrics_log import iterate_metrics
-from tunesmith.train.start import locate_run
 
 _POLL_S = 0.02
 _TIMEOUT_S = 300

@@ -27,7 +27,7 @@ from support.tokenizers import build_tokenizer
 from tunesmith.config.layers import dump_yaml
 from tunesmith.config.yaml_file import write_yaml
 from tunesmith.runs.folder import RunDir
-from tunesmith.train.start import locate_run
+from tunesmith.runs.identity import locate_run
 
 SETTINGS = {"hf_model_id": "Qwen/Qwen3-8B", "dataset_name": "/fsx/rows.jsonl"}
 TIMEOUT_S = 300

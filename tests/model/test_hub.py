@@ -29,14 +29,15 @@ LOAD_FROM_HUB = """
 import json
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.load import load_model_config, load_tokenizer, model_fingerprint
+from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.load import load_model_config, load_tokenizer
 loaded = {}
 for revision in (None, "v2", "2" * 40, "v3"):
     ref = ModelRef("org/tiny", revision)
     try:
         model_config = load_model_config(ref)
         load_tokenizer(ref)
-        loaded[str(revision)] = [model_config.hidden_size, model_fingerprint(ref, model_config)]
+        loaded[str(revision)] = [model_config.hidden_size, model_fingerprint(ref)]
     except ModelError as error:
         loaded[str(revision)] = error.message
 print(json.dumps(loaded))

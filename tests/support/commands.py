@@ -17,8 +17,8 @@ import yaml
 
 from tunesmith.config import TrainConfig
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import locate_run
 from tunesmith.runs.metrics_log import iterate_metrics
-from tunesmith.train.start import locate_run
 
 TIMEOUT_S = 240
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
-from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.model.load import load_tokenizer
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import locate_run
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics
 from tunesmith.train.loop import train
-from tunesmith.train.start import locate_run, record_params
+from tunesmith.train.start import record_params
 from tunesmith.train.worker import ProcessWorker, TrainJob
 
 
@@ -64,7 +65,7 @@ def start(config: TrainConfig, num_workers: int = 1) -> TrainJob:
     run = locate_run(config)
     prepared = prepare(config, load_tokenizer(config.model), run.datasets_path)
     run.path.mkdir(parents=True, exist_ok=True)
-    record_params(run, config, load_model_config(config.model), prepared, num_workers)
+    record_params(run, config, prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=1)
 
 

@@ -23,8 +23,8 @@ from tunesmith.errors import CheckpointError, RunError
 from tunesmith.export.final import write_final
 from tunesmith.model.adapters import ADAPTER_WEIGHTS
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import is_finished
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics, newest_attempt
-from tunesmith.train.start import is_finished
 
 
 @pytest.fixture(scope="module")

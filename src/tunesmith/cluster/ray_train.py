@@ -32,17 +32,11 @@ from tunesmith.errors import (
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import check_weights, load_tokenizer
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import is_finished, locate_run
 from tunesmith.runs.lease import Lease, refuse_if_held
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics, newest_attempt
 from tunesmith.tracking.trackers import check_trackers
-from tunesmith.train.start import (
-    check_model,
-    check_resumable,
-    check_writable,
-    is_finished,
-    locate_run,
-    record_params,
-)
+from tunesmith.train.start import check_model, check_resumable, record_params
 from tunesmith.train.worker import TrainJob
 from tunesmith.view.figures import draw_loss_curve
 from tunesmith.view.watch import LiveView
@@ -92,14 +86,14 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         TrainingError: the training itself failed.
     """
     run = locate_run(config)
-    check_writable(run)
+    run.check_writable()
     refuse_if_held(run.lease_path)
     check_trackers(config)
     check_resumable(run, config)
     check_source(config)
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
-    model_config = check_model(config)
+    check_model(config)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)
         prepared = prepare(config, tokenizer, run.datasets_path)
@@ -114,7 +108,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
                     allocation.num_awaited,
                     allocation.num_workers,
                 )
-            record_params(run, config, model_config, prepared, allocation.num_workers)
+            record_params(run, config, prepared, allocation.num_workers)
             worker_config = _for_every_node(config, run)
             job = TrainJob(worker_config, run, prepared.folder, allocation.num_threads, lease.token)
             ending, signal_number = _train_on_ray(job, allocation, lease)

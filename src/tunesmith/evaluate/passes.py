@@ -18,6 +18,7 @@ from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant, vllm_i
 from tunesmith.evaluate.engines.vllm_adapter import unservable_reason
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
+from tunesmith.model.fingerprint import sample_weights
 from tunesmith.model.load import load_model_config
 from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.tuned import TunedModel
@@ -25,7 +26,6 @@ from tunesmith.runs.tuned import TunedModel
 logger = logging.getLogger(__name__)
 
 _WHOLE_FILE_BYTES = 1 << 30
-_HEAD_BYTES = 1 << 20
 _EXPORT_PREFIX = ".export_"
 
 
@@ -131,17 +131,16 @@ def make_spec(
 
 
 def weights_digest(tuned: TunedModel) -> str:
-    """Return a digest of the tuned weights: of an adapter's whole files, of place, time and head of larger ones."""
+    """Return a digest of the tuned weights: of an adapter's whole files, of place, time and samples of larger ones."""
     digest = hashlib.blake2b(digest_size=16)
     patterns = ("*.safetensors", "*.bin", "adapter_config.json", "state/*", "state/.metadata")
     for path in sorted({path for pattern in patterns for path in tuned.folder.glob(pattern)}):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size}\0".encode())
-        with path.open("rb") as file:
-            if tuned.kind == "adapter" and stat.st_size <= _WHOLE_FILE_BYTES:
-                digest.update(file.read())
-            else:
-                digest.update(f"{path.resolve()} {stat.st_mtime_ns}\0".encode() + file.read(_HEAD_BYTES))
+        if tuned.kind == "adapter" and stat.st_size <= _WHOLE_FILE_BYTES:
+            digest.update(path.read_bytes())
+        else:
+            digest.update(f"{path.resolve()} {stat.st_mtime_ns}\0".encode() + sample_weights(path))
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.passes import choose_engine, weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
+from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.fit import check_adapter_fits, check_state_fits, read_adapter_shapes
 from tunesmith.model.load import (
     build_meta_model,
@@ -22,7 +23,6 @@ from tunesmith.model.load import (
     load_end_tokens,
     load_model_config,
     load_tokenizer,
-    model_fingerprint,
     resolve_dtype,
 )
 from tunesmith.model.state import list_weights
@@ -49,13 +49,8 @@ class Plan:
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool
     base_fingerprint: str | None
-
-    @property
-    def base_is_recorded(self) -> bool:
-        """Whether the base model to compare is the very one that the run was started from."""
-        if self.base is None or self.tuned.params is None:
-            return False
-        return bool(self.tuned.params["model"]["fingerprint"] == self.base_fingerprint)
+    base_is_recorded: bool
+    """Whether the base model to compare is the very one that the run was started from."""
 
     @property
     def variants(self) -> list[Variant]:
@@ -105,8 +100,8 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     check_weights(loaded)
     if loaded is not tuned.base and tuned.base is not None:
         base_config = load_model_config(tuned.base)
-    fingerprint = model_fingerprint(tuned.base, base_config) if tuned.base is not None else None
-    _check_fit(tuned, model_config, fingerprint)
+    is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
+    _check_fit(tuned, model_config, is_recorded)
     has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
     test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
@@ -129,7 +124,8 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         # A model's configuration may name tokens that it doesn't have.
         tuple(sorted(token for token in ends if token < text_config.vocab_size)),
         trusts,
-        fingerprint,
+        model_fingerprint(tuned.base) if tuned.base is not None else None,
+        base is not None and is_recorded,
     )
 
 
@@ -156,7 +152,13 @@ def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
         )
 
 
-def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, fingerprint: str | None) -> None:
+def _is_recorded(tuned: TunedModel, base: ModelRef) -> bool:
+    """Return whether `base` is the very model that the run was started from."""
+    recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
+    return recorded is not None and model_fingerprint(base, like=recorded) == recorded
+
+
+def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, is_recorded: bool) -> None:
     if tuned.kind == "model":
         return
     assert tuned.base is not None
@@ -166,12 +168,11 @@ def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, fingerprint: s
     else:
         shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
         check_state_fits(model, shapes, str(tuned.base.source))
-    recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
-    if recorded and recorded != fingerprint:
+    if tuned.params and not is_recorded:
         logger.warning(
             "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
             tuned.base.source,
-            recorded,
+            tuned.params["model"]["fingerprint"],
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 import math
 from pathlib import Path
@@ -77,8 +75,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in its stored dtype on the CPU, its weights memory-mapped.
 
-    What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all processes of a machine; a cast here would make a private copy each,
-    so `shard_model` casts after sharding.
+    What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all
+    processes of a machine; a cast here would make a private copy each, so `shard_model` casts after sharding.
 
     Raises:
         ModelError: the model is absent, or transformers can't load it.
@@ -162,29 +160,9 @@ def attention_of(model: nn.Module) -> str:
     return str(model.config._attn_implementation)  # type: ignore[union-attr]
 
 
-def model_fingerprint(ref: ModelRef, model_config: PretrainedConfig) -> str:
-    """Return the hub's commit of the model, or a digest of a local folder's config and weight files.
-
-    The digest takes each weight file's name, size and the head of its content (safetensors' table of
-    names, types and shapes), not all of its bytes: reading 100 GB to start a run would be absurd.
-    """
-    if isinstance(ref.source, str):
-        from transformers.utils import cached_file, extract_commit_hash
-
-        # The configuration doesn't say which commit it came from, but its place in the cache does.
-        config_file = cached_file(ref.source, "config.json", revision=ref.revision or "main")
-        commit = extract_commit_hash(config_file, None)
-        if commit is not None:
-            return str(commit)
-    # Not the path, which may be spelt in many ways.
-    content = {key: value for key, value in model_config.to_dict().items() if key != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-    folder = Path(ref.source)
-    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
+def find_weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model folder by name."""
+    return sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
 
 
 def check_model_path(ref: ModelRef) -> None:
@@ -222,7 +200,7 @@ def check_weights(ref: ModelRef) -> None:
     folder = ref.folder
     if folder is None:
         return
-    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
+    if not find_weight_files(folder):
         raise ModelError(f"`model_path` is `{folder}`, which holds no weights", "download the model again")
     for path in folder.glob("*.safetensors"):
         try:

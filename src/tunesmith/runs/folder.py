@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.atomic_files import remove_folder, repair_folder, write_json
-from tunesmith.errors import RunError
+from tunesmith.errors import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,20 @@ class RunDir:
         for checkpoint in self.checkpoints()[:-keep_newest]:
             if best is None or checkpoint.path != best.path:
                 remove_folder(checkpoint.path)
+
+    def check_writable(self) -> None:
+        """Refuse a home that can't be written.
+
+        Raises:
+            ConfigError: with the folder that is in the way.
+        """
+        folder = self.home
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"`home` is `{self.home}`, but `{folder}` can't be written", "choose another --home"
+            )
 
     def clean(self) -> None:
         """Put right what a killed attempt left; only the holder of the lease may call it."""

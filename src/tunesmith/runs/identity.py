@@ -1,0 +1,248 @@
+"""Which run the settings mean, whether they may go on with it, and what it records of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tunesmith
+from tunesmith.config import TrainConfig
+from tunesmith.config.layers import dump_settings, settings_from_dump
+from tunesmith.errors import RunError
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.metrics_log import find_ending
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("torch", "transformers", "peft", "datasets", "tokenizers", "ray", "numpy")
+
+# What the names of the first runs were made from; never to be changed.
+_FIRST_SETTINGS = frozenset(
+    [
+        "attn_implementation",
+        "dataset_config",
+        "dataset_name",
+        "dataset_revision",
+        "dtype",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "eval_steps",
+        "field_mapping",
+        "full_ft",
+        "gradient_accumulation_steps",
+        "hf_model_id",
+        "input_template",
+        "learning_rate",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_rank",
+        "lora_target_modules",
+        "lr_scheduler_type",
+        "max_eval_samples",
+        "max_grad_norm",
+        "max_seq_length",
+        "min_learning_rate",
+        "model_path",
+        "model_revision",
+        "num_train_epochs",
+        "output_template",
+        "packing",
+        "per_device_train_batch_size",
+        "seed",
+        "split",
+        "train_split_ratio",
+        "trust_remote_code",
+        "use_rslora",
+        "val_test_split_ratio",
+        "warmup_ratio",
+        "weight_decay",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The base model of a run: as it was given, where it lay, and what tells it from another."""
+
+    source: str
+    path: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data set of a run: as it was given, what tells it from another, and where it lies prepared."""
+
+    source: str
+    revision: str
+    fingerprint: str
+    folder: str
+    data_dir: str
+    row_format: str
+
+
+def locate_run(config: TrainConfig) -> RunDir:
+    """Return the run that these settings mean; touches nothing on disk."""
+    run_name = config.run_name or default_run_name(config)
+    home = config.home if config.home is not None else Path("runs") / run_name
+    return RunDir(home.expanduser().absolute(), config.results_dir, config.model.name, run_name)
+
+
+def default_run_name(config: TrainConfig) -> str:
+    """Return `{model_name}-{8 hex digits}` of the settings that shape the result: the same command, the same run.
+
+    Settings that came after the first runs count where they aren't at their defaults, so that none of them
+    renames a run that doesn't use it.
+    """
+    shaping = {
+        name: value
+        for name, value in sorted(dump_settings(config).items())
+        if scope_of(config, name) != "run" and (name in _FIRST_SETTINGS or not _is_default(config, name))
+    }
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config.model.name}-{digest}"
+
+
+def scope_of(config: TrainConfig, name: str) -> str:
+    """Return what a setting shapes: data, model, training or run."""
+    extra = type(config).model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["scope"])
+
+
+def _is_default(config: TrainConfig, name: str) -> bool:
+    field = type(config).model_fields[name]
+    # A default may follow other settings.
+    default = field.get_default(call_default_factory=True, validated_data=dict(config))
+    return bool(getattr(config, name) == default)
+
+
+def check_settings(run: RunDir, config: TrainConfig) -> None:
+    """Refuse to go on with a run that was started with other settings of its data or model.
+
+    A setting that the run didn't record, because it is newer, counts as recorded at its default.
+
+    Raises:
+        RunError: it names the settings that differ.
+        ConfigError: a newer version has recorded settings that are unknown here.
+    """
+    params = run.read_params()
+    recorded = dump_settings(settings_from_dump(type(config), params["settings"], params["given"]))
+    current = dump_settings(config)
+    changed = [name for name in current if recorded[name] != current[name]]
+    refused = [name for name in changed if scope_of(config, name) in ("data", "model")]
+    if refused:
+        listed = ", ".join(f"`{name}` ({recorded[name]!r} → {current[name]!r})" for name in refused)
+        raise RunError(
+            f"the run `{run.run_name}` was started with other settings of its data or model: {listed}",
+            "set them back, or give another --run_name for a new run",
+        )
+    for name in changed:
+        logger.info("`%s` differs from the last attempt: %r → %r", name, recorded[name], current[name])
+
+
+def check_unchanged(what: str, name: str, recorded: str, current: str) -> None:
+    """Refuse to go on with a run whose data set or model, called `name`, isn't what it was.
+
+    Raises:
+        RunError: the digests differ.
+    """
+    if recorded == current:
+        return
+    bring_back = "bring it back"
+    if not Path(name).expanduser().exists():
+        bring_back += " (the hub's older commit: --model_revision, --dataset_revision)"
+    raise RunError(
+        f"the {what} `{name}` has changed since this run was started ({recorded} → {current})",
+        f"{bring_back}, or give another --run_name",
+    )
+
+
+def check_unfinished(run: RunDir, config: TrainConfig) -> None:
+    """Refuse a run that has finished, and has its result in place.
+
+    Raises:
+        RunError: it says what setting would let the run go on.
+    """
+    if is_finished(run, config) and run.holds_final():
+        raise RunError(
+            f"the run `{run.run_name}` is finished; its result lies in `{run.final_path}`",
+            f"{_how_to_go_on(find_ending(run) or {})}, or give another --run_name",
+        )
+
+
+def is_finished(run: RunDir, config: TrainConfig) -> bool:
+    """Return whether the run's newest attempt has finished, and these settings ask for no more than it did."""
+    ending = find_ending(run)
+    if ending is None or ending["event"] != "finished":
+        return False
+    if config.max_steps <= ending["step"]:
+        return True
+    if ending["setting"] == "num_train_epochs":
+        return config.num_train_epochs is not None and config.num_train_epochs <= ending["epoch"]
+    if ending["setting"] == "early_stopping_patience":
+        patience = config.early_stopping_patience
+        has_patience = patience == 0 or patience > ending["early_stopping_patience"]
+        return config.max_steps <= ending["max_steps"] and not has_patience
+    return False
+
+
+def _how_to_go_on(ending: dict[str, Any]) -> str:
+    if ending["setting"] == "num_train_epochs":
+        return f"raise --num_train_epochs above {ending['epoch']:g} to go on"
+    above = f"raise --max_steps above {ending['max_steps']}"
+    if ending["setting"] == "early_stopping_patience":
+        above += f", or --early_stopping_patience above {ending['early_stopping_patience']},"
+    return f"{above} to go on"
+
+
+def write_identity(
+    run: RunDir, config: TrainConfig, model: ModelRecord, data: DataRecord, num_workers: int
+) -> None:
+    """Write `params.json`. A resumed run keeps its data, its model and its global batch.
+
+    Raises:
+        RunError: the data or the model under the same name have changed since the run was started.
+    """
+    params: dict[str, Any] = {
+        "run_name": run.run_name,
+        "model_name": run.model_name,
+        "global_batch": {
+            "microbatches": config.gradient_accumulation_steps * num_workers,
+            "sequences_per_microbatch": config.per_device_train_batch_size,
+        },
+        "packing": None,
+        "resolved": None,
+    }
+    if run.params_path.exists():
+        recorded = run.read_params()
+        check_unchanged("data set", data.source, recorded["data"]["fingerprint"], data.fingerprint)
+        check_unchanged("model", model.source, recorded["model"]["fingerprint"], model.fingerprint)
+        params = {name: recorded[name] for name in params}
+    run.write_params(
+        {
+            **params,
+            "settings": dump_settings(config),
+            "given": sorted(config.model_fields_set),
+            "model": asdict(model),
+            "data": asdict(data),
+            "versions": dict(_versions()),
+        }
+    )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "tunesmith", tunesmith.__version__
+    yield "python", platform.python_version()
+    for name in _LIBRARIES:
+        # The core runs without Ray.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
