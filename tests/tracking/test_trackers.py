@@ -12,11 +12,11 @@ import pytest
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import default_run_name
 from tunesmith.runs.metrics_log import read_metrics
 from tunesmith.tracking.base import describe_error, id_of_run
 from tunesmith.tracking.jsonl import MetricsLog
 from tunesmith.tracking.trackers import TRACKERS, check_trackers, open_trackers
-from tunesmith.train.start import default_run_name
 
 EXTRAS = [name for name in TRACKERS if name != "tensorboard"]
 
