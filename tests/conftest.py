@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,26 +19,34 @@ from xdist.scheduler import LoadFileScheduling
 from support.workers import WorkerGroup
 
 
-class _FilesOfRayTogether(LoadFileScheduling):
-    """Gives each file of tests to one process, and all files that start a Ray to the same one.
+class _RayTogether(LoadFileScheduling):
+    """Gives the tests of a file to one process, and all tests that start a Ray, of whatever file, to the same one.
 
-    Files rather than `xdist_group`: xdist 3.8 appends the group to an attribute that pytest 9.2 no longer reads,
-    so that its `loadgroup` shares out single tests, silently.
+    Not `xdist_group`: xdist 3.8 appends the group to an attribute that pytest 9.2 no longer reads, so that its
+    `loadgroup` shares out single tests, silently.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "ray" if _starts_ray(self.config.rootpath / file) else file
+        file, _, name = nodeid.partition("::")
+        return "ray" if name.partition("[")[0] in _tests_with_ray(self.config.rootpath / file) else file
 
 
 @cache
-def _starts_ray(file: Path) -> bool:
-    return "pytest.mark.ray" in file.read_text()
+def _tests_with_ray(file: Path) -> set[str]:
+    """Return the tests of a file that are marked `ray`, one by one or all by its `pytestmark`."""
+    tree = ast.parse(file.read_text())
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    marks = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
+    ]
+    if any("pytest.mark.ray" in ast.unparse(mark) for mark in marks):
+        return {test.name for test in tests}
+    return {test.name for test in tests if "pytest.mark.ray" in map(ast.unparse, test.decorator_list)}
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _FilesOfRayTogether:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _RayTogether:
     """Choose how `pytest -n` shares out the tests."""
-    return _FilesOfRayTogether(config, log)
+    return _RayTogether(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support.runs import small_config, start, train_here
+from support.runs import copy_run, small_config, start, train_here, write_rows
 from support.tiny_models import build_config, save_model
 from support.tokenizers import build_tokenizer
 from tunesmith import cli
@@ -39,7 +39,7 @@ from tunesmith.evaluate.store import GenerationStore, only_writer
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.tuned import find_tuned
 
-pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 
 ModelOf = Callable[[str], Path]
 
@@ -47,8 +47,6 @@ ModelOf = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def run(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory, alone: None) -> RunDir:
     """A LoRA run with a test set of 12 rows."""
-    from support.runs import write_rows
-
     folder = tmp_path_factory.mktemp("evaluated")
     rows = write_rows(folder / "rows.jsonl", num_rows=120)
     config = small_config(
@@ -66,8 +64,7 @@ def run(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory, alone: None
 @pytest.fixture
 def fresh(run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of the run that nothing has evaluated."""
-    shutil.copytree(run.home, tmp_path / "home", ignore=shutil.ignore_patterns("evaluation"))
-    return RunDir(tmp_path / "home", run.results_dir, run.model_name, run.run_name)
+    return copy_run(run, tmp_path / "home")
 
 
 def settings(where: Path, **changes: Any) -> EvaluateConfig:
@@ -205,6 +202,7 @@ def _whole(path: Path) -> Iterator[str]:
     return (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
 
 
+@pytest.mark.ray
 def test_a_replica_that_dies_is_replaced_and_its_samples_are_run_again(fresh: RunDir, run: RunDir) -> None:
     config = settings(fresh.path, batch_size=1, max_tokens=40)
     pool = _KillingPool(2, use_gpu=False, num_threads=1, gpus_each=0, cpus_each=1)

@@ -23,7 +23,7 @@ from support.exports import (
     merge_by_peft,
     tuned_of,
 )
-from support.runs import losses, small_config, start, train_here
+from support.runs import copy_run, losses, small_config, start, train_here
 from support.tiny_models import FAMILIES, save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.config import ConvertConfig
@@ -36,6 +36,7 @@ from tunesmith.runs.folder import RunDir
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 
 ModelOf = Callable[[str], Path]
+Trained = Callable[..., RunDir]
 
 NAMED = {
     "phi3": {"lora_target_modules": ["qkv_proj", "layers.1.mlp.down_proj"]},
@@ -46,25 +47,37 @@ NAMED = {
     "llama": {"lora_target_modules": ["q_proj", "embed_tokens"]},
     "gemma": {"lora_target_modules": ["v_proj", "lm_head"]},
 }
-WAYS = ("default", "named", "rslora")
 
 
 def train(model: Path, rows: Path, home: Path, **changes: Any) -> RunDir:
     return train_here(start(small_config(model, rows, home, lora_alpha=6, **changes)))
 
 
-def changes_of(family: str, way: str) -> dict[str, Any]:
-    named = NAMED.get(family, {"lora_target_modules": ["q_proj", "down_proj"]})
-    return {"default": {}, "named": named, "rslora": {"use_rslora": True}}[way]
+@pytest.fixture(scope="module")
+def trained(
+    model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None
+) -> Callable[..., RunDir]:
+    """`trained(family, name=value, …)` is a run with these settings, trained once; what changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs: dict[str, RunDir] = {}
+
+    def train_once(family: str, **changes: Any) -> RunDir:
+        key = json.dumps([family, changes], sort_keys=True)
+        if key not in runs:
+            runs[key] = train(model_of(family), rows, folder / str(len(runs)), **changes)
+        return runs[key]
+
+    return train_once
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["default", "named, rank-stabilized"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_export_of_an_adapter_is_base_and_adapter(
-    family: str, way: str, model_of: ModelOf, rows: Path, tmp_path: Path
+    family: str, way: str, model_of: ModelOf, trained: Trained, tmp_path: Path
 ) -> None:
     base = model_of(family)
-    tuned = tuned_of(train(base, rows, tmp_path, **changes_of(family, way)))
+    named = NAMED.get(family, {"lora_target_modules": ["q_proj", "down_proj"]})
+    tuned = tuned_of(trained(family, **({} if way == "default" else {**named, "use_rslora": True})))
     exported = export(tuned, ConvertConfig(max_shard_size="60KB"), tmp_path / "out")
     assert exported.num_files > 1
 
@@ -86,13 +99,13 @@ def test_the_export_of_an_adapter_is_base_and_adapter(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_export_of_a_full_checkpoint_is_the_trained_model(
-    family: str, model_of: ModelOf, rows: Path, tmp_path: Path
+    family: str, model_of: ModelOf, trained: Trained, tmp_path: Path
 ) -> None:
-    tuned = tuned_of(train(model_of(family), rows, tmp_path, full_ft=True))
+    tuned = tuned_of(trained(family, full_ft=True))
     exported = export(tuned, ConvertConfig(max_shard_size="60KB"), tmp_path / "out")
     found = load(exported.folder).state_dict()
-    trained = read_weights(tuned.folder)
-    assert [name for name in trained if not torch.equal(found[name], trained[name])] == []
+    weights = read_weights(tuned.folder)
+    assert [name for name in weights if not torch.equal(found[name], weights[name])] == []
     assert load_weights(exported.folder).keys() == load_weights(model_of(family)).keys()
     assert exported.proof is not None
     assert exported.proof.num_inexact == 0
@@ -132,9 +145,9 @@ def test_a_full_checkpoint_of_a_bfloat16_base_is_rounded_unless_float32_is_asked
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_one_of_two_tied_weights_unties_them(
-    target: str, model_of: ModelOf, rows: Path, tmp_path: Path
+    target: str, model_of: ModelOf, trained: Trained, tmp_path: Path
 ) -> None:
-    run = train(model_of("llama"), rows, tmp_path, lora_target_modules=["q_proj", target])
+    run = trained("llama", lora_target_modules=["q_proj", target])
     folder = convert(tuned_of(run), tmp_path / "out")
     weights, base = load_weights(folder), load_weights(model_of("llama"))
     other = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[target]
@@ -143,8 +156,10 @@ def test_an_adapter_on_one_of_two_tied_weights_unties_them(
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_an_adapter_exported_by_itself_is_the_adapter(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    tuned = tuned_of(train(model_of("qwen3"), rows, tmp_path))
+def test_an_adapter_exported_by_itself_is_the_adapter(
+    model_of: ModelOf, trained: Trained, tmp_path: Path
+) -> None:
+    tuned = tuned_of(trained("qwen3"))
     exported = export(tuned, ConvertConfig(no_merge=True), tmp_path / "out")
     assert exported.form == "adapter"
     expected = logits_of(PeftModel.from_pretrained(load(model_of("qwen3")), tuned.folder))
@@ -154,16 +169,18 @@ def test_an_adapter_exported_by_itself_is_the_adapter(model_of: ModelOf, rows: P
     assert not (exported.folder / "state").exists()
 
 
-def test_a_whole_model_has_no_adapter_to_export(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    tuned = tuned_of(train(model_of("llama"), rows, tmp_path, full_ft=True))
+def test_a_whole_model_has_no_adapter_to_export(trained: Trained, tmp_path: Path) -> None:
+    tuned = tuned_of(trained("llama", full_ft=True))
     with pytest.raises(ConfigError, match="is a whole model") as error:
         export(tuned, ConvertConfig(no_merge=True), tmp_path / "out")
     assert error.value.hint == "leave --no_merge out"
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_says_what_it_was_made_from(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    run = train(model_of("llama"), rows, tmp_path)
+def test_the_folder_says_what_it_was_made_from(
+    trained: Trained, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    run = copy_run(trained("llama"), tmp_path / "home")
     tuned = tuned_of(run)
     interval = {"mean": 0.5, "low": 0.25, "high": 0.75}
     scores = {
@@ -189,7 +206,7 @@ def test_the_folder_says_what_it_was_made_from(model_of: ModelOf, rows: Path, tm
         "| ROUGE-L F1 |  | 0.5 (0.25 to 0.75) |  |",
     ):
         assert part in card
-    assert str(tmp_path) not in card
+    assert str(tmp_path_factory.getbasetemp()) not in card
     assert "/somewhere" not in card
     origin = json.loads((folder / "tunesmith.json").read_text())
     assert (origin["run"], origin["checkpoint"]) == (run.path.name, tuned.folder.name)
@@ -209,16 +226,16 @@ def test_the_folder_says_what_it_was_made_from(model_of: ModelOf, rows: Path, tm
 
 @pytest.mark.parametrize("full_ft", [False, True])
 def test_final_says_what_an_export_says_and_a_killed_replacement_of_it_is_put_right(
-    full_ft: bool, model_of: ModelOf, rows: Path, tmp_path: Path
+    full_ft: bool, trained: Trained, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    run = train(model_of("llama"), rows, tmp_path / "home", full_ft=full_ft)
+    run = copy_run(trained("llama", **({"full_ft": True} if full_ft else {})), tmp_path / "home")
     tuned = tuned_of(run)
     assert tuned.base is not None
     write_final(run, tuned.base)
     final = run.final_path
     origin = json.loads((final / "tunesmith.json").read_text())
     assert origin == json.loads((convert(tuned, tmp_path / "out") / "tunesmith.json").read_text())
-    assert str(tmp_path) not in (final / "tunesmith.json").read_text()
+    assert str(tmp_path_factory.getbasetemp()) not in (final / "tunesmith.json").read_text()
 
     # As a process leaves it that is killed between the two renames.
     final.rename(final.with_name(".removed_final_0123abcd"))
@@ -233,13 +250,9 @@ def test_final_says_what_an_export_says_and_a_killed_replacement_of_it_is_put_ri
 
 @pytest.mark.parametrize("changes", [{}, {"lora_target_modules": ["q_proj", "lm_head"]}, {"full_ft": True}])
 def test_the_proof_counts_each_written_weight_once_and_is_told_once(
-    changes: dict[str, Any],
-    model_of: ModelOf,
-    rows: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any], trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tuned = tuned_of(train(model_of("llama"), rows, tmp_path, **changes))
+    tuned = tuned_of(trained("llama", **changes))
     with caplog.at_level(logging.INFO, "tunesmith"):
         exported = export(tuned, ConvertConfig(), tmp_path / "out")
     assert exported.proof is not None
@@ -248,12 +261,10 @@ def test_the_proof_counts_each_written_weight_once_and_is_told_once(
     assert exported.proof.describe() not in caplog.text
 
 
-def test_an_exported_model_can_be_exported_again_in_other_files(
-    model_of: ModelOf, rows: Path, tmp_path: Path
-) -> None:
+def test_an_exported_model_can_be_exported_again_in_other_files(trained: Trained, tmp_path: Path) -> None:
     from tunesmith.runs.tuned import find_tuned
 
-    first = convert(tuned_of(train(model_of("mixtral"), rows, tmp_path)), tmp_path / "first")
+    first = convert(tuned_of(trained("mixtral")), tmp_path / "first")
     tuned = find_tuned(ConvertConfig(checkpoints_dir=str(first)))
     assert tuned.kind == "model"
     exported = export(tuned, ConvertConfig(max_shard_size="100KiB", dtype="bfloat16"), tmp_path / "second")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def train_on_rank(rank: int, world_size: int, job: TrainJob) -> RunDir:
     """Train as one rank of a group that exists already."""
     train(job, ProcessWorker(rank, world_size, torch.device("cpu"), job.run))
     return job.run
+
+
+def copy_run(run: RunDir, home: Path) -> RunDir:
+    """Copy a run that several tests share, without its evaluations, for a test that changes it."""
+    shutil.copytree(run.home, home, ignore=shutil.ignore_patterns("evaluation"))
+    return RunDir(home, run.results_dir, run.model_name, run.run_name)
 
 
 def losses(run: RunDir, key: str = "loss") -> dict[int, float]:
