@@ -114,7 +114,7 @@ def _run(ours: Training, task: Task) -> Figures:
     assert ours.validation is not None
     figures = Figures(start_s=age_s())
     figures.held_out_trained_tokens = int(ours.validation.tokens.num_trained.sum())
-    figures.loss_before = ours.evaluate()
+    figures.loss_before = ours.evaluate()["eval_loss"]
     print(ours.describe(), file=sys.stderr)
     shape = measure_shape(ours.model)
     figures.product_flops_per_s += time_products()
@@ -129,7 +129,7 @@ def _run(ours: Training, task: Task) -> Figures:
         figures.losses.append(result.loss)
         figures.flops.append(count_flops(shape, lengths, result.trained_tokens))
         if figures.is_halfway(task):
-            figures.loss_after = ours.evaluate()
+            figures.loss_after = ours.evaluate()["eval_loss"]
         figures.product_flops_per_s += time_products()
     return figures
 

@@ -28,6 +28,7 @@ FLOORS = {
     "planning": 6,
     "model": 5,
     "parallel": 4,
+    "objectives": 4,
     "data": 3,
     "runs": 2,
     "logs": 1,

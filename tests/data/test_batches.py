@@ -18,6 +18,7 @@ from tunesmith.data.batches import (
     FLAT_MULTIPLE,
     Batch,
     BatchPlan,
+    Counts,
     GlobalBatch,
     Sequences,
     collate,
@@ -257,8 +258,8 @@ def test_counts_leave_padding_out(drawn: tuple[Tokens, list[list[int]]]) -> None
     for packing, number in ((True, len(rows)), (False, tokens.num_examples)):
         sequences = Sequences(tokens, packing, PAD)
         assert len(sequences) == number
-        counts = sequences.count_tokens(np.arange(number))
-        assert counts == (sum(tokens.lengths), sum(tokens.num_trained))
+        counts = sequences.count(np.arange(number))
+        assert counts == Counts(sum(tokens.lengths), sum(tokens.num_trained), tokens.num_examples)
         assert sorted(sequences.examples(np.arange(number))) == list(range(tokens.num_examples))
 
 
@@ -277,12 +278,10 @@ def test_sequences_of_real_prepared_data_name_their_lines(
     for sequences in (packed, padded):
         everything = np.arange(len(sequences))
         assert sequences.source_rows(everything) == list(range(54))
-        assert sequences.count_tokens(everything) == (
-            prepared.stats.train.tokens,
-            prepared.stats.train.trained_tokens,
-        )
+        stats = prepared.stats.train
+        assert sequences.count(everything) == Counts(stats.tokens, stats.trained_tokens, 54)
         batch = sequences.collate(everything[:5])
-        assert len(batch.targets_N) == sequences.count_tokens(everything[:5])[1]
+        assert len(batch.targets_N) == sequences.count(everything[:5]).trained_tokens
     assert len(padded) == 54
     assert len(packed) < 40
     with pytest.raises(IndexError):

@@ -16,6 +16,8 @@ from tunesmith.data.prepare import open_prepared
 from tunesmith.model.compilation import compile_blocks
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of
+from tunesmith.model.policy import Policy
+from tunesmith.objectives.sft import SFT
 from tunesmith.train.build import build_model, choose_ways
 from tunesmith.train.step import accumulate_gradients
 from tunesmith.train.worker import ProcessWorker
@@ -38,7 +40,7 @@ def gradient_of_step(
     """Return loss and gradients of one step, so many sequences at a time, from adapters that do something already."""
     job = start(config)
     model = build_model(config, CPU, world_size=1)
-    fused_loss = choose_ways(config, model, CPU)
+    policy = Policy(model, choose_ways(config, model, CPU))
     if config.torch_compile:
         compile_blocks(model, CPU)
     generator = torch.Generator().manual_seed(0)
@@ -52,10 +54,10 @@ def gradient_of_step(
     sequences = Sequences(sequences.tokens, sequences.packing, sequences.pad_token_id, flatten)
     worker = ProcessWorker(0, 1, CPU, job.run)
     result = accumulate_gradients(
-        model, sequences, microbatches, step, config.seed, worker, fused_loss, num_sequences
+        policy, SFT(), sequences, microbatches, step, config.seed, worker, num_sequences
     )
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": result.loss_sum, **gradients}
+    return {**result.sums, **gradients}
 
 
 def whole(tensor: Tensor) -> Tensor:

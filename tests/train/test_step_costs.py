@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def training(model_of: ModelOf, rows: Path, tmp_path: Path) -> Training:
 def count_needed_flops(training: Training, step: int) -> tuple[float, float]:
     """Return the FLOP that a step needs for linear layers and loss, and for attention."""
     shape, lengths = measure_shape(training.model), lengths_of(training, step)
-    num_trained = sum(training.sequences.count_tokens(rows)[1] for rows in training.plan.microbatches(step))
+    num_trained = training.sequences.count(np.concatenate(training.plan.microbatches(step))).trained_tokens
     linear = count_flops(replace(shape, num_layers=0), lengths, num_trained)
     attention = count_flops(shape, lengths, num_trained) - linear
     # The embeddings are frozen: the products that the first block begins with have no gradient to give them.

@@ -54,6 +54,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a global batch or a validation set holds; padding is not counted."""
+
+    tokens: int
+    trained_tokens: int
+    examples: int
+
+
+@dataclass(frozen=True)
 class GlobalBatch:
     """What one optimizer step takes, fixed when a run first starts."""
 
@@ -125,10 +134,14 @@ class Sequences:
         """Return the lines of the `.jsonl` (from 0) that these sequences come from."""
         return sorted({int(self.tokens.rows[example]) for example in self.examples(sequences)})
 
-    def count_tokens(self, sequences: np.ndarray) -> tuple[int, int]:
-        """Return the tokens and the trained tokens in these sequences; padding is not counted."""
+    def count(self, sequences: np.ndarray) -> Counts:
+        """Return what these sequences hold."""
         examples = self.examples(sequences)
-        return int(self.tokens.lengths[examples].sum()), int(self.tokens.num_trained[examples].sum())
+        return Counts(
+            int(self.tokens.lengths[examples].sum()),
+            int(self.tokens.num_trained[examples].sum()),
+            len(examples),
+        )
 
     def collate(self, sequences: np.ndarray) -> Batch:
         """Return the microbatch of these sequences, padded to the longest."""

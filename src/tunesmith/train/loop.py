@@ -23,7 +23,7 @@ def train(job: TrainJob, worker: Worker) -> None:
     try:
         log.event(progress.step, "start", training.describe())
         if progress.step == 0 and training.has_validation:
-            log.evaluation(0, {"eval_loss": training.evaluate()})
+            log.evaluation(0, training.evaluate())
         ending = training.find_ending(progress, stop_requested=False)
         while ending is None:
             step = progress.step + 1
@@ -37,9 +37,9 @@ def train(job: TrainJob, worker: Worker) -> None:
                 log.training(step, training.measure(step, result))
             before, progress = progress, Progress(step, stopping=progress.stopping)
             if training.has_validation and (step == training.num_steps or is_due(step, config.eval_steps)):
-                eval_loss = training.evaluate()
-                progress = progress.observe(eval_loss, config.early_stopping_threshold)
-                log.evaluation(step, {"eval_loss": eval_loss})
+                metrics = training.evaluate()
+                progress = progress.observe(metrics["eval_loss"], config.early_stopping_threshold)
+                log.evaluation(step, metrics)
             ending = training.find_ending(progress, result.stop_requested)
             is_best = progress.stopping.best_loss != before.stopping.best_loss
             if ending or is_best or is_due(step, config.save_steps):

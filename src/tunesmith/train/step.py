@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, microbatches_for_rank
-from tunesmith.model.kernels.loss import sum_cross_entropy
+from tunesmith.model.policy import Policy
+from tunesmith.objectives.base import LOSS, LossOutput, Objective
 from tunesmith.parallel.collectives import sum_over_ranks
 from tunesmith.parallel.fsdp import release_gathered
 from tunesmith.parallel.replicate import sum_gradients
@@ -27,38 +28,40 @@ class Gradients:
     """The result of a step's forward and backward passes.
 
     Attributes:
-        loss_sum: this rank's share of the summed cross-entropy, in nats; float32 scalar.
+        sums: this rank's share of the objective's sums by name; float32 scalars.
         data_wait_s: seconds that this rank waited for batches.
     """
 
-    loss_sum: Tensor
+    sums: dict[str, Tensor]
     data_wait_s: float
 
 
 def accumulate_gradients(
-    model: nn.Module,
+    policy: Policy,
+    objective: Objective,
     sequences: Sequences,
     microbatches: Sequence[np.ndarray],
     step: int,
     seed: int,
     worker: Worker,
-    fused_loss: bool,
     sequences_per_forward: int,
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
 
     Of a microbatch `sequences_per_forward` are run at once.
 
-    The gradient is that of the mean cross-entropy per trained token of the whole global batch. Nothing here
-    waits for a GPU: while it computes one microbatch, the host collates the next. Collective.
+    The gradient is that of the objective's mean over the whole global batch. Nothing here waits for a GPU: while it
+    computes one microbatch, the host collates the next. Collective.
     """
-    num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
+    model = policy.model
+    counts = sequences.count(np.concatenate(microbatches))
+    denominators = objective.denominators(counts)
     numbers = microbatches_for_rank(len(microbatches), worker.rank, worker.world_size)
     is_sharded = isinstance(model, FSDPModule)
     # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
     # they would cost every worker more memory than the model.
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
-    loss_sum = torch.zeros((), device=worker.device)
+    sums = {name: torch.zeros((), device=worker.device) for name in denominators}
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
         torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
@@ -71,14 +74,27 @@ def accumulate_gradients(
             start = time.perf_counter()
             batch = collate_rows(sequences, rows).to(worker.device)
             data_wait_s += time.perf_counter() - start
-            loss = sum_cross_entropy(model, batch, fused_loss)
-            (loss / max(1, num_trained)).backward()
-            loss_sum += loss.detach()
+            output = objective.loss(batch, counts, policy)
+            (output.loss_sum / max(1, denominators[LOSS])).backward()
+            add_up(sums, output)
             # Or its graph, spread over the heap, would break up the room that the next one's activations need.
-            del loss
+            del output
     if not is_sharded:
         sum_gradients(model)
-    return Gradients(loss_sum, data_wait_s)
+    return Gradients(sums, data_wait_s)
+
+
+def add_up(sums: dict[str, Tensor], output: LossOutput) -> None:
+    """Add what a batch has added, in place."""
+    for name, value in output.sums.items():
+        sums[name] += value.detach()
+
+
+def divide(sums: Mapping[str, float], denominators: Mapping[str, int]) -> dict[str, float]:
+    """Return the mean of each sum; NaN where there is nothing to divide by."""
+    return {
+        name: value / denominators[name] if denominators[name] else math.nan for name, value in sums.items()
+    }
 
 
 def split_microbatch(
@@ -116,33 +132,35 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def read_scalars(first: Tensor, *others: Tensor) -> list[float]:
+def read_scalars(*scalars: Tensor) -> list[float]:
     """Return the values of scalars in one transfer, so that the host waits once for a GPU."""
-    values: list[float] = torch.stack([first, *(other.to(first) for other in others)]).tolist()
+    first = scalars[0]
+    values: list[float] = torch.stack([scalar.to(first) for scalar in scalars]).tolist()
     return values
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: nn.Module,
+def evaluate(
+    policy: Policy,
+    objective: Objective,
     sequences: Sequences,
     microbatches: Sequence[np.ndarray],
     worker: Worker,
     group: dist.ProcessGroup,
-    fused_loss: bool,
-) -> float:
-    """Return the mean cross-entropy per trained token over all ranks, in nats; NaN if nothing is trained.
+) -> dict[str, float]:
+    """Return the objective's loss and metrics by name over all ranks; NaN where there is nothing to divide by.
 
     Collective: every rank must call it. Leaves the model in training mode.
     """
-    model.eval()
-    loss_sum = torch.zeros((), device=worker.device)
+    model = policy.model.eval()
+    counts = sequences.count(np.concatenate(microbatches))
+    denominators = objective.denominators(counts)
+    sums = {name: torch.zeros((), device=worker.device) for name in denominators}
     for number in microbatches_for_rank(len(microbatches), worker.rank, worker.world_size):
         rows = None if number is None else microbatches[number]
         batch = collate_rows(sequences, rows).to(worker.device)
-        loss_sum += sum_cross_entropy(model, batch, fused_loss)
+        add_up(sums, objective.loss(batch, counts, policy))
     model.train()
     release_gathered(model)
-    num_trained = sum(sequences.count_tokens(rows)[1] for rows in microbatches)
-    (total,) = sum_over_ranks([loss_sum.item()], group)
-    return total / num_trained if num_trained else math.nan
+    totals = sum_over_ranks(read_scalars(*sums.values()), group)
+    return divide(dict(zip(sums, totals, strict=True)), denominators)

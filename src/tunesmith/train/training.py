@@ -22,7 +22,9 @@ from tunesmith.machine import keep_freed_memory
 from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
+from tunesmith.model.policy import Policy
 from tunesmith.model.probe import keeps_examples_apart
+from tunesmith.objectives.base import LOSS
 from tunesmith.parallel.activation_checkpointing import count_recomputed, describe_recomputation
 from tunesmith.parallel.collectives import broadcast_objects, sum_over_ranks
 from tunesmith.planning.memory import sequences_per_forward
@@ -34,7 +36,7 @@ from tunesmith.train.checkpoint import Checkpointer, Progress
 from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer
 from tunesmith.train.schedule import learning_rate, set_learning_rate
-from tunesmith.train.step import accumulate_gradients, clip_gradients, evaluate_loss, read_scalars
+from tunesmith.train.step import accumulate_gradients, clip_gradients, divide, evaluate, read_scalars
 from tunesmith.train.worker import TrainJob, Worker
 
 logger = logging.getLogger(__name__)
@@ -53,11 +55,16 @@ class Ending(NamedTuple):
 class StepResult:
     """One optimizer step, or the step that could not be taken because its loss or gradient isn't finite."""
 
-    loss: float
+    metrics: dict[str, float]
+    """The objective's, by name."""
     grad_norm: float
     tokens: int
     trained_tokens: int
     stop_requested: bool
+
+    @property
+    def loss(self) -> float:
+        return self.metrics[LOSS]
 
     @property
     def is_finite(self) -> bool:
@@ -85,6 +92,10 @@ class Training:
     @property
     def config(self) -> TrainConfig:
         return self.job.config
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.model, self.fused_loss)
 
     @property
     def has_validation(self) -> bool:
@@ -115,27 +126,29 @@ class Training:
         self.meter.start()
         microbatches = self.plan.microbatches(step)
         gradients = accumulate_gradients(
-            self.model,
+            self.policy,
+            self.job.objective,
             self.sequences,
             microbatches,
             step,
             config.seed,
             self.worker,
-            self.fused_loss,
             self.sequences_per_forward,
         )
         norm = clip_gradients(self.model, config.max_grad_norm)
         # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
         stop_requested = self.worker.rank == 0 and self.job.run.stop_path.exists()
-        tokens, trained_tokens = count_tokens(self.sequences, microbatches)
-        share, grad_norm = read_scalars(gradients.loss_sum, norm)
-        loss_sum, num_stops = sum_over_ranks([share, float(stop_requested)], self.group)
-        result = StepResult(loss_sum / trained_tokens, grad_norm, tokens, trained_tokens, num_stops > 0)
+        counts = self.sequences.count(np.concatenate(microbatches))
+        *shares, grad_norm = read_scalars(*gradients.sums.values(), norm)
+        *totals, num_stops = sum_over_ranks([*shares, float(stop_requested)], self.group)
+        sums = dict(zip(gradients.sums, totals, strict=True))
+        metrics = divide(sums, self.job.objective.denominators(counts))
+        result = StepResult(metrics, grad_norm, counts.tokens, counts.trained_tokens, num_stops > 0)
         if result.is_finite:
             set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, config))
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.stop(tokens, gradients.data_wait_s)
+        self.meter.stop(counts.tokens, gradients.data_wait_s)
         return result
 
     @property
@@ -150,7 +163,7 @@ class Training:
         """Return the step's line of metrics; the rates are means since the line before."""
         return {
             "epoch": self.plan.epoch(step),
-            "loss": result.loss,
+            **result.metrics,
             "learning_rate": learning_rate(step, self.num_steps, self.config),
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
@@ -159,13 +172,14 @@ class Training:
             **self.meter.read(),
         }
 
-    def evaluate(self) -> float:
-        """Return the validation loss, in nats per trained token."""
+    def evaluate(self) -> dict[str, float]:
+        """Return the validation's metrics by name: `eval_loss`, in the objective's unit, and what else it shows."""
         assert self.validation is not None
         microbatches = choose_validation_batches(self.validation, self.config, self.worker.device.type)
-        return evaluate_loss(
-            self.model, self.validation, microbatches, self.worker, self.group, self.fused_loss
+        metrics = evaluate(
+            self.policy, self.job.objective, self.validation, microbatches, self.worker, self.group
         )
+        return {f"eval_{name}": value for name, value in metrics.items()}
 
     def find_ending(self, progress: Progress, stop_requested: bool) -> Ending | None:
         """Return how the training ends at this point, or None if it goes on."""
@@ -340,8 +354,3 @@ def choose_validation_batches(
         chosen.append(index)
     size = sequences_per_forward(config.per_device_eval_batch_size, config.max_seq_length, device_type)
     return [np.array(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-
-
-def count_tokens(sequences: Sequences, microbatches: list[np.ndarray]) -> tuple[int, int]:
-    """Return the tokens and the trained tokens of a global batch."""
-    return sequences.count_tokens(np.concatenate(microbatches))

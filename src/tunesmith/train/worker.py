@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.config import TrainConfig
+from tunesmith.objectives.base import Objective
+from tunesmith.objectives.sft import SFT
 from tunesmith.runs.folder import RunDir
 
 if TYPE_CHECKING:
@@ -55,3 +57,5 @@ class TrainJob:
     """CPU threads of this worker; None leaves torch's choice."""
     lease_token: str | None = None
     """The driver's lease: a worker whose driver was replaced publishes nothing. None: no lease."""
+    objective: Objective = field(default_factory=SFT)
+    """What the training minimizes."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from transformers import (
 from support.tiny_models import FAMILIES
 from tunesmith.data.batches import Batch, empty_batch
 from tunesmith.model.kernels import loss as loss_module
-from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
+from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy, token_cross_entropies
 
 SHAPE = {
     "hidden_size": 32,
@@ -128,6 +130,52 @@ def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     empty = sum_cross_entropy(model, empty_batch(0), fused=True)
     empty.backward()
     assert empty.item() == 0
+
+
+@pytest.mark.parametrize("at_a_time", [(700, 1), (1 << 24, 1 << 24)])
+@pytest.mark.parametrize("head", ["frozen", "trained", "biased"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # whose head is tied to the embeddings, and isn't
+def test_each_token_weighs_its_gradient_by_its_own_value(
+    family: str,
+    head: str,
+    at_a_time: tuple[int, int],
+    model_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
+    model = AutoModelForCausalLM.from_pretrained(model_of(family))
+    output = model.get_output_embeddings()
+    if head == "frozen":
+        output.weight = nn.Parameter(output.weight.detach(), requires_grad=False)
+    if head == "biased":
+        output.bias = nn.Parameter(torch.randn(output.out_features))
+    batch, _ = batch_of(some_tokens(), model.config.vocab_size)
+    values_N = torch.randn(len(batch.targets_N), generator=torch.Generator().manual_seed(2))
+    exact = differentiate_tokens(deepcopy(model).double(), batch, values_N, fused=False)
+    for fused in (False, True):
+        found = differentiate_tokens(model, batch, values_N, fused)
+        for mine, its in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine, its.float(), rtol=0, atol=5e-6 * float(its.abs().max()))
+
+
+def differentiate_tokens(model: Any, batch: Batch, values_N: torch.Tensor, fused: bool) -> list[torch.Tensor]:
+    """Return the cross-entropy of each target, and the gradients of the sum of their products with the values."""
+    losses_N = token_cross_entropies(model, batch, fused)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad((losses_N * values_N).sum(), trained, allow_unused=True)
+    return [losses_N.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_tokens_of_a_batch_without_targets_have_gradients_of_zero(
+    family: str, fused: bool, model_of: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of(family)).train()
+    losses_N, *gradients = differentiate_tokens(model, empty_batch(0), torch.empty(0), fused)
+    assert losses_N.shape == (0,)
+    assert gradients
+    assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)

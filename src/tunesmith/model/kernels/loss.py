@@ -5,9 +5,9 @@ Shapes: B sequences, T tokens, N trained positions, V vocabulary, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from tunesmith.model.kernels.attention import compute_logits
 LOGITS_AT_A_TIME = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 27, 1 << 27)}
 
 
+def logits_at_a_time(device: torch.device) -> tuple[int, int]:
+    """Return how many logits the fused loss holds at once on `device`, and how many of those in float32."""
+    return LOGITS_AT_A_TIME[device.type]
+
+
 def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
     """Return the summed cross-entropy of the batch's N targets, in nats, float32; zero where N is 0.
 
@@ -30,6 +35,20 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
 
     Under FSDP every rank must call it equally often.
     """
+    if fused:
+        return _run(model, batch, _LinearCrossEntropy).squeeze()
+    return F.cross_entropy(_run(model, batch)[0].float(), batch.targets_N, reduction="sum")
+
+
+def token_cross_entropies(model: Any, batch: Batch, fused: bool = False) -> Tensor:
+    """Return the cross-entropy (N) of each of the batch's targets, in nats, float32: otherwise as their sum."""
+    if fused:
+        return _run(model, batch, _TokenLinearCrossEntropy)[0, :, 0]
+    return F.cross_entropy(_run(model, batch)[0].float(), batch.targets_N, reduction="none")
+
+
+def _run(model: Any, batch: Batch, cross_entropy: type[torch.autograd.Function] | None = None) -> Tensor:
+    """Return the logits (1, N, V) at the trained positions, or with a `cross_entropy` what it makes in their place."""
     head = model.get_output_embeddings()
     forward = head.forward
 
@@ -41,17 +60,15 @@ def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
         return logits_1NV
 
     def compute_loss(hidden_BTD: Tensor) -> Tensor:
-        loss_sum_111: Tensor = _LinearCrossEntropy.apply(
+        assert cross_entropy is not None
+        loss: Tensor = cross_entropy.apply(
             narrow(hidden_BTD), head.weight, head.bias, batch.targets_N, batch.input_ids_BT.numel()
         )
-        return loss_sum_111
+        return loss
 
     # Inside the model's forward: there FSDP has the weights whole.
-    with _forward_replaced(head, compute_loss if fused else narrow_logits):
-        outputs = compute_logits(model, batch)
-    if fused:
-        return outputs.squeeze()
-    return F.cross_entropy(outputs[0].float(), batch.targets_N, reduction="sum")
+    with _forward_replaced(head, narrow_logits if cross_entropy is None else compute_loss):
+        return compute_logits(model, batch)
 
 
 @torch.no_grad()
@@ -99,31 +116,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
-        # Those of the weights are sums over slices, in float32.
-        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
-        gradient_ND = torch.empty_like(hidden_ND) if of_hidden else None
-        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
-        gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and of_bias else None
-        most_logits, most_wide = LOGITS_AT_A_TIME[hidden_ND.device.type]
-        size = min(max(1, most_logits // len(weight_VD)), most_targets)
-        # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
-        logits_sV = hidden_ND.new_empty(size, len(weight_VD))
-        wide_size = min(max(1, most_wide // len(weight_VD)), size)
-        wide_2wV = hidden_ND.new_empty((2, wide_size, len(weight_VD)), dtype=torch.float32)
-        for rows in _cut(len(hidden_ND), size):
-            logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[: len(hidden_ND[rows])])
-            if bias_V is not None:
-                logits_nV += bias_V
-            for part in _cut(len(logits_nV), wide_size):
-                loss_sum += _lose(logits_nV[part], targets_N[rows][part], wide_2wV, any(ctx.needs_input_grad))
-            # From here on they are their own gradient.
-            if gradient_ND is not None:
-                torch.mm(logits_nV, weight_VD, out=gradient_ND[rows])
-            if gradient_VD is not None:
-                gradient_VD += logits_nV.T @ hidden_ND[rows]
-            if gradient_V is not None:
-                gradient_V += logits_nV.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(gradient_ND, gradient_VD, gradient_V)
+        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets):
+            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+                log_probs_n1 = _pick(logits_nV[part], targets_N[rows][part], wide_2wV, gradients.are_needed)
+                loss_sum -= log_probs_n1.sum()
+            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
+        ctx.save_for_backward(*gradients)
         ctx.dtype = hidden_ND.dtype
         return loss_sum
 
@@ -136,17 +135,128 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
-def _lose(logits_nV: Tensor, targets_n: Tensor, wide_2wV: Tensor, differentiate: bool) -> Tensor:
-    """Return the summed cross-entropy of logits, computed in float32; put its gradient in their place if asked to."""
+class _TokenLinearCrossEntropy(torch.autograd.Function):
+    """The cross-entropy of `hidden @ weight.T + bias` at each token.
+
+    A token's gradient by its hidden state is a row of its own: it is made on the way, and scaled in the backward pass.
+    The gradients of a trained weight or bias add up tokens, each scaled already: there the backward pass computes the
+    logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        most_targets: int,
+    ) -> Tensor:
+        # The shape of logits: the model passes it on as such. No view, of which FSDP warns.
+        losses_1N1 = torch.empty((1, len(hidden_ND), 1), dtype=torch.float32, device=hidden_ND.device)
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        trains_head = of_weight or of_bias
+        needed = (of_hidden and not trains_head, False, False)
+        gradients = _Gradients.make(needed, hidden_ND, weight_VD, bias_V)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets):
+            losses_n1, targets_n = losses_1N1[0, rows], targets_N[rows]
+            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+                log_probs_n1 = _pick(logits_nV[part], targets_n[part], wide_2wV, gradients.are_needed)
+                torch.neg(log_probs_n1, out=losses_n1[part])
+            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
+        inputs = (hidden_ND, weight_VD, bias_V, targets_N) if trains_head else ()
+        ctx.save_for_backward(gradients.of_hidden_ND, *inputs)
+        ctx.most_targets = most_targets
+        return losses_1N1
+
+    @staticmethod
+    def backward(ctx: Any, upstream_1N1: Tensor) -> tuple[Tensor | None, ...]:
+        upstream_N1 = upstream_1N1[0]
+        gradient_ND, *inputs = ctx.saved_tensors
+        if not inputs:
+            return (gradient_ND.float() * upstream_N1).to(gradient_ND.dtype), None, None, None, None
+        hidden_ND, weight_VD, bias_V, targets_N = inputs
+        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, ctx.most_targets):
+            targets_n, upstream_n1 = targets_N[rows], upstream_N1[rows]
+            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+                _pick(logits_nV[part], targets_n[part], wide_2wV, True, upstream_n1[part])
+            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
+        of_inputs = (None if made is None else made.to(hidden_ND.dtype) for made in gradients)
+        return *of_inputs, None, None
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the head's inputs that are needed; those of weight and bias are sums over slices, in float32."""
+
+    of_hidden_ND: Tensor | None
+    of_weight_VD: Tensor | None
+    of_bias_V: Tensor | None
+
+    @staticmethod
+    def make(
+        needed: Sequence[bool], hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None
+    ) -> _Gradients:
+        of_hidden, of_weight, of_bias, *_ = needed
+        return _Gradients(
+            torch.empty_like(hidden_ND) if of_hidden else None,
+            torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None,
+            torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and of_bias else None,
+        )
+
+    @property
+    def are_needed(self) -> bool:
+        return any(gradient is not None for gradient in self)
+
+    def add(self, rows: slice, gradient_nV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+        """Add what follows from the gradient by the logits of these rows."""
+        if self.of_hidden_ND is not None:
+            torch.mm(gradient_nV, weight_VD, out=self.of_hidden_ND[rows])
+        if self.of_weight_VD is not None:
+            self.of_weight_VD.add_(gradient_nV.T @ hidden_ND[rows])
+        if self.of_bias_V is not None:
+            self.of_bias_V.add_(gradient_nV.sum(0, dtype=torch.float32))
+
+
+def _slice_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, most_targets: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the logits slice by slice: the rows, their logits, and room for two float32 copies of some of them."""
+    most_logits, most_wide = logits_at_a_time(hidden_ND.device)
+    size = min(max(1, most_logits // len(weight_VD)), most_targets)
+    # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
+    logits_sV = hidden_ND.new_empty(size, len(weight_VD))
+    wide_size = min(max(1, most_wide // len(weight_VD)), size)
+    wide_2wV = hidden_ND.new_empty((2, wide_size, len(weight_VD)), dtype=torch.float32)
+    for rows in _cut(len(hidden_ND), size):
+        logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[: len(hidden_ND[rows])])
+        if bias_V is not None:
+            logits_nV += bias_V
+        yield rows, logits_nV, wide_2wV
+
+
+def _pick(
+    logits_nV: Tensor,
+    targets_n: Tensor,
+    wide_2wV: Tensor,
+    differentiate: bool,
+    upstream_n1: Tensor | None = None,
+) -> Tensor:
+    """Return the targets' log-probs (n, 1), computed in float32.
+
+    If asked to, put in the logits' place the gradient of the cross-entropy, times `upstream_n1`.
+    """
     targets_n1 = targets_n.unsqueeze(1)
-    wide_nV, log_probabilities_nV = wide_2wV[:, : len(logits_nV)]
-    torch.log_softmax(wide_nV.copy_(logits_nV), 1, out=log_probabilities_nV)
-    loss_sum: Tensor = -log_probabilities_nV.gather(1, targets_n1).sum()
+    wide_nV, log_probs_nV = wide_2wV[:, : len(logits_nV)]
+    torch.log_softmax(wide_nV.copy_(logits_nV), 1, out=log_probs_nV)
+    log_probs_n1: Tensor = log_probs_nV.gather(1, targets_n1)
     if differentiate:
-        gradient_nV = log_probabilities_nV.exp_()
+        gradient_nV = log_probs_nV.exp_()
         gradient_nV.scatter_add_(1, targets_n1, gradient_nV.new_full(targets_n1.shape, -1.0))
+        if upstream_n1 is not None:
+            gradient_nV *= upstream_n1
         logits_nV.copy_(gradient_nV)
-    return loss_sum
+    return log_probs_n1
 
 
 def _cut(num_rows: int, size: int) -> Iterator[slice]:

@@ -1,0 +1,1 @@
+"""What a training minimizes, from the log-probs of the trained tokens."""
