@@ -12,16 +12,15 @@ from ray.cluster_utils import Cluster
 
 from support.exports import write_adapter
 from support.runs import small_config
+from tunesmith.api import convert, fine_tune
 from tunesmith.chart.package import package_zip
-from tunesmith.cluster.local_ray import signal_handlers_kept
-from tunesmith.cluster.ray_convert import convert
-from tunesmith.cluster.ray_eval import RayPool
-from tunesmith.cluster.ray_train import fine_tune
-from tunesmith.cluster.remote import find_failed_import
+from tunesmith.cluster.pool import RayPool
 from tunesmith.cluster.resources import connected_nodes
 from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import EvaluationError, ExportError, TrainingError, TunesmithError
 from tunesmith.evaluate.engines.base import EngineSpec
+from tunesmith.failures import find_failed_import
+from tunesmith.signals import signal_handlers_kept
 
 ModelOf = Callable[[str], Path]
 

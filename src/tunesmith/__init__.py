@@ -6,9 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.cluster.ray_convert import convert
-    from tunesmith.cluster.ray_eval import evaluate
-    from tunesmith.cluster.ray_train import fine_tune
+    from tunesmith.api import convert, evaluate, fine_tune
     from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
 
 __all__ = [
@@ -27,9 +25,9 @@ _HOMES = {
     "ConvertConfig": "tunesmith.config",
     "EvaluateConfig": "tunesmith.config",
     "TrainConfig": "tunesmith.config",
-    "convert": "tunesmith.cluster.ray_convert",
-    "evaluate": "tunesmith.cluster.ray_eval",
-    "fine_tune": "tunesmith.cluster.ray_train",
+    "convert": "tunesmith.api",
+    "evaluate": "tunesmith.api",
+    "fine_tune": "tunesmith.api",
 }
 
 

@@ -96,7 +96,7 @@ def _train(words: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from tunesmith.cluster.ray_train import fine_tune
+    from tunesmith.api import fine_tune
     from tunesmith.view.summary import format_summary
 
     result = fine_tune(config)
@@ -115,7 +115,7 @@ def _evaluate(words: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    from tunesmith.cluster.ray_eval import evaluate
+    from tunesmith.api import evaluate
     from tunesmith.evaluate.table import format_scores
 
     result = evaluate(config)
@@ -130,7 +130,7 @@ def _convert(words: list[str]) -> int:
     config = _read_config("convert", ConvertConfig, words)
     if config is None:
         return 0
-    from tunesmith.cluster.ray_convert import convert
+    from tunesmith.api import convert
 
     print(convert(config).describe())
     return 0

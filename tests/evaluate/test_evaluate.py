@@ -26,12 +26,13 @@ from support.runs import copy_run, small_config, start, train_here, write_rows
 from support.tiny_models import build_config, save_model
 from support.tokenizers import build_tokenizer
 from tunesmith import cli
-from tunesmith.cluster.ray_convert import convert
-from tunesmith.cluster.ray_eval import RayPool, evaluate
+from tunesmith.api import convert, evaluate
+from tunesmith.cluster.pool import RayPool
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
 from tunesmith.data.prompts import opening_of
 from tunesmith.errors import DataError, ModelError, RunError
-from tunesmith.evaluate.engines.base import Request, make_engine
+from tunesmith.evaluate.engines.base import Request
+from tunesmith.evaluate.engines.choose import make_engine
 from tunesmith.evaluate.evaluation import run_evaluation
 from tunesmith.evaluate.passes import Served, make_spec
 from tunesmith.evaluate.plan import Plan, make_plan

@@ -12,11 +12,11 @@ import pytest
 
 from support.runs import small_config, start, train_here
 from support.scores import minilm_folder
-from tunesmith.cluster.ray_eval import choose_pool
+from tunesmith.cluster.pool import choose_pool
 from tunesmith.cluster.resources import Node
 from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluate.engines.base import vllm_is_installed
+from tunesmith.evaluate.engines.choose import vllm_is_installed
 from tunesmith.evaluate.metrics.score import choose_metrics
 from tunesmith.evaluate.passes import Served, make_spec, plan_requests
 from tunesmith.evaluate.plan import evaluation_folder, make_plan

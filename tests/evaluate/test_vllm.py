@@ -20,10 +20,11 @@ from support.exports import convert, load, load_adapted, write_adapter
 from support.paths import REPOSITORY
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.cluster.ray_eval import evaluate
+from tunesmith.api import evaluate
 from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant, vllm_is_installed
+from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
+from tunesmith.evaluate.engines.choose import vllm_is_installed
 from tunesmith.evaluate.engines.vllm import VLLMEngine
 from tunesmith.runs.tuned import TunedModel
 

@@ -31,7 +31,7 @@ from support.tokenizers import build_tokenizer
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.prompts import PromptEncoder
 from tunesmith.data.templates import choose_format
-from tunesmith.evaluate.engines.base import vllm_is_installed
+from tunesmith.evaluate.engines.choose import vllm_is_installed
 
 EXAMPLE = REPOSITORY / "examples" / "qwen3-14b-sft"
 NOTEBOOK = EXAMPLE / "finetune.ipynb"

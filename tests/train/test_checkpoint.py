@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.runs import ending_of, events, last_event, losses, small_config, start, train_here, write_rows
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.cluster.ray_train import fine_tune
+from tunesmith.api import fine_tune
 from tunesmith.config import TrainConfig
 from tunesmith.errors import CheckpointError, RunError
 from tunesmith.export.final import write_final

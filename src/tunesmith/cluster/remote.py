@@ -1,25 +1,11 @@
-"""What comes back from another process on Ray: its result, or an error that says what to do."""
+"""What comes back from other processes on Ray: their result, or the error that matters."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.errors import MISSING_PACKAGE_HINT, TunesmithError
-
-_MAX_REASON_CHARACTERS = 300
-_FAILED_IMPORT = re.compile(r"(ModuleNotFoundError|ImportError): .+")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What another process does, as its errors call it, and the classes of these errors."""
-
-    name: str
-    failed: type[TunesmithError]
-    lost: type[TunesmithError]
-    hint: str
+from tunesmith.errors import TunesmithError
+from tunesmith.failures import Work, explain, find_failed_import, line_of
 
 
 def fetch(reference: Any, work: Work) -> Any:
@@ -53,26 +39,23 @@ def fetch(reference: Any, work: Work) -> Any:
             raise explain(error, work) from error
         # Of an actor's death the first line says no more than that.
         line = -1 if isinstance(error, RayActorError) else 0
-        raise work.lost(f"a process on Ray has died: {_line(error, line)}", work.hint) from error
+        raise work.lost(f"a process on Ray has died: {line_of(error, line)}", work.hint) from error
 
 
-def explain(error: Exception, work: Work) -> TunesmithError:
-    """Return what a library's error means for the work."""
-    failed_import = find_failed_import(error)
-    if failed_import is not None:
-        return work.failed(f"{work.name} failed: {failed_import}", MISSING_PACKAGE_HINT)
-    return work.failed(f"{work.name} failed: {type(error).__name__}: {_line(error, 0)}", work.hint)
+def first_cause(failure: BaseException) -> BaseException:
+    """Return the error that a failed group of Ray Train's workers began with; Ray wraps it several times."""
+    failures = list(getattr(failure, "worker_failures", {}).values()) or [failure]
+    return min((_root_of(error) for error in failures), key=_remoteness)
 
 
-def find_failed_import(error: BaseException) -> str | None:
-    """Return the failed import that an error is, or that the traceback in its text ends with."""
-    if isinstance(error, ImportError):
-        return f"{type(error).__name__}: {error}"
-    # Where a process couldn't even read its task, Ray hands over the text alone.
-    found = _FAILED_IMPORT.fullmatch(_line(error, -1))
-    return found[0] if found else None
+def _root_of(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error
 
 
-def _line(error: BaseException, number: int) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[number].strip()[:_MAX_REASON_CHARACTERS]
+def _remoteness(error: BaseException) -> int:
+    """Return how far from the cause an error is: a worker that lost its peer only shows a symptom."""
+    if isinstance(error, TunesmithError):
+        return 0
+    return 2 if any(word in str(error) for word in ("gloo", "NCCL", "Connection")) else 1

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.cluster.remote import Work, fetch
+from tunesmith.cluster.remote import fetch
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant, make_engine
+from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
+from tunesmith.evaluate.engines.choose import make_engine
+from tunesmith.evaluate.engines.pool import EVALUATION, ReplicaLostError
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +21,9 @@ _MAX_LOST_EACH = 3
 _SAID_AFTER_S = 15
 _PLACED_WITHIN_S = 600
 _CLOSED_WITHIN_S = 30
-_HINT = (
-    "the finished samples are kept, and the same command goes on; a smaller --batch_size needs less memory"
-)
 
 Share = dict[tuple[Variant, int], Request]
 """The requests that one replica answers, without those that it has answered."""
-
-
-class ReplicaLostError(EvaluationError):
-    """A replica has died or is out of reach, and with it what it hasn't handed over."""
-
-
-EVALUATION = Work("the evaluation", EvaluationError, ReplicaLostError, _HINT)
 
 
 class Replica:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tunesmith.cluster.local_ray import signal_handlers_kept
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ResourceError
 from tunesmith.machine import usable_cpus
+from tunesmith.signals import signal_handlers_kept
 
+THIS_MACHINE = "this machine"
 _CONNECT_TIMEOUT_S = 10
 
 
@@ -80,7 +81,7 @@ def connected_nodes() -> Iterator[tuple[list[Node], str]]:
         finally:
             ray.shutdown()
     else:
-        yield [this_machine()], "this machine"
+        yield [this_machine()], THIS_MACHINE
 
 
 def this_machine() -> Node:

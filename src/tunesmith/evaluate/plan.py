@@ -13,7 +13,8 @@ import torch
 from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluate.engines.base import Generation, Variant
-from tunesmith.evaluate.passes import choose_engine, weights_digest
+from tunesmith.evaluate.engines.choose import choose_engine
+from tunesmith.evaluate.passes import weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.fit import check_adapter_fits, check_state_fits, read_adapter_shapes

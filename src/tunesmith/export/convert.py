@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,8 @@ from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 # The tokenizer, configurations and headers beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
@@ -66,6 +70,23 @@ def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
         ExportError: it can't be written, or isn't equal.
     """
     return _export_adapter(tuned, config, output) if config.no_merge else _export_model(tuned, config, output)
+
+
+def export_elsewhere(tuned: TunedModel, config: ConvertConfig, output: Path, mark: Path) -> Exported:
+    """Do what `export` does on a machine that may not see its folders; `mark` is a file beside `output`.
+
+    Raises:
+        ConfigError: this machine sees other disks.
+        Else as `export`.
+    """
+    for path in (mark, tuned.folder):
+        if not path.exists():
+            raise ConfigError(
+                f"the node {socket.gethostname()} can't see `{path.parent}`",
+                "give --home and --output_dir on a disk that every node of the cluster mounts at the same path",
+            )
+    logger.info("converting on %s", socket.gethostname())
+    return export(tuned, config, output)
 
 
 def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:

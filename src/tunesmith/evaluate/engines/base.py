@@ -1,8 +1,7 @@
-"""What generates: the seam between an evaluation and vLLM or transformers."""
+"""What generates: the seam between an evaluation and vLLM or transformers. It imports no engine."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,22 +73,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give its memory and processes back."""
         ...
-
-
-def vllm_is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
-
-
-def make_engine(name: str, spec: EngineSpec) -> Engine:
-    """Load the model in the engine called `name`, vllm or transformers.
-
-    Raises:
-        ModelError: the engine can't load or serve the model.
-    """
-    if name == "vllm":
-        from tunesmith.evaluate.engines.vllm import VLLMEngine
-
-        return VLLMEngine(spec)
-    from tunesmith.evaluate.engines.transformers import TransformersEngine
-
-    return TransformersEngine(spec)

@@ -170,6 +170,15 @@ def score_predictions(rows: Sequence[Prediction], metrics: Sequence[Metric]) -> 
     return scored
 
 
+def score_anew(
+    rows: Sequence[Prediction], names: Sequence[str], bertscore_model: str | None, device: str
+) -> list[Prediction]:
+    """Do what `score_predictions` does in a process that has no metrics yet: these, computed on `device`."""
+    references = [row["reference"] for row in rows]
+    metrics, _ = choose_metrics(names, references, bertscore_model, device)
+    return score_predictions(rows, metrics)
+
+
 def _fill(
     rows: Sequence[Prediction],
     predictions: Sequence[str],

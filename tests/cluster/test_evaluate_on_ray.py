@@ -19,12 +19,14 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tunesmith.cluster import replicas
-from tunesmith.cluster.local_ray import signal_handlers_kept
-from tunesmith.cluster.ray_eval import LocalPool, RayPool, choose_pool
+from tunesmith.cluster.pool import RayPool, choose_pool
 from tunesmith.cluster.resources import Node, connected_nodes
 from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, EvaluationError, ModelError, ResourceError, TunesmithError
-from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, make_engine
+from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request
+from tunesmith.evaluate.engines.choose import make_engine
+from tunesmith.evaluate.engines.pool import LocalPool
+from tunesmith.signals import signal_handlers_kept
 
 ModelOf = Callable[[str], Path]
 

@@ -19,13 +19,15 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from support.exports import load_weights, write_adapter
-from tunesmith.cluster import ray_convert
-from tunesmith.cluster.local_ray import signal_handlers_kept
-from tunesmith.cluster.ray_convert import choose_nodes, convert
+from tunesmith.api import convert
+from tunesmith.cluster import task
 from tunesmith.cluster.resources import Node, connected_nodes
+from tunesmith.cluster.task import choose_nodes
 from tunesmith.config import ConvertConfig
 from tunesmith.errors import ConfigError, ExportError, RunError
+from tunesmith.export.convert import export_elsewhere
 from tunesmith.runs.tuned import find_tuned
+from tunesmith.signals import signal_handlers_kept
 
 ModelOf = Callable[[str], Path]
 
@@ -133,7 +135,7 @@ def test_a_node_that_sees_another_disk_says_so(adapter: Path, tmp_path: Path) ->
     config = ConvertConfig(checkpoints_dir=str(adapter))
     absent = tmp_path / "seen-elsewhere" / ".mark"
     with pytest.raises(ConfigError, match=f"the node .* can't see `{absent.parent}`"):
-        next(ray_convert._export_here(find_tuned(config), config, tmp_path / "out", absent))
+        export_elsewhere(find_tuned(config), config, tmp_path / "out", absent)
 
 
 @pytest.mark.ray
@@ -157,8 +159,8 @@ def test_a_node_that_is_busy_is_waited_for_and_given_up(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(ray_convert, "_SAID_AFTER_S", 1)
-    monkeypatch.setattr(ray_convert, "_PLACED_WITHIN_S", 2)
+    monkeypatch.setattr(task, "_SAID_AFTER_S", 1)
+    monkeypatch.setattr(task, "_PLACED_WITHIN_S", 2)
     busy = ray.remote(lambda: time.sleep(60)).options(num_cpus=1, num_gpus=1).remote()
     with (
         caplog.at_level(logging.INFO, "tunesmith"),
@@ -196,7 +198,7 @@ def test_whatever_ends_a_conversion_nothing_is_left_half_written(
         said += (line := process.stderr.readline())
         assert line, said
     assert unfinished(output), "it is at work"
-    (worker,) = processes_of("_export_here")
+    (worker,) = processes_of("_run_here")
     (worker if number == signal.SIGKILL else process).send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == exit_code, said
