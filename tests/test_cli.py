@@ -21,6 +21,8 @@ from tunesmith import cli
 from tunesmith.config import TrainConfig
 from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import CheckpointError, DataError, TrainingError
+from tunesmith.logs import configure_logging
+from tunesmith.options import Verb
 
 HEAVY = ("torch", "transformers", "ray", "datasets", "peft", "numpy", "pandas", "rich", "wandb", "matplotlib")
 
@@ -51,8 +53,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
     return error.removeprefix("error: "), hint.removeprefix("hint: ")
 
 
-def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[str]], int]) -> None:
-    monkeypatch.setitem(cli._VERBS, "try", cli.Verb("try", "a verb of the test's own", run))
+def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[Verb, list[str]], int]) -> None:
+    monkeypatch.setitem(cli.VERBS, "try", Verb("try", "a verb of the test's own", run))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_the_bare_command_prints_every_verb(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == short
 
 
-@pytest.mark.parametrize("verb", list(cli._VERBS))
+@pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out
@@ -235,7 +237,7 @@ def test_watch_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_errors_end_with_message_hint_and_their_exit_code(
     error: DataError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(words: list[str]) -> NoReturn:
+    def fail(verb: Verb, words: list[str]) -> NoReturn:
         raise error
 
     set_verb(monkeypatch, fail)
@@ -245,7 +247,7 @@ def test_errors_end_with_message_hint_and_their_exit_code(
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), BrokenPipeError("of a socket")])
 def test_any_other_exception_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(words: list[str]) -> NoReturn:
+    def fail(verb: Verb, words: list[str]) -> NoReturn:
         raise error
 
     set_verb(monkeypatch, fail)
@@ -256,7 +258,7 @@ def test_any_other_exception_keeps_its_traceback(error: Exception, monkeypatch: 
 def test_an_interrupt_ends_quietly_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(words: list[str]) -> NoReturn:
+    def interrupt(verb: Verb, words: list[str]) -> NoReturn:
         raise KeyboardInterrupt
 
     set_verb(monkeypatch, interrupt)
@@ -277,7 +279,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words: list[str]) -> None
 
 def test_logs_go_to_stderr_from_info_up_for_us_and_warning_up_for_others() -> None:
     code = (
-        "import logging; from tunesmith.cli import configure_logging; configure_logging(); configure_logging();"
+        "import logging; from tunesmith.logs import configure_logging; configure_logging(); configure_logging();"
         "logging.getLogger('tunesmith.train.loop').info('ours');"
         "logging.getLogger('ray').info('theirs'); logging.getLogger('transformers').warning('theirs');"
         "logging.getLogger('other').warning('a warning')"
@@ -290,5 +292,5 @@ def test_logs_go_to_stderr_from_info_up_for_us_and_warning_up_for_others() -> No
 
 def test_logging_that_a_program_has_configured_is_kept() -> None:
     handlers = list(logging.getLogger().handlers)
-    cli.configure_logging()
+    configure_logging()
     assert logging.getLogger().handlers == handlers

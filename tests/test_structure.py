@@ -15,10 +15,11 @@ PACKAGE = Path(tunesmith.__file__).parent
 
 # An import goes from a room to one of a lower floor, or stays in its room.
 FLOORS = {
-    "__main__": 13,
-    "__init__": 13,
-    "chart.scripts": 13,  # what the framework scripts call: commands, as __main__ is
-    "cli": 12,
+    "__main__": 14,
+    "__init__": 14,
+    "chart.scripts": 14,  # what the framework scripts call: commands, as __main__ is
+    "cli": 13,
+    "verbs": 12,
     "api": 11,
     "chart": 10,
     "evaluate": 10,
@@ -35,9 +36,9 @@ FLOORS = {
     "data": 3,
     "failures": 3,
     "signals": 3,
+    "options": 2,
     "runs": 2,
     "logs": 1,
-    "options": 1,
     "config": 1,
     "atomic_files": 0,
     "machine": 0,
@@ -45,7 +46,7 @@ FLOORS = {
 }
 
 # Who alone imports a room, whatever its floor: everything else runs without Ray.
-CALLERS = {"cluster": {"api", "cli"}}
+CALLERS = {"cluster": {"api", "verbs"}}
 
 ONLY_IN = {
     "ray": {"cluster"},

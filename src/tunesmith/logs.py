@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def configure_logging() -> None:
+    """Log to stderr: our own events from INFO up, other libraries' from WARNING up.
+
+    A program that has configured logging keeps its own handlers.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tunesmith").setLevel(logging.INFO)
+    for name in ("transformers", "datasets", "peft", "filelock", "fsspec", "urllib3", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers and datasets set their own loggers' levels when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Options of a verb that aren't settings, as `--format` or `--release`."""
+"""A verb of the command: its usage, its words, and its options that aren't settings, as `--format` or `--release`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from tunesmith.config import Settings
+from tunesmith.config.fields import nearest_name
+from tunesmith.config.reference import format_help
 from tunesmith.errors import ConfigError
 
 
@@ -21,6 +24,53 @@ class Option:
         """Return its spellings, as help shows them."""
         spellings = f"{self.short}, {self.name}" if self.short else self.name
         return f"{spellings} {self.value}".rstrip()
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `run` takes the verb itself and the words after it, and returns the exit code.
+
+    `settings` are those that its words may set. Of a file of the chart's values it reads `values_section` alone.
+    """
+
+    usage: str
+    summary: str
+    run: Callable[[Verb, list[str]], int]
+    settings: type[Settings] | None = None
+    options: tuple[Option, ...] = ()
+    values_section: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.usage.partition(" ")[0]
+
+    def describe(self) -> str:
+        """Return its help."""
+        text = f"usage: tunesmith {self.usage}\n\n{self.summary[0].upper()}{self.summary[1:]}."
+        if self.options:
+            text = f"{text}\n\n{format_options(self.options)}"
+        return f"{text}\n" if self.settings is None else format_help(self.settings, text)
+
+    def take_options(self, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+        """Return the values of its options by name, and the other words; see `take_options`."""
+        return take_options(self.options, words)
+
+    def read_words(self, words: list[str], wanted: list[str]) -> list[str]:
+        """Return the words, which are plain ones, as many as are `wanted` (their names).
+
+        Raises:
+            ConfigError: there are more or fewer, or an unknown flag among them.
+        """
+        usage = f"write `tunesmith {self.usage}`"
+        for word in words:
+            if word.startswith("-"):
+                names = [option.name for option in self.options]
+                raise ConfigError(f"unknown flag `{word}`", did_you_mean(word, names) or usage)
+        if len(words) < len(wanted):
+            raise ConfigError(f"`tunesmith {self.name}` needs `{wanted[len(words)]}`", usage)
+        if len(words) > len(wanted):
+            raise ConfigError(f"`tunesmith {self.name}` doesn't take `{words[len(wanted)]}`", usage)
+        return words
 
 
 def take_options(options: Sequence[Option], words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -54,3 +104,9 @@ def format_options(options: Sequence[Option]) -> str:
     """Return the lines of a verb's help that explain its options."""
     width = max(len(option.describe()) for option in options)
     return "\n".join(f"  {option.describe().ljust(width)}  {option.help}" for option in options)
+
+
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str | None:
+    """Return the question after the name that is most like the word, or None where none is."""
+    near = nearest_name(word, names)
+    return f"did you mean `{prefix}{near}`?" if near else None

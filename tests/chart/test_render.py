@@ -29,7 +29,7 @@ from support.helm import (
 )
 from support.paths import REPOSITORY
 from support.values import GPUS
-from tunesmith import cli
+from tunesmith import cli, verbs
 from tunesmith.chart.package import package_zip
 from tunesmith.chart.release import Release, choose_name, render
 from tunesmith.config import TrainConfig
@@ -129,7 +129,7 @@ def test_the_pods_load_the_very_config_that_train_would(
         monkeypatch.setenv(name, value)
     exit_code, out, err = tunesmith("render", "run.yaml", *flags)
     assert exit_code == 0, err
-    config = cli._read_config("train", TrainConfig, [str(path), *flags])
+    config = verbs._read_settings(cli.VERBS["train"], TrainConfig, [str(path), *flags])
     assert config is not None
     rendered = read_rendered(out, tmp_path)
     assert rendered == config
@@ -297,7 +297,7 @@ def test_a_release_is_named_after_the_run_its_file_or_its_model(
 
 @pytest.mark.parametrize("verb", ["render", "submit"])
 def test_options_and_settings_have_different_names(verb: str) -> None:
-    for option in cli._VERBS[verb].options:
+    for option in cli.VERBS[verb].options:
         assert find_field(TrainConfig, option.name[2:]) is None
 
 

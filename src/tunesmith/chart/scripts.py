@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunesmith.chart.converted import Converter, write_converted
-from tunesmith.cli import configure_logging, main
+from tunesmith.cli import main
 from tunesmith.config import ConvertConfig, EvaluateConfig, HFDatasetConfig, Settings, TrainConfig
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, TunesmithError
+from tunesmith.logs import configure_logging
 
 _DATASET = "hf_dataset_config"
 _CONVERTER = "custom_converter"

@@ -1,0 +1,194 @@
+"""What each verb of the command does with its words: it reads them, calls what does the work, prints what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tunesmith.config import ConvertConfig, EvaluateConfig, Settings, TrainConfig, TunedModelConfig
+from tunesmith.config.flags import parse_flags
+from tunesmith.config.layers import load_settings
+from tunesmith.config.reference import format_markdown, json_schema
+from tunesmith.errors import ConfigError, ResourceError
+from tunesmith.logs import configure_logging
+from tunesmith.options import Verb
+
+if TYPE_CHECKING:
+    from tunesmith.chart.release import Release
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def run_train(verb: Verb, words: list[str]) -> int:
+    config = _read_settings(verb, TrainConfig, words)
+    from rich.console import Console
+
+    from tunesmith.api import fine_tune
+    from tunesmith.view.summary import format_summary
+
+    result = fine_tune(config)
+    next_steps = []
+    if result.ending == "stopped":
+        next_steps = [("go on with", _same_command([verb.name, *words]))]
+    Console().print(format_summary(result.run, next_steps), soft_wrap=True)
+    return result.exit_code
+
+
+def run_evaluate(verb: Verb, words: list[str]) -> int:
+    config = _read_settings(verb, EvaluateConfig, words)
+    from rich.console import Console
+
+    from tunesmith.api import evaluate
+    from tunesmith.evaluate.table import format_scores
+
+    result = evaluate(config)
+    Console().print(format_scores(result.scores), soft_wrap=True)
+    print(f"report: {result.folder / 'report.html'}")
+    return 0
+
+
+def run_convert(verb: Verb, words: list[str]) -> int:
+    config = _read_settings(verb, ConvertConfig, words)
+    from tunesmith.api import convert
+
+    print(convert(config).describe())
+    return 0
+
+
+def run_inspect(verb: Verb, words: list[str]) -> int:
+    config = _read_settings(verb, TrainConfig, words)
+    from tunesmith.view.inspect import inspect
+
+    inspect(config)
+    return 0
+
+
+def run_plan(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
+    config = _read_settings(verb, TrainConfig, words)
+    from tunesmith.cluster.resources import allocate, this_machine
+    from tunesmith.view.plan import find_workers, imagine_workers, plan
+
+    if "--gpu" in given:
+        workers = imagine_workers(config, given["--gpu"][-1])
+    else:
+        try:
+            allocation = allocate(config, [this_machine()], "this machine")
+        except ResourceError as error:
+            raise ResourceError(error.message, "name the GPUs to plan for: --gpu A100-80GB") from error
+        workers = find_workers(config, allocation.num_workers, allocation.use_gpu)
+    return 0 if plan(config, workers) else 1
+
+
+def run_watch(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
+    (run,) = verb.read_words(words, ["RUN"])
+    configure_logging()
+    from tunesmith.view.watch import watch
+
+    watch(run, once="--once" in given)
+    return 0
+
+
+def run_submit(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
+    release = _read_release(verb, given, words)
+    from tunesmith.cluster.ray_job import address_variable
+
+    if address_variable() is None:
+        if "--wait" in given:
+            raise ConfigError(
+                "`--wait` is for Ray jobs", "leave it out: Helm prints how to follow the training"
+            )
+        from tunesmith.chart.release import submit
+
+        print(submit(release), end="")
+        return 0
+    return _submit_to_ray(release, wait="--wait" in given)
+
+
+def run_render(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
+    release = _read_release(verb, given, words)
+    from tunesmith.chart.release import render
+
+    print(render(release), end="")
+    return 0
+
+
+def run_schema(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
+    output_format = given.get("--format", ["json"])[-1]
+    if output_format not in ("json", "markdown"):
+        raise ConfigError(f"`--format` is `{output_format}`", "it must be json or markdown")
+    (name,) = verb.read_words(words, ["VERB"])
+    models: dict[str, type[Settings]] = {
+        "train": TrainConfig,
+        "evaluate": EvaluateConfig,
+        "convert": ConvertConfig,
+    }
+    if name not in models:
+        raise ConfigError(f"there is no schema `{name}`", f"there are those of {', '.join(models)}")
+    if output_format == "json":
+        print(json.dumps(json_schema(models[name]), indent=2, ensure_ascii=False))
+    else:
+        print(format_markdown(models[name], name), end="")
+    return 0
+
+
+def _submit_to_ray(release: Release, wait: bool) -> int:
+    from tunesmith.chart.places import refuse_relative_paths
+    from tunesmith.cluster.ray_job import address_variable, submit_ray_job
+
+    if release.values or release.assignments or release.namespace:
+        logger.info(
+            "a Ray job, as %s is set: what describes pods and their namespace isn't used", address_variable()
+        )
+    refuse_relative_paths(release.config, own_home=False)
+    job = submit_ray_job(release.config, release.name)
+    print(job.describe(), flush=True)
+    return job.wait() if wait else 0
+
+
+def _read_release(verb: Verb, given: dict[str, list[str]], words: list[str]) -> Release:
+    """Return the release that the options and settings of a verb describe."""
+
+    config = _read_settings(verb, TrainConfig, words)
+    from tunesmith.chart.release import Release, choose_name
+
+    path = parse_flags(TrainConfig, words).yaml_path
+    last = {option: values[-1] for option, values in given.items()}
+    return Release(
+        name=choose_name(last.get("--release"), config, path),
+        config=config,
+        config_path=path,
+        namespace=last.get("--namespace"),
+        values=tuple(Path(value) for value in given.get("--values", [])),
+        assignments=tuple(given.get("--set", [])),
+    )
+
+
+def _read_settings(verb: Verb, model: type[Model], words: list[str]) -> Model:
+    """Return the settings of a verb from its words, the environment and its YAML file; log from now on."""
+
+    flags = parse_flags(model, words, "checkpoints_dir" if issubclass(model, TunedModelConfig) else None)
+    config = load_settings(model, flags.yaml_path, flags.values, os.environ, verb.values_section)
+    configure_logging()
+    return config
+
+
+def _same_command(words: list[str]) -> str:
+    """Return a line that runs this program with `words` again, from the same folder and any shell."""
+    program = Path(sys.argv[0])
+    start = [os.path.relpath(program)] if program.name == "tunesmith" else [sys.executable, "-m", "tunesmith"]
+    if shutil.which("tunesmith") == str(program.absolute()):
+        start = ["tunesmith"]
+    settings = [f"{k}={shlex.quote(v)}" for k, v in os.environ.items() if k.startswith("TUNESMITH_")]
+    return " ".join([*settings, shlex.join([*start, *words])])
