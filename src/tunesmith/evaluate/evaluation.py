@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tunesmith.atomic_files import write_json, write_json_lines
 from tunesmith.config import EvaluateConfig
-from tunesmith.evaluate.engines.base import AdapterRefusedError, Request
+from tunesmith.evaluate.engines.base import Request
 from tunesmith.evaluate.engines.pool import Pool
+from tunesmith.evaluate.generate import generate_missing
 from tunesmith.evaluate.metrics.score import (
     Metric,
     choose_metrics,
@@ -21,7 +22,7 @@ from tunesmith.evaluate.metrics.score import (
     score_predictions,
     summarise,
 )
-from tunesmith.evaluate.passes import Served, make_spec, plan_requests, served_as_adapter, served_whole
+from tunesmith.evaluate.passes import plan_requests
 from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.results import (
@@ -38,7 +39,6 @@ from tunesmith.evaluate.verdict import judge
 from tunesmith.runs.folder import FORMAT_VERSION
 from tunesmith.runs.metrics_log import untrained_loss
 from tunesmith.runs.tuned import TunedModel
-from tunesmith.view.bar import track_progress
 from tunesmith.view.figures import render_loss_curve
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
         requests = plan_requests(plan.test_set, plan.variants, plan.max_model_len)
         prompts = {number: prompt.input_ids for number, prompt in plan.test_set.samples.items()}
         store = GenerationStore(folder, plan.identity(config), prompts)
-        _generate(config, plan, pool, store, requests, folder)
-        rows = _score(_rows(plan, store, requests), metrics, pool, config.bertscore_model)
+        generate_missing(config, plan, pool, store, requests, folder)
+        rows = _score(_make_rows(plan, store, requests), metrics, pool, config.bertscore_model)
         results = summarise(rows, metrics, config.seed)
         scores = _describe(config, plan, pool, store, rows, results, left_out)
         write_json_lines(folder / "predictions.jsonl", rows)
@@ -78,64 +78,7 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     return EvaluationResult(folder, scores)
 
 
-def _generate(
-    config: EvaluateConfig,
-    plan: Plan,
-    pool: Pool,
-    store: GenerationStore,
-    requests: Sequence[Request],
-    folder: Path,
-) -> None:
-    missing = store.missing(requests)
-    kept = len(requests) - len(missing)
-    if kept:
-        logger.info("%d of %d answers are kept from an earlier evaluation", kept, len(requests))
-    if not missing:
-        return
-    of_tuned = [request for request in missing if request.variant == "tuned"]
-    of_base = [request for request in missing if request.variant == "base"]
-    adapter, refusal = served_as_adapter(plan.tuned, plan.engine, pool.use_gpu)
-    if adapter is not None:
-        try:
-            _serve(config, plan, pool, store, adapter, missing)
-            return
-        except AdapterRefusedError as error:
-            refusal = error.message
-    if of_tuned:
-        with served_whole(plan.tuned, refusal, folder, plan.trust_remote_code) as served:
-            _serve(config, plan, pool, store, served, of_tuned)
-    if of_base:
-        assert plan.tuned.base is not None
-        _serve(config, plan, pool, store, Served(plan.tuned.base), of_base)
-
-
-def _serve(
-    config: EvaluateConfig,
-    plan: Plan,
-    pool: Pool,
-    store: GenerationStore,
-    served: Served,
-    requests: Sequence[Request],
-) -> None:
-    spec = make_spec(
-        config,
-        served,
-        plan.dtype,
-        plan.max_model_len,
-        stop_token_ids=plan.stop_token_ids,
-        use_gpu=pool.use_gpu,
-        num_threads=pool.num_threads,
-    )
-    logger.info("loading `%s` in %s, %s", served.model.source, plan.engine, plan.dtype)
-    with (
-        pool.load(plan.engine, spec) as generate,
-        track_progress("generating", len(requests), "answers", "tokens") as tracker,
-    ):
-        for together in store.record(generate(requests)):
-            tracker.advance(len(together), second=sum(len(each.token_ids) for each in together))
-
-
-def _rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> list[Prediction]:
+def _make_rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> list[Prediction]:
     """Return the lines of `predictions.jsonl`, still without scores."""
     rows = []
     for number in sorted({request.sample for request in requests}):
