@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from tunesmith.atomic_files import write_bytes
 from tunesmith.evaluate.results import (
     IntervalRecord,
     MetricScores,
@@ -73,13 +73,8 @@ def write_report(
     the browser run and load nothing but the page's own script and style.
     """
     page = _render(scores, predictions, loss_curve_png)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        # A lone surrogate, which no UTF-8 can hold, becomes a question mark.
-        temporary.write_bytes(page.encode("utf-8", errors="replace"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A lone surrogate, which no UTF-8 can hold, becomes a question mark.
+    write_bytes(path, [page.encode("utf-8", errors="replace")])
 
 
 def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: bytes | None) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.atomic_files import write_bytes
 from tunesmith.errors import RunError
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import read_metrics
@@ -46,13 +46,8 @@ def draw_loss_curve(run_dir: RunDir, path: Path) -> None:
         RunError: the run has no finite loss yet, or a newer version of this program has written it.
     """
     picture = render_loss_curve(run_dir)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(picture)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, [picture])
 
 
 def render_loss_curve(run_dir: RunDir) -> bytes:
