@@ -56,6 +56,8 @@ ONLY_IN = {
     "rouge_score": {"evaluate/metrics/score.py"},
     "sacrebleu": {"evaluate/metrics/score.py"},
     "wandb": {"tracking/wandb.py"},
+    "mlflow": {"tracking/mlflow.py"},
+    "trackio": {"tracking/trackio.py"},
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/sources.py"},
     "liger_kernel": {"model/load.py"},

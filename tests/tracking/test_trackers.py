@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from support.paths import REPOSITORY
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.runs.folder import RunDir
@@ -82,6 +84,12 @@ def test_use_wandb_adds_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in (TrainConfig(use_wandb=True), TrainConfig(use_wandb=True, report_to="none")):
         with pytest.raises(ConfigError, match="wandb"):
             check_trackers(config)
+
+
+def test_every_tracker_is_a_dependency_or_an_extra_of_its_name() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    dependencies = {line.partition(">=")[0] for line in project["dependencies"]}
+    assert TRACKERS.keys() <= dependencies | project["optional-dependencies"].keys()
 
 
 def test_where_a_run_is_logged_does_not_name_it() -> None:

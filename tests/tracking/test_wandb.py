@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import read_metrics
 from tunesmith.tracking.base import id_of_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.trackers]
 
 CHECK = """
 import sys

@@ -7,12 +7,16 @@ from tunesmith.config.fields import nearest_name
 from tunesmith.errors import ConfigError
 from tunesmith.runs.folder import RunDir
 from tunesmith.tracking.base import Tracker, warn_of_failure
+from tunesmith.tracking.mlflow import MLflow
 from tunesmith.tracking.tensorboard import TensorBoard
+from tunesmith.tracking.trackio import Trackio
 from tunesmith.tracking.wandb import WeightsAndBiases
 
 TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+    "trackio": Trackio,
 }
 
 
