@@ -8,12 +8,13 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare
 from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.planning.fitting import make_plan
 from tunesmith.planning.memory import build_planned_model
+from tunesmith.planning.workers import find_workers
 from tunesmith.runs.identity import locate_run
 from tunesmith.train.start import record_params
 from tunesmith.train.training import Training, set_up
 from tunesmith.train.worker import ProcessWorker, TrainJob
-from tunesmith.view.plan import find_workers, make_plan
 
 
 def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None = None) -> TrainJob:

@@ -74,7 +74,8 @@ def run_plan(verb: Verb, words: list[str]) -> int:
     given, words = verb.take_options(words)
     config = _read_settings(verb, TrainConfig, words)
     from tunesmith.cluster.resources import allocate, this_machine
-    from tunesmith.view.plan import find_workers, imagine_workers, plan
+    from tunesmith.planning.workers import find_workers, imagine_workers
+    from tunesmith.view.plan import plan
 
     if "--gpu" in given:
         workers = imagine_workers(config, given["--gpu"][-1])

@@ -31,11 +31,12 @@ from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.model.load import load_model_config
 from tunesmith.parallel.replicate import replicate_model
 from tunesmith.planning.dry_run import measure_microbatch
+from tunesmith.planning.fitting import find_fitting, make_plan
 from tunesmith.planning.layout import plan_layout
 from tunesmith.planning.memory import build_planned_model
+from tunesmith.planning.workers import Workers, imagine_workers
 from tunesmith.runs.metrics_log import iterate_metrics
 from tunesmith.train.optimizer import build_optimizer
-from tunesmith.view.plan import Workers, find_fitting, imagine_workers, make_plan
 
 QUICKSTART = REPOSITORY / "examples" / "quickstart" / "build"
 SMOLLM = QUICKSTART / "SmolLM2-135M-Instruct"

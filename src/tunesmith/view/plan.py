@@ -1,25 +1,20 @@
-"""`tunesmith plan`: what a run needs and how long it takes, told before it starts."""
+"""`tunesmith plan`: what a run needs and how long it takes, printed before it starts."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
-
-import torch
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch
-from tunesmith.errors import ConfigError, TunesmithError
-from tunesmith.machine import available_memory
-from tunesmith.model.load import load_model_config, load_tokenizer, resolve_dtype
+from tunesmith.errors import TunesmithError
+from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
-from tunesmith.planning.devices import known_gpus, memory_of_gpu, peak_flops
-from tunesmith.planning.layout import plan_layout
-from tunesmith.planning.memory import Layout, Memory, PlannedModel, build_planned_model
+from tunesmith.planning.fitting import Plan, find_fitting, make_plan
+from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.throughput import count_flops_per_token
+from tunesmith.planning.workers import Workers
 from tunesmith.view.inspect import prepared_to_look_at
 from tunesmith.view.units import format_bytes, format_duration
 
@@ -31,44 +26,6 @@ logger = logging.getLogger(__name__)
 # The share of what its products could do that a training reaches. CPU: about what a 135M model did with LoRA.
 # GPU: assumed, what the best published LoRA runs reach of an H100's data sheet.
 _SHARE_OF_PEAK = {"cpu": 0.4, "cuda": 0.4}
-
-_PRODUCT_SIZE = 1024
-_MEASURE_S = 0.2
-_SHORTEST_ROW = 256
-_MOST_TIMES_WORKERS = 8
-
-
-@dataclass(frozen=True)
-class Workers:
-    """What a run is planned for.
-
-    Attributes:
-        memory: bytes of each worker.
-        flops: FLOP/s of each worker's products in `dtype`; None for a GPU that isn't known.
-        imagined: whether they are elsewhere: more may be had, and their folders may be absent here.
-    """
-
-    num: int
-    device_type: str
-    name: str
-    memory: int
-    flops: float | None
-    dtype: torch.dtype
-    imagined: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's settings and workers, how it lies in their memory, and what each worker needs."""
-
-    config: TrainConfig
-    workers: Workers
-    layout: Layout
-    memory: Memory
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= self.workers.memory
 
 
 def plan(config: TrainConfig, workers: Workers) -> bool:
@@ -100,86 +57,6 @@ def _with_model_at_hand(config: TrainConfig) -> TrainConfig:
         return config
     logger.info("`%s` isn't here; planned for `%s` instead", config.model_path, config.hf_model_id)
     return config.model_copy(update={"model_path": None})
-
-
-def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Plan:
-    """Return what `model` needs with these settings."""
-    layout, memory = plan_layout(model, config, workers.device_type, workers.num, workers.memory)
-    return Plan(config, workers, layout, memory)
-
-
-def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Workers:
-    """Return `num_workers` workers on this machine, which share its processors, or have one of its GPUs each."""
-    device = torch.device("cuda" if use_gpu else "cpu")
-    dtype = resolve_dtype(config.dtype, device)
-    if use_gpu:
-        gpu = torch.cuda.get_device_properties(device)
-        return Workers(num_workers, "cuda", gpu.name, gpu.total_memory, peak_flops(gpu.name), dtype)
-    flops = _measure_products(dtype) / num_workers
-    return Workers(num_workers, "cpu", "CPU", available_memory() // num_workers, flops, dtype)
-
-
-def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
-    """Return workers with one GPU each, of the kind `gpu`: `H100`, or with the size of its memory `A100-80GB`.
-
-    Raises:
-        ConfigError: that GPU isn't known.
-    """
-    name, _, size = gpu.upper().partition("-")
-    gigabytes = size.removesuffix("GB")
-    if name not in known_gpus() or (size and not gigabytes.isdecimal()):
-        raise ConfigError(
-            f"`--gpu` is `{gpu}`, which isn't known",
-            f"known are {', '.join(known_gpus())}, also with the size of their memory, as A100-80GB",
-        )
-    memory = memory_of_gpu(name, int(gigabytes) if size else None)
-    # Volta has no instructions for bfloat16.
-    best = torch.float32 if name == "V100" else torch.bfloat16
-    dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
-    return Workers(
-        config.num_workers or 1, "cuda", gpu.upper(), memory, peak_flops(name), dtype, imagined=True
-    )
-
-
-def find_fitting(model: PlannedModel, planned: Plan) -> Plan | None:
-    """Return the plan with the smallest change that fits, or None."""
-    for config, num_workers in _smaller_settings(planned.config, planned.workers):
-        changed = make_plan(model, config, replace(planned.workers, num=num_workers))
-        if changed.fits:
-            return changed
-    return None
-
-
-def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[TrainConfig, int]]:
-    """Yield settings and numbers of workers that need less and less, those first that change the result least."""
-    num_workers = workers.num
-    on_gpu = workers.device_type == "cuda"
-
-    def change(**changes: Any) -> TrainConfig:
-        return config.model_copy(update=changes)
-
-    if config.gradient_checkpointing is False:
-        config = change(gradient_checkpointing=None)
-        yield config, num_workers
-    # CPUs run few sequences of a microbatch at once.
-    while on_gpu and config.per_device_train_batch_size > 1 and config.per_device_train_batch_size % 2 == 0:
-        config = change(
-            per_device_train_batch_size=config.per_device_train_batch_size // 2,
-            gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
-        )
-        yield config, num_workers
-    if num_workers > 1 and not config.full_ft and config.fsdp != "full_shard":
-        config = change(fsdp="full_shard")
-        yield config, num_workers
-    while workers.imagined and num_workers < _MOST_TIMES_WORKERS * workers.num:
-        num_workers *= 2
-        config = change(gradient_accumulation_steps=max(1, config.gradient_accumulation_steps // 2))
-        yield config, num_workers
-    while config.max_seq_length >= 2 * _SHORTEST_ROW:
-        config = change(max_seq_length=config.max_seq_length // 2)
-        yield config, num_workers
-    if on_gpu and not config.cpu_offload:
-        yield change(cpu_offload=True), num_workers
 
 
 def _describe_change(planned: Plan, fitting: Plan | None) -> str:
@@ -268,14 +145,3 @@ def _count_training_set(config: TrainConfig) -> tuple[int, int]:
     with prepared_to_look_at(config, load_tokenizer(config.model)) as prepared:
         train = prepared.stats.train
         return train.packs if config.packing else train.examples, train.tokens
-
-
-def _measure_products(dtype: torch.dtype) -> float:
-    """Return the FLOP/s of this machine's matrix products, measured for a fifth of a second."""
-    left, right = (torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype) for _ in range(2))
-    left @ right
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < _MEASURE_S:
-        left @ right
-        count += 1
-    return 2 * _PRODUCT_SIZE**3 * count / (time.perf_counter() - start)
