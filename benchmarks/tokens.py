@@ -18,8 +18,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from turn import answer
 
-from tunesmith.config import TrainConfig
-from tunesmith.data.encode import Encoder
+from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.mixture import recorded_formats
 from tunesmith.data.packing import pack_examples
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.token_files import write_tokens
@@ -65,7 +65,8 @@ def _config(model: Path, data: Path, max_length: int) -> TrainConfig:
 def _time_stage(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, max_length: int, path: Path) -> float:
     rows = prepared.data_dir / "training.jsonl"
     start = time.perf_counter()
-    write_tokens(rows, path, tokenizer, Encoder(tokenizer, prepared.row_format), max_length, num_proc=1)
+    (row_format,) = recorded_formats(prepared.row_format, [HFDatasetConfig()])
+    write_tokens(rows, path, [row_format.with_tokenizer(tokenizer)], max_length, num_proc=1)
     pack_examples(np.asarray(prepared.train.lengths), max_length, seed=0)
     return time.perf_counter() - start
 

@@ -18,7 +18,7 @@ from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.cluster.task import choose_nodes, includes_this_one, run_on
 from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
 from tunesmith.data.prepare import prepare
-from tunesmith.data.split import check_source
+from tunesmith.data.split import check_sources
 from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
@@ -79,7 +79,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     refuse_if_held(run.lease_path)
     check_trackers(config)
     check_resumable(run, config)
-    check_source(config)
+    check_sources(config)
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model)
     check_model(config)

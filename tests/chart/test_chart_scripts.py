@@ -19,7 +19,7 @@ from tunesmith.chart.scripts import fine_tune_words
 from tunesmith.config import TrainConfig
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
-from tunesmith.data.split import check_source
+from tunesmith.data.split import check_sources
 from tunesmith.errors import ConfigError, DataError
 
 SCRIPTS = CHART / "scripts" / "ray_train"
@@ -131,7 +131,7 @@ def test_a_converter_of_the_data_module_makes_the_text(
     given = [json.loads(line) for line in rows.read_text().splitlines()]
     assert made == [{"input": row["question"] + "|", "output": row["answer"]} for row in given]
     assert Path(config.dataset_name).parent == home / "datasets"
-    row_format = check_source(config)
+    (row_format,) = check_sources(config)
     assert row_format.render(made[0], "here") == made[0]
 
 
@@ -175,7 +175,7 @@ def test_a_data_module_of_ones_own_is_taken_whole(load: Callable[..., ModuleType
     whole = (SCRIPTS / "dataset_module.py").read_text()
     script = load(dataset_module=(whole, OWN_MODULE))
     config = config_of(script, f"--dataset_name={rows}", "--dataset_config=none")
-    assert check_source(config).kind == "messages"
+    assert check_sources(config)[0].name == "messages"
 
 
 @pytest.mark.parametrize("body", ["return row['nowhere']", "return row['answer']", "return {'input': 'x'}"])

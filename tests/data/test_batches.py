@@ -151,6 +151,7 @@ class Tokens:
 
     trained: list[list[bool]]
     packs: list[np.ndarray]
+    num_segments = 1
 
     @property
     def num_examples(self) -> int:
@@ -163,6 +164,13 @@ class Tokens:
     @property
     def num_trained(self) -> np.ndarray:
         return np.array([sum(example) for example in self.trained])
+
+    @property
+    def segments(self) -> np.ndarray:
+        return self.lengths.reshape(-1, self.num_segments)
+
+    def segment(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.example(index)
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         first = 1000 + 100 * index

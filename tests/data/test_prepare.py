@@ -23,7 +23,8 @@ from support.paths import REPOSITORY, SHARED, TESTS
 from support.tokenizers import build_tokenizer, train_byte_bpe
 from tunesmith.config import TrainConfig
 from tunesmith.data.packing import WINDOW_EXAMPLES, pack_examples
-from tunesmith.data.prepare import Prepared, check_source, open_prepared, prepare
+from tunesmith.data.prepare import Prepared, open_prepared, prepare
+from tunesmith.data.split import check_sources
 from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ConfigError, DataError, ModelError
 
@@ -480,10 +481,10 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_anything_is_written(
     assert not (tmp_path / "datasets").exists()
 
 
-def test_check_source_reads_only_the_first_rows(tmp_path: Path) -> None:
+def test_check_sources_reads_only_the_first_rows(tmp_path: Path) -> None:
     rows = [*alpaca(300), {"instruction": "a"}]
     config = TrainConfig(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)))
-    assert check_source(config).kind == "template"
+    assert check_sources(config)[0].name == "template"
 
 
 # Other processes.

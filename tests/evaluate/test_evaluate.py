@@ -29,7 +29,7 @@ from tunesmith import cli
 from tunesmith.api import convert, evaluate
 from tunesmith.cluster.pool import RayPool
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
-from tunesmith.data.prompts import opening_of
+from tunesmith.data.formats.template import parse_template
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.evaluate.engines.base import Request
 from tunesmith.evaluate.engines.choose import make_engine
@@ -266,8 +266,8 @@ def test_what_every_answer_begins_with_belongs_to_the_prompt(
     asked = plan_of(settings(run.path)).test_set.samples
     assert all(prompt.text.endswith(" ### Response:\n") for prompt in asked.values())
     assert all(prompt.reference.isdecimal() for prompt in asked.values())
-    assert opening_of("Answer: {output}") == "Answer:"
-    assert opening_of("{{{output}}}") == "{"
+    assert parse_template("Answer: {output}", "output_template").opening == "Answer:"
+    assert parse_template("{{{output}}}", "output_template").opening == "{"
 
 
 def test_an_answer_is_kept_for_its_own_prompt_and_weights_alone(

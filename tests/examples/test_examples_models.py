@@ -18,7 +18,7 @@ from support.paths import REPOSITORY
 from support.tiny_models import build_config
 from support.values import EXAMPLES, read_run
 from tunesmith.config import TrainConfig
-from tunesmith.data.templates import choose_format
+from tunesmith.data.formats import choose_format
 from tunesmith.model.adapters import add_adapters, choose_targets
 from tunesmith.model.load import build_meta_model
 from tunesmith.parallel.blocks import find_blocks
@@ -143,7 +143,7 @@ def test_the_adapters_fit_the_family(name: str, tmp_path: Path) -> None:
 def test_the_rows_of_its_data_set_fill_its_templates(name: str, tmp_path: Path) -> None:
     config = read_run(MODELS[name], tmp_path)
     row = {"instruction": "Be brief.", "input": "Why?", "output": "Because."}
-    row_format = choose_format(config, row, "rows", config.gives_template)
+    row_format = choose_format(config, row, "rows")
     rendered = row_format.render(row, "row 1")
     assert rendered["input"] == "### Instruction:\nBe brief.\n ### Input:\nWhy?\n"
     assert rendered["output"] == "### Response:\nBecause."

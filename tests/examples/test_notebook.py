@@ -29,8 +29,7 @@ from support.scores import minilm_folder
 from support.staged_pods import skip_without_namespaces
 from support.tokenizers import build_tokenizer
 from tunesmith.config import HFDatasetConfig
-from tunesmith.data.prompts import PromptEncoder
-from tunesmith.data.templates import choose_format
+from tunesmith.data.formats import choose_format
 from tunesmith.evaluate.engines.choose import vllm_is_installed
 
 EXAMPLE = REPOSITORY / "examples" / "qwen3-14b-sft"
@@ -175,9 +174,9 @@ def test_the_chat_asks_with_the_prompt_of_the_evaluation(
         "field_mapping": mapping,
     }
     row = {"instruction": "Add {x}.", "context": "1 and 2", "column": "a b", "output": "3"}
-    row_format = choose_format(HFDatasetConfig(dataset_name="rows", **settings), row, "rows", given=True)
-    encoder = PromptEncoder(build_tokenizer("byte_bpe"), "template", output_template)
-    prompt = encoder.encode(row_format.render(row, "the row"))
+    chosen = choose_format(HFDatasetConfig(dataset_name="rows", **settings), row, "rows")
+    row_format = chosen.with_tokenizer(build_tokenizer("byte_bpe"))
+    prompt = row_format.prompt(row_format.render(row, "the row"))
     assert prompt is not None
     assert defined["render_prompt"](settings, row) == prompt.text
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from support.tokenizers import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import TrainConfig
-from tunesmith.data.encode import Encoder
+from tunesmith.data.encode import TextEncoder
+from tunesmith.data.formats.template import mark_completion
 from tunesmith.view.inspect import inspect, mark_trained
 
 
@@ -31,7 +32,8 @@ def config_for(tmp_path: Path, kind: str, rows: list[dict[str, Any]], **given_se
 @pytest.mark.parametrize("kind", [kind for kind in TOKENIZER_KINDS if kind != "wordpiece"])
 def test_trained_tokens_are_marked_without_colour(kind: str) -> None:
     tokenizer = build_tokenizer(kind)
-    (example,) = Encoder(tokenizer, "template").encode({"input": "Add 1\nand 2: ", "output": "three"})
+    encoder = TextEncoder(tokenizer)
+    (example,) = encoder.encode(mark_completion({"input": "Add 1\nand 2: ", "output": "three"}))
     marked = mark_trained(tokenizer, np.array(example.input_ids), np.array(example.trained)).plain
     assert marked.count("⟦") == 1
     assert marked.endswith(f"⟦three{tokenizer.eos_token}⟧") or marked.endswith(

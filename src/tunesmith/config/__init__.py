@@ -4,9 +4,10 @@ The command line, the environment variables, the YAML file, the JSON schema, the
 `params.json` all follow from these declarations (`settings/` reads them).
 """
 
+from tunesmith.config.data import HFDatasetConfig
 from tunesmith.config.declare import Settings, setting
 from tunesmith.config.model_ref import ModelRef
-from tunesmith.config.train import HFDatasetConfig, TrainConfig
+from tunesmith.config.train import TrainConfig
 from tunesmith.config.tuned import METRICS, ConvertConfig, EvaluateConfig, TunedModelConfig
 
 __all__ = [

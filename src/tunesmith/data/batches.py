@@ -28,7 +28,7 @@ class Batch:
     """One microbatch.
 
     `positions_N` index the flattened (B·T) positions whose next token is trained; `targets_N` are those
-    next tokens. There is no attention mask: position ids that restart mark the examples of a pack, and
+    next tokens. There is no attention mask: position ids that restart mark the segments of a pack, and
     padding comes last, where nothing sees it.
     """
 
@@ -37,9 +37,11 @@ class Batch:
     positions_N: Tensor
     targets_N: Tensor
     starts: Tensor
-    """Where the examples begin in the flattened positions, and their end; int32."""
+    """Where the segments begin in the flattened positions, and their end; int32."""
     longest: int
-    """Tokens of the longest example."""
+    """Tokens of the longest segment."""
+    num_trained: tuple[int, ...] = ()
+    """Trained positions of each segment, in order; padding is none."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the host doesn't wait for a GPU's copy."""
@@ -50,6 +52,7 @@ class Batch:
             _send(self.targets_N, device),
             _send(self.starts, device),
             self.longest,
+            self.num_trained,
         )
 
 
@@ -145,35 +148,46 @@ class Sequences:
 
     def collate(self, sequences: np.ndarray) -> Batch:
         """Return the microbatch of these sequences, padded to the longest."""
-        rows = [self.examples(sequences[i : i + 1]) for i in range(len(sequences))]
-        if not self._flatten:
-            return collate(self.tokens, rows, self.pad_token_id)
-        return collate(self.tokens, [list(itertools.chain(*rows))], self.pad_token_id, FLAT_MULTIPLE)
+        rows = [self._segments(sequences[i : i + 1]) for i in range(len(sequences))]
+        if self._flatten:
+            return collate(self.tokens, [list(itertools.chain(*rows))], self.pad_token_id, FLAT_MULTIPLE)
+        if not self.packing:  # each by itself: the model may not keep apart what shares a row
+            rows = [[segment] for row in rows for segment in row]
+        return collate(self.tokens, rows, self.pad_token_id)
+
+    def _segments(self, sequences: np.ndarray) -> list[int]:
+        each = self.tokens.num_segments
+        return [
+            segment
+            for example in self.examples(sequences)
+            for segment in range(example * each, (example + 1) * each)
+        ]
 
 
 def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1) -> Batch:
-    """Put each row's examples behind one another, positions restarting, and pad to the longest row.
+    """Put each row's segments behind one another, positions restarting, and pad to the longest row.
 
-    Its length is rounded up to a `multiple`; one row's padding is an example of its own, of which nothing is trained.
+    Its length is rounded up to a `multiple`; one row's padding is a segment of its own, of which nothing is trained.
     """
-    num_tokens = max(sum(int(tokens.lengths[example]) for example in row) for row in rows)
+    lengths = tokens.segments.reshape(-1)
+    num_tokens = max(sum(int(lengths[segment]) for segment in row) for row in rows)
     num_tokens = math.ceil(num_tokens / multiple) * multiple
     input_ids_BT = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
     position_ids_BT = np.zeros((len(rows), num_tokens), dtype=np.int64)
     positions, targets, starts = [], [], [0]
     for b, row in enumerate(rows):
         end = 0
-        for example in row:
-            ids_T, trained_T = tokens.example(example)
+        for segment in row:
+            ids_T, trained_T = tokens.segment(segment)
             start, end = end, end + len(ids_T)
             input_ids_BT[b, start:end] = ids_T
             position_ids_BT[b, start:end] = np.arange(end - start)
-            # Position t predicts token t + 1 of the same example; a first token has no predecessor.
+            # Position t predicts token t + 1 of the same segment; a first token has no predecessor.
             predictors = np.flatnonzero(trained_T[1:])
             positions.append(predictors + start + b * num_tokens)
             targets.append(ids_T[1:][predictors])
             starts.append(end + b * num_tokens)
-        # Where a mask is built, a lone example's padding continues its positions: no second example, no mask.
+        # Where a mask is built, a lone segment's padding continues its positions: no second one, no mask.
         first = end if len(row) == 1 and multiple == 1 else 0
         position_ids_BT[b, end:] = np.arange(first, first + num_tokens - end)
     if len(rows) == 1 and starts[-1] < num_tokens:
@@ -185,6 +199,7 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, 
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         torch.tensor(starts, dtype=torch.int32),
         int(np.diff(starts).max()),
+        tuple(map(len, targets)),
     )
 
 

@@ -10,22 +10,19 @@ import hashlib
 import json
 import logging
 import shutil
-from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.encode import Encoder, RowError, check_tokenizer, tokenizer_content
+from tunesmith.data.encode import RowError, tokenizer_content
 from tunesmith.data.folder import DataFolder, open_folder
-from tunesmith.data.packing import pack_examples
-from tunesmith.data.sources import describe_source, source_fingerprint
-from tunesmith.data.split import SETS, check_source, locate, write_split
-from tunesmith.data.templates import Kind, RowFormat
-from tunesmith.data.token_files import Counts, write_tokens
+from tunesmith.data.formats import RowFormat
+from tunesmith.data.sources import describe_source, sources_fingerprint
+from tunesmith.data.split import SETS, check_sources, locate, write_split
+from tunesmith.data.token_arrays import SetStats, write_arrays
+from tunesmith.data.token_files import write_tokens
 from tunesmith.data.token_set import TokenSet, open_set
 from tunesmith.errors import DataError
 
@@ -37,25 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _TOKENS_MANIFEST = "manifest.json"
 
-
-@dataclass(frozen=True)
-class SetStats:
-    """What became of one set's rows. Lengths and totals are in tokens.
-
-    `truncated` examples were cut at the right; `dropped` rows or examples don't train, of them `untrained`
-    because they hold no completion at all. `packing_efficiency` is the share of the packs that is filled.
-    """
-
-    rows: int
-    examples: int
-    truncated: int
-    dropped: int
-    untrained: int
-    tokens: int
-    trained_tokens: int
-    packs: int
-    packing_efficiency: float
-    longest: int
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,13 +51,14 @@ class Prepared:
     """A prepared data set.
 
     `source` is a digest of the rows' origin, `fingerprint` (16 hex digits) of everything that shapes the set.
+    `row_format` is the name of the rows' format, of several data sets a list of them.
     """
 
     folder: Path
     data_dir: Path
     source: str
     fingerprint: str
-    row_format: Kind
+    row_format: str | list[str]
     train: TokenSet
     validation: TokenSet | None
     stats: PrepareStats
@@ -95,10 +75,11 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
         DataError: the data set is absent or malformed, holds nothing to train on, or can't be written.
         ModelError: the tokenizer can't be trained with.
     """
-    row_format = check_source(config)
-    logger.info("%s: rows are read as %s, because %s", row_format.source, row_format.kind, row_format.why)
-    check_tokenizer(tokenizer, row_format.kind)
-    settings = _split_settings(config, row_format)
+    formats = check_sources(config)
+    for line in describe_formats(config, formats):
+        logger.info(line)
+    formats = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+    settings = _split_settings(config, formats)
     split_fingerprint = _digest(settings)
     fingerprint = _digest([split_fingerprint, tokenizer_content(tokenizer), config.max_seq_length])
     path = config.data_dir or datasets_dir / split_fingerprint
@@ -108,22 +89,36 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
             # A machine that was lost may have left the folder without its content.
             shutil.rmtree(tokens, ignore_errors=True)
             with folder.staging():
-                _fill(folder, config, row_format, tokenizer, fingerprint)
+                _fill(folder, config, formats, fingerprint)
     prepared = open_prepared(tokens)
     _log(prepared, config)
     return prepared
 
 
-def _split_settings(config: TrainConfig, row_format: RowFormat) -> dict[str, Any]:
+def describe_formats(config: TrainConfig, formats: Sequence[RowFormat]) -> list[str]:
+    """Return how the rows of each data set are read, and why."""
+    return [
+        f"{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
+        for settings, row_format in zip(config.data_sets, formats, strict=True)
+    ]
+
+
+def _split_settings(config: TrainConfig, formats: Sequence[RowFormat]) -> dict[str, Any]:
     """What the three sets follow from, by the names that an error calls them."""
+    data_sets = config.data_sets
     return {
         "format_version": FORMAT_VERSION,
-        "dataset_name": source_fingerprint(config),
-        "templates and field_mapping": row_format.identity(),
-        "train_split_ratio": config.train_split_ratio,
-        "val_test_split_ratio": config.val_test_split_ratio,
+        "dataset_name": sources_fingerprint(data_sets),
+        "templates and field_mapping": _one_or_all([row_format.identity() for row_format in formats]),
+        "train_split_ratio": _one_or_all([it.train_split_ratio for it in data_sets]),
+        "val_test_split_ratio": _one_or_all([it.val_test_split_ratio for it in data_sets]),
         "seed": config.seed,
     }
+
+
+def _one_or_all(values: list[T]) -> T | list[T]:
+    """Return how the values of the data sets are recorded: a single one by itself."""
+    return values[0] if len(values) == 1 else values
 
 
 def _digest(content: Any) -> str:
@@ -133,40 +128,34 @@ def _digest(content: Any) -> str:
 def _fill(
     folder: DataFolder,
     config: TrainConfig,
-    row_format: RowFormat,
-    tokenizer: PreTrainedTokenizerFast,
+    formats: Sequence[RowFormat],
     fingerprint: str,
 ) -> None:
     """Write what the folder lacks into its staging, and publish it."""
     if folder.has_split:
         rows_dir, row_counts = folder.path, folder.row_counts()
     else:
-        rows_dir, row_counts = folder.staged, write_split(config, row_format, folder.staged)
+        rows_dir, row_counts = folder.staged, write_split(config, formats, folder.staged)
     tokens = folder.staged / f"tokens-{fingerprint}"
     tokens.mkdir()
-    encoder = Encoder(tokenizer, row_format.kind)
+    num_segments = formats[0].num_segments
     stats: dict[str, SetStats] = {}
     for name in ("training", "validation"):
         rows_file = rows_dir / f"{name}.jsonl"
         try:
             counts = write_tokens(
-                rows_file,
-                tokens / f"{name}.arrow",
-                tokenizer,
-                encoder,
-                config.max_seq_length,
-                config.num_proc,
+                rows_file, tokens / f"{name}.arrow", formats, config.max_seq_length, config.num_proc
             )
         except RowError as error:
-            raise _at_source(error, rows_file, config, row_format) from error
-        stats[name] = _write_arrays(tokens, name, row_counts[name], counts, config)
+            raise _at_source(error, rows_file, config, formats) from error
+        stats[name] = write_arrays(tokens, name, row_counts[name], counts, config, num_segments)
     if not stats["training"].examples:
         raise _nothing_to_train(stats["training"], config)
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": folder.settings["dataset_name"],
         "fingerprint": fingerprint,
-        "row_format": row_format.kind,
+        "row_format": _one_or_all([row_format.name for row_format in formats]),
         "test_rows": row_counts["test"],
         "stats": {name: asdict(value) for name, value in stats.items()},
     }
@@ -174,14 +163,16 @@ def _fill(
     folder.publish(None if folder.has_split else row_counts, SETS, tokens)
 
 
-def _at_source(error: RowError, rows_file: Path, config: TrainConfig, row_format: RowFormat) -> DataError:
+def _at_source(
+    error: RowError, rows_file: Path, config: TrainConfig, formats: Sequence[RowFormat]
+) -> DataError:
     with rows_file.open("rb") as stream:
         line = next(line for index, line in enumerate(stream) if index == error.index)
-    return DataError(f"{locate(config, row_format, json.loads(line))}: {error.message}", error.hint)
+    return DataError(f"{locate(config, formats, json.loads(line))}: {error.message}", error.hint)
 
 
 def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
-    source = describe_source(config)
+    source = " and ".join(map(describe_source, config.data_sets))
     if stats.untrained == stats.dropped:
         return DataError(
             f"no token of {source} would be trained: none of its {stats.rows:,} rows has a completion",
@@ -191,49 +182,6 @@ def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
         f"no token of {source} would be trained: its prompts alone fill max_seq_length ({config.max_seq_length})",
         "raise max_seq_length, or shorten input_template",
     )
-
-
-def _write_arrays(tokens: Path, name: str, num_rows: int, counts: Counts, config: TrainConfig) -> SetStats:
-    """Write the per-example arrays and the packs of one set beside its Arrow file."""
-    lengths, num_trained = _write_examples(tokens, name)
-    examples, bounds = pack_examples(lengths, config.max_seq_length, config.seed)
-    _save(tokens, name, {"pack_examples": examples, "pack_bounds": bounds})
-    total = int(lengths.sum(dtype=np.int64))
-    return SetStats(
-        rows=num_rows,
-        examples=len(lengths),
-        truncated=counts.truncated,
-        dropped=counts.dropped,
-        untrained=counts.untrained,
-        tokens=total,
-        trained_tokens=num_trained,
-        packs=len(bounds),
-        packing_efficiency=total / (len(bounds) * config.max_seq_length) if len(bounds) else 0.0,
-        longest=int(lengths.max(initial=0)),
-    )
-
-
-def _write_examples(tokens: Path, name: str) -> tuple[np.ndarray, int]:
-    """Write the per-example arrays; return the lengths and the number of trained tokens. Holds 16 bytes an example."""
-    lengths, rows, num_trained = array("i"), array("q"), array("i")
-    # Read rather than mapped: mapped pages would count as this process's memory.
-    with pa.OSFile(str(tokens / f"{name}.arrow")) as source, pa.ipc.open_file(source) as reader:
-        for i in range(reader.num_record_batches):
-            batch = reader.get_batch(i)
-            offsets = batch[0].offsets.to_numpy()
-            trained = batch[1].values.to_numpy(zero_copy_only=False)
-            lengths.frombytes(np.diff(offsets).tobytes())
-            rows.frombytes(batch[2].to_numpy().tobytes())
-            num_trained.frombytes(np.add.reduceat(trained, offsets[:-1], dtype=np.int32).tobytes())
-    columns = {"lengths": lengths, "rows": rows, "num_trained": num_trained}
-    arrays = {key: np.frombuffer(column, dtype=column.typecode) for key, column in columns.items()}
-    _save(tokens, name, arrays)
-    return arrays["lengths"], int(arrays["num_trained"].sum(dtype=np.int64))
-
-
-def _save(tokens: Path, name: str, arrays: dict[str, np.ndarray]) -> None:
-    for array_name, values in arrays.items():
-        np.save(tokens / f"{name}-{array_name}.npy", values)
 
 
 def _is_whole(tokens: Path) -> bool:

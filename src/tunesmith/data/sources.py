@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,14 @@ def source_fingerprint(config: HFDatasetConfig) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def sources_fingerprint(data_sets: Sequence[HFDatasetConfig]) -> str:
+    """Return a digest of where the rows of all these data sets come from."""
+    fingerprints = [source_fingerprint(config) for config in data_sets]
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.blake2b("\0".join(fingerprints).encode(), digest_size=16).hexdigest()
 
 
 def _number(rows: Iterator[Row], name: str) -> Rows:

@@ -9,17 +9,18 @@ import json
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.formats import RenderedRow, RowFormat, choose_format
+from tunesmith.data.mixture import dataset_of, tag, without_tag
 from tunesmith.data.sources import describe_source, read_rows
-from tunesmith.data.templates import RowFormat, choose_format
 from tunesmith.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,30 +28,32 @@ logger = logging.getLogger(__name__)
 SETS = ("training", "validation", "test")
 _CHECKED_ROWS = 100
 _PROGRESS_S = 10.0
-# What is said in a message; ids and dates may come with it.
-_SAID = ("role", "content", "tool_calls")
 
 T = TypeVar("T")
 
 
-def check_source(config: TrainConfig) -> RowFormat:
-    """Choose the row format, and try it on the first rows; cheap, for refusing bad input early.
+def check_sources(config: TrainConfig) -> list[RowFormat]:
+    """Choose the row format of each data set, and try it on the first rows; cheap, for refusing bad input early.
 
     Raises:
         ConfigError: a malformed template.
-        DataError: the data set is absent, empty or malformed, or a column is missing.
+        DataError: a data set is absent, empty or malformed, or a column is missing.
     """
-    rows = read_rows(config)
+    return [_check_source(settings) for settings in config.data_sets]
+
+
+def _check_source(settings: HFDatasetConfig) -> RowFormat:
+    rows = read_rows(settings)
     where, first = next(rows)
-    row_format = choose_format(config, first, describe_source(config), config.gives_template)
+    row_format = choose_format(settings, first, describe_source(settings))
     row_format.render(first, where)
     for where, row in islice(rows, _CHECKED_ROWS - 1):
         row_format.render(row, where)
     return row_format
 
 
-def write_split(config: TrainConfig, row_format: RowFormat, folder: Path) -> dict[str, int]:
-    """Write the three sets into `folder`, in the order of the source, and return their rows.
+def write_split(config: TrainConfig, formats: Sequence[RowFormat], folder: Path) -> dict[str, int]:
+    """Write the three sets into `folder`, in the order of the sources, and return their rows.
 
     Holds 16 bytes a row. An empty set is an empty file.
 
@@ -58,45 +61,66 @@ def write_split(config: TrainConfig, row_format: RowFormat, folder: Path) -> dic
         DataError: a row is malformed; the message names it.
     """
     everything = folder / "rows.jsonl"
-    hashes = array("Q")
-    key = config.seed.to_bytes(8, "little")
     with everything.open("wb") as stream:
-        for where, row in with_progress(read_rows(config), "read"):
-            rendered = row_format.render(row, where)
-            stream.write(_dump(rendered, where, sort_keys=False) + b"\n")
-            canonical = _dump(_what_is_said(rendered), where, sort_keys=True)
-            hashes.append(int.from_bytes(blake2b(canonical, digest_size=8, key=key).digest(), "little"))
-    of_row = np.frombuffer(hashes, dtype=np.uint64)
-    bounds = _cut(np.sort(of_row), config)
-    counts = dict.fromkeys(SETS, 0)
-    files = {name: (folder / f"{name}.jsonl").open("wb") for name in SETS}
+        hashes = [
+            _write_rendered(stream, settings, row_format, config.seed, tag(i, len(formats)))
+            for i, (settings, row_format) in enumerate(zip(config.data_sets, formats, strict=True))
+        ]
+    sides = _choose_sides(hashes, config.data_sets)
+    counts = {name: int((sides == side).sum()) for side, name in enumerate(SETS)}
+    files = [(folder / f"{name}.jsonl").open("wb") for name in SETS]
     try:
         with everything.open("rb") as lines:
-            for line, value in zip(lines, hashes, strict=True):
-                name = SETS[sum(value >= bound for bound in bounds)]
-                counts[name] += 1
-                files[name].write(line)
+            for line, side in zip(lines, sides.tobytes(), strict=True):
+                files[side].write(line)
     finally:
-        for file in files.values():
+        for file in files:
             file.close()
     everything.unlink()
     return counts
 
 
-def _what_is_said(rendered: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes two rows the same: of messages, not the ids and dates that may come with them."""
-    if "messages" not in rendered:
-        return rendered
-    said = [{key: message.get(key) for key in _SAID} for message in rendered["messages"]]
-    return {**rendered, "messages": said}
+def _write_rendered(
+    stream: BinaryIO, settings: HFDatasetConfig, row_format: RowFormat, seed: int, tagged: dict[str, int]
+) -> np.ndarray:
+    """Write the rendered rows of a data set; return the hash of each, uint64."""
+    hashes = array("Q")
+    key = seed.to_bytes(8, "little")
+    for where, row in with_progress(read_rows(settings), "read"):
+        rendered = row_format.render(row, where)
+        stream.write(_dump({**rendered, **tagged}, where, sort_keys=False) + b"\n")
+        canonical = _dump(row_format.split_key(rendered), where, sort_keys=True)
+        hashes.append(int.from_bytes(blake2b(canonical, digest_size=8, key=key).digest(), "little"))
+    return np.frombuffer(hashes, dtype=np.uint64)
 
 
-def locate(config: TrainConfig, row_format: RowFormat, rendered: dict[str, Any]) -> str:
+def _choose_sides(hashes: Sequence[np.ndarray], data_sets: Sequence[HFDatasetConfig]) -> np.ndarray:
+    """Return for each row the number of its set in `SETS`, uint8.
+
+    A row that several data sets have is held out of all if it is out of one.
+    """
+    sides = np.concatenate(
+        [
+            sum((of_row >= bound).astype(np.uint8) for bound in _cut(np.sort(of_row), settings))
+            for of_row, settings in zip(hashes, data_sets, strict=True)
+        ]
+    )
+    if len(hashes) == 1:
+        return sides
+    _, same = np.unique(np.concatenate(hashes), return_inverse=True)
+    furthest = np.zeros(len(sides), dtype=np.uint8)
+    np.maximum.at(furthest, same, sides)
+    return furthest[same]
+
+
+def locate(config: TrainConfig, formats: Sequence[RowFormat], rendered: RenderedRow) -> str:
     """Return the name of the first source row that renders to `rendered`, for an error."""
-    for where, row in read_rows(config):
+    settings, row_format = config.data_sets[dataset_of(rendered)], formats[dataset_of(rendered)]
+    rendered = without_tag(rendered)
+    for where, row in read_rows(settings):
         if row_format.render(row, where) == rendered:
             return where
-    return describe_source(config)
+    return describe_source(settings)
 
 
 def with_progress(items: Iterable[T], verb: str) -> Iterator[T]:
@@ -122,21 +146,23 @@ def _dump(rendered: dict[str, Any], where: str, sort_keys: bool) -> bytes:
         ) from error
 
 
-def _cut(ordered: np.ndarray, config: HFDatasetConfig) -> tuple[int, int]:
+def _cut(ordered: np.ndarray, settings: HFDatasetConfig) -> tuple[int, int]:
     """Return the hashes at which the validation and the test set begin.
 
     Cuts lie between distinct hashes, as near to the asked shares as those allow. Some row always trains;
     with a ratio below 1 and two distinct rows, some row is held out, for validation first.
     """
     num_rows, beyond = len(ordered), 1 << 64
-    if config.train_split_ratio == 1.0 or ordered[0] == ordered[-1]:
+    if settings.train_split_ratio == 1.0 or ordered[0] == ordered[-1]:
         return beyond, beyond
     first_group = int(np.searchsorted(ordered, ordered[0], "right"))
     last_group = int(np.searchsorted(ordered, ordered[-1], "left"))
-    num_train = _nearest_border(ordered, round(num_rows * config.train_split_ratio), first_group, last_group)
-    num_test = round((num_rows - num_train) * config.val_test_split_ratio)
+    num_train = _nearest_border(
+        ordered, round(num_rows * settings.train_split_ratio), first_group, last_group
+    )
+    num_test = round((num_rows - num_train) * settings.val_test_split_ratio)
     at_least = num_train
-    if config.val_test_split_ratio < 1.0:
+    if settings.val_test_split_ratio < 1.0:
         at_least = int(np.searchsorted(ordered, ordered[num_train], "right"))
     num_before_test = _nearest_border(ordered, num_rows - num_test, at_least, num_rows)
     test_from = beyond if num_before_test == num_rows else int(ordered[num_before_test])

@@ -14,30 +14,31 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import Encoded, Encoder, RowError
+from tunesmith.data.encode import RowError
+from tunesmith.data.examples import Example, Segment
+from tunesmith.data.formats import RowFormat
+from tunesmith.data.mixture import encode_rows
 from tunesmith.data.split import with_progress
 from tunesmith.errors import TrainingError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 1 << 22
 _ROWS_PER_PROCESS = 4000
-_SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("row", pa.int64())]
-)
+_COLUMNS = [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("row", pa.int64())]
+# One record a segment, those of an example behind one another; a single data set's say nothing of it.
+_SCHEMA = pa.schema(_COLUMNS)
+_MIXED_SCHEMA = pa.schema([*_COLUMNS, ("dataset_id", pa.int32())])
 
 
 @dataclass
@@ -72,12 +73,13 @@ class Shard:
 def write_tokens(
     rows_file: Path,
     arrow_file: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    encoder: Encoder,
+    formats: Sequence[RowFormat],
     max_seq_length: int,
     num_proc: int,
 ) -> Counts:
     """Encode every row of `rows_file` into `arrow_file`, with several processes if there are many rows.
+
+    `formats` are those of the data sets, with their tokenizer.
 
     Raises:
         RowError: the chat template can't render a row; `index` is its line, from 0.
@@ -87,12 +89,12 @@ def write_tokens(
     processes = min(num_proc, len(os.sched_getaffinity(0)), num_rows // _ROWS_PER_PROCESS)
     if processes < 2:
         whole = Shard(str(rows_file), 0, rows_file.stat().st_size, 0, str(arrow_file))
-        return encode_shard(encoder, whole, max_seq_length)
+        return encode_shard(formats, whole, max_seq_length)
     shards = _cut_shards(rows_file, arrow_file, num_rows, processes)
-    pickled = arrow_file.with_suffix(".tokenizer")
-    pickled.write_bytes(pickle.dumps(tokenizer))
-    counts = _run_processes(shards, pickled, encoder.kind, max_seq_length)
-    with pa.OSFile(str(arrow_file), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    pickled = arrow_file.with_suffix(".formats")
+    pickled.write_bytes(pickle.dumps(formats))
+    counts = _run_processes(shards, pickled, max_seq_length)
+    with pa.OSFile(str(arrow_file), "wb") as sink, pa.ipc.new_file(sink, _schema_of(formats)) as writer:
         for shard in shards:
             with pa.OSFile(shard.arrow_file) as source, pa.ipc.open_file(source) as reader:
                 for i in range(reader.num_record_batches):
@@ -119,19 +121,23 @@ def _cut_shards(rows_file: Path, arrow_file: Path, num_rows: int, number: int) -
 
 
 def encode_shard(
-    encoder: Encoder, shard: Shard, max_seq_length: int, progress: Callable[[int], None] | None = None
+    formats: Sequence[RowFormat],
+    shard: Shard,
+    max_seq_length: int,
+    progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """Encode the rows of one shard into its Arrow file; `progress` gets the rows of each batch."""
     counts = Counts()
+    schema = _schema_of(formats)
     row = shard.first_row
     with (
         open(shard.rows_file, "rb") as stream,
         pa.OSFile(shard.arrow_file, "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA) as writer,
+        pa.ipc.new_file(sink, schema) as writer,
     ):
         for batch in _read_batches(stream, shard.start, shard.end):
             try:
-                examples = _to_arrow(encoder.encode_batch(batch), row, max_seq_length, counts)
+                examples = _to_arrow(encode_rows(formats, batch), schema, row, max_seq_length, counts)
             except RowError as error:
                 raise RowError(error.message, error.hint, row + error.index) from error
             if examples.num_rows:
@@ -158,56 +164,66 @@ def _read_batches(stream: BinaryIO, start: int, end: int) -> Iterator[list[dict[
         yield batch
 
 
+def _schema_of(formats: Sequence[RowFormat]) -> pa.Schema:
+    return _SCHEMA if len(formats) == 1 else _MIXED_SCHEMA
+
+
 def _to_arrow(
-    encoded: Iterable[list[Encoded]], first_row: int, max_seq_length: int, counts: Counts
+    encoded: Iterable[list[Example]], schema: pa.Schema, first_row: int, max_seq_length: int, counts: Counts
 ) -> pa.RecordBatch:
-    """Cut each example to its last trained token within the limit; leave out those without one."""
     # Flat from the start: lists that live as long as the batch would be walked by the garbage collector.
     ids, trained = array("i"), bytearray()
-    ends, rows = array("i", [0]), array("q")
+    ends, rows, dataset_ids = array("i", [0]), array("q"), array("i")
+    is_mixed = schema is _MIXED_SCHEMA
     for row, examples in enumerate(encoded, start=first_row):
         if not examples:
             counts.dropped += 1
             counts.untrained += 1
         for example in examples:
-            fitted = _fit(example, max_seq_length)
-            if fitted is None:
-                counts.dropped += 1
-                counts.untrained += not example.spans
-                continue
-            counts.truncated += len(example.input_ids) > max_seq_length
-            ids.extend(fitted.input_ids)
-            trained.extend(fitted.trained)
-            ends.append(len(ids))
-            rows.append(row)
+            for segment in _fit(example, max_seq_length, counts):
+                ids.extend(segment.input_ids)
+                trained.extend(segment.trained)
+                ends.append(len(ids))
+                rows.append(row)
+            if is_mixed:
+                dataset_ids.extend([example.dataset_id] * (len(rows) - len(dataset_ids)))
     offsets = pa.array(np.frombuffer(ends, np.int32))
     columns = [
         pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(ids, np.int32))),
         pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(trained, np.bool_))),
         pa.array(np.frombuffer(rows, np.int64)),
+        pa.array(np.frombuffer(dataset_ids, np.int32)),
     ]
-    return pa.record_batch(columns, schema=_SCHEMA)
+    return pa.record_batch(columns if is_mixed else columns[:-1], schema=schema)
 
 
-def _fit(example: Encoded, max_seq_length: int) -> Encoded | None:
-    spans = [(begin, min(stop, max_seq_length)) for begin, stop in example.spans if begin < max_seq_length]
-    return Encoded(example.input_ids[: spans[-1][1]], spans) if spans else None
+def _fit(example: Example, max_seq_length: int, counts: Counts) -> list[Segment]:
+    """Cut each segment to its last trained token within the limit; return none if that leaves one without any."""
+    fitted: list[Segment] = []
+    is_cut = False
+    for segment in example.segments:
+        ids, spans = segment
+        length = len(ids)
+        if not spans or spans[0][0] >= max_seq_length:
+            counts.dropped += 1
+            counts.untrained += not spans
+            return []
+        if length > max_seq_length:
+            is_cut = True
+            spans = [(begin, min(stop, max_seq_length)) for begin, stop in spans if begin < max_seq_length]
+        end = spans[-1][1]
+        fitted.append(segment if end == length else Segment(ids[:end], spans))
+    counts.truncated += is_cut
+    return fitted
 
 
-def _run_processes(shards: list[Shard], pickled: Path, kind: str, max_seq_length: int) -> Counts:
+def _run_processes(shards: list[Shard], pickled: Path, max_seq_length: int) -> Counts:
     """Encode each shard in a process of its own. Its answers are JSON lines: rows done, counts or an error."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     jobs = [
-        json.dumps(
-            {
-                "shard": asdict(shard),
-                "tokenizer": str(pickled),
-                "kind": kind,
-                "max_seq_length": max_seq_length,
-            }
-        )
+        json.dumps({"shard": asdict(shard), "formats": str(pickled), "max_seq_length": max_seq_length})
         for shard in shards
     ]
     processes = [
@@ -269,10 +285,10 @@ def _answer(content: dict[str, Any]) -> None:
 def main(job_text: str) -> None:
     """Encode the shard of one job."""
     job = json.loads(job_text)
-    encoder = Encoder(pickle.loads(Path(job["tokenizer"]).read_bytes()), job["kind"])
+    formats = pickle.loads(Path(job["formats"]).read_bytes())
     shard = Shard(**job["shard"])
     try:
-        counts = encode_shard(encoder, shard, job["max_seq_length"], lambda rows: _answer({"done": rows}))
+        counts = encode_shard(formats, shard, job["max_seq_length"], lambda rows: _answer({"done": rows}))
     except RowError as error:
         _answer({"error": error.message, "hint": error.hint, "row": error.index})
         return

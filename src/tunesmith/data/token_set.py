@@ -11,7 +11,9 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-ARRAYS = ("lengths", "rows", "num_trained", "pack_examples", "pack_bounds")
+# Of each set: lengths, rows and num_trained by example, and the packs. `segments` is there where an example has
+# several, `dataset_ids` where there are several data sets.
+_ARRAYS = ("lengths", "rows", "num_trained", "pack_examples", "pack_bounds")
 
 
 class Packs(Sequence[np.ndarray]):
@@ -44,6 +46,8 @@ class TokenSet:
     lengths: int32 [num_examples], tokens of each example.
     rows: int64 [num_examples], the example's line in its .jsonl, from 0.
     num_trained: int32 [num_examples], trained tokens of each example.
+    segments: int32 [num_examples, num_segments], tokens of each segment.
+    dataset_ids: int32 [num_examples], the example's data set, from 0.
     """
 
     path: Path
@@ -51,6 +55,8 @@ class TokenSet:
     rows: np.ndarray = field(repr=False)
     num_trained: np.ndarray = field(repr=False)
     packs: Packs = field(repr=False)
+    segments: np.ndarray = field(repr=False)
+    dataset_ids: np.ndarray = field(repr=False)
 
     @property
     def num_examples(self) -> int:
@@ -65,23 +71,49 @@ class TokenSet:
             (batch[0].offsets.to_numpy(), batch[0].values.to_numpy(), batch[1].values) for batch in batches
         ]
 
+    @property
+    def num_segments(self) -> int:
+        """How many segments each example has."""
+        return int(self.segments.shape[1])
+
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the example's token ids, int32 [T], and for each whether it is trained, bool [T].
 
-        The first token is never trained: nothing precedes it.
+        Its segments stand behind one another. The first token of each is never trained: nothing precedes it.
         """
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
+        return self._read(index * self.num_segments, self.num_segments)
+
+    def segment(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `example` does, of one segment of all, those of an example behind one another."""
+        return self._read(index, 1)
+
+    def _read(self, first: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of `number` records of the Arrow file, all in one of its batches."""
         firsts, batches = self._batches
-        at = int(np.searchsorted(firsts, index, "right")) - 1
+        at = int(np.searchsorted(firsts, first, "right")) - 1
         offsets, ids, trained = batches[at]
-        start, end = (int(offset) for offset in offsets[index - firsts[at] : index - firsts[at] + 2])
+        begin = first - firsts[at]
+        start, end = int(offsets[begin]), int(offsets[begin + number])
         return ids[start:end], trained.slice(start, end - start).to_numpy(zero_copy_only=False)
 
 
 def open_set(folder: Path, name: str) -> TokenSet:
     """Map the files of the set `name` in `folder`."""
     lengths, rows, num_trained, examples, bounds = (
-        np.load(folder / f"{name}-{array_name}.npy", mmap_mode="r") for array_name in ARRAYS
+        np.load(folder / f"{name}-{array_name}.npy", mmap_mode="r") for array_name in _ARRAYS
     )
-    return TokenSet(folder / f"{name}.arrow", lengths, rows, num_trained, Packs(examples, bounds))
+    return TokenSet(
+        folder / f"{name}.arrow",
+        lengths,
+        rows,
+        num_trained,
+        Packs(examples, bounds),
+        _load_or(folder / f"{name}-segments.npy", lengths.reshape(-1, 1)),
+        _load_or(folder / f"{name}-dataset_ids.npy", np.broadcast_to(np.int32(0), lengths.shape)),
+    )
+
+
+def _load_or(path: Path, absent: np.ndarray) -> np.ndarray:
+    return np.load(path, mmap_mode="r") if path.exists() else absent

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import HFDatasetConfig
-from tunesmith.data.prompts import Prompt, PromptEncoder
+from tunesmith.data.formats import Prompt, RenderedRow, RowFormat, choose_format
+from tunesmith.data.formats.template import TemplateFormat
+from tunesmith.data.mixture import encode_rows, prompt_of, recorded_formats, without_tag
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
-from tunesmith.data.templates import Kind, choose_format
 from tunesmith.errors import DataError
 from tunesmith.runs.tuned import TunedModel
 
@@ -61,21 +63,21 @@ def read_test_set(
         raise DataError(f"there is no test file `{path}`", "give a JSONL, JSON, CSV or Parquet file")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
-    changes = {"dataset_name": str(path), "dataset_config": None, "split": "test"}
-    config = tuned.dataset.model_copy(update=changes)
-    rows, kind = _rendered_rows(tuned, path, config)
-    encoder = PromptEncoder(tokenizer, kind, config.output_template)
-    taken: list[dict[str, Any]] = list(islice(rows, max_samples))
+    rows, formats = _rendered_rows(tuned, path)
+    formats = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+    taken: list[RenderedRow] = list(islice(rows, max_samples))
     _check_characters(path, taken)
-    prompts = {number: encoder.encode(row) for number, row in enumerate(taken)}
+    prompts = {number: prompt_of(formats, row) for number, row in enumerate(taken)}
     samples = {number: prompt for number, prompt in prompts.items() if prompt is not None}
     if not samples:
         raise DataError(
             f"none of the {len(taken):,} rows of `{path}` asks anything: there is no prompt to answer",
             "plain text has no answers to compare; the run's validation loss tells how well it was learned",
         )
-    ends = encoder.end_tokens(taken[:_ROWS_FOR_END_TOKENS])
-    return TestSet(path, samples, len(taken) - len(samples), frozenset(ends), source_fingerprint(config))
+    # What the model has learned to stop with.
+    encoded = encode_rows(formats, taken[:_ROWS_FOR_END_TOKENS])
+    ends = frozenset(example.segments[0].input_ids[-1] for examples in encoded for example in examples)
+    return TestSet(path, samples, len(taken) - len(samples), ends, source_fingerprint(_file_settings(path)))
 
 
 def _check_characters(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -106,26 +108,31 @@ def _own_test_set(tuned: TunedModel) -> Path:
     return path
 
 
-def _rendered_rows(
-    tuned: TunedModel, path: Path, config: HFDatasetConfig
-) -> tuple[Iterator[dict[str, Any]], Kind]:
+def _rendered_rows(tuned: TunedModel, path: Path) -> tuple[Iterator[RenderedRow], list[RowFormat]]:
+    """Return the rows of the test set, and the formats of the data sets that they are of."""
+    file = _file_settings(path)
     is_own = tuned.data_dir is not None and path.parent.absolute() == tuned.data_dir.absolute()
     if is_own and tuned.params is not None:
-        kind: Kind = tuned.params["data"]["row_format"]
-        return (row for _, row in read_rows(config)), kind
-    _, first = next(read_rows(config))
-    if set(first) == _RENDERED and not _fills_templates(config, first):
-        logger.info("%s: rows are rendered already, as input and output", describe_source(config))
-        return (row for _, row in read_rows(config)), "template"
-    row_format = choose_format(config, first, describe_source(config), config.gives_template)
-    logger.info(
-        "%s: rows are read as %s, because %s", describe_source(config), row_format.kind, row_format.why
-    )
-    return (row_format.render(row, where) for where, row in read_rows(config)), row_format.kind
+        formats = recorded_formats(tuned.params["data"]["row_format"], tuned.dataset.data_sets)
+        return (row for _, row in read_rows(file)), formats
+    _, first = next(read_rows(file))
+    source = describe_source(file)
+    templates = TemplateFormat.from_settings(tuned.dataset.data_sets[0])
+    if set(without_tag(first)) == _RENDERED and templates.absent_from(first):
+        logger.info("%s: rows are rendered already, as input and output", source)
+        return (without_tag(row) for _, row in read_rows(file)), [templates]
+    row_format = _choose_for_file(tuned.dataset.data_sets, first, source)
+    logger.info("%s: rows are read as %s, because %s", source, row_format.name, row_format.why)
+    return (row_format.render(row, where) for where, row in read_rows(file)), [row_format]
 
 
-def _fills_templates(config: HFDatasetConfig, row: dict[str, Any]) -> bool:
-    try:
-        return choose_format(config, row, describe_source(config), given=True).kind == "template"
-    except DataError:
-        return False
+def _choose_for_file(data_sets: Sequence[HFDatasetConfig], first: dict[str, Any], source: str) -> RowFormat:
+    """Return how the run would read the row: as those of its first data set that can be read like it."""
+    for settings in data_sets[:-1]:
+        with suppress(DataError):
+            return choose_format(settings, first, source)
+    return choose_format(data_sets[-1], first, source)
+
+
+def _file_settings(path: Path) -> HFDatasetConfig:
+    return HFDatasetConfig(dataset_name=str(path), split="test")

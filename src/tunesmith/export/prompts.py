@@ -6,10 +6,14 @@ import json
 import logging
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.runs.tuned import TunedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +45,8 @@ def choose_prompts(tuned: TunedModel, tokenizer_folder: Path) -> list[torch.Tens
     return [torch.tensor([ids[:_MAX_TOKENS]]) for ids in examples]
 
 
-def _encode_rows(tuned: TunedModel, tokenizer: object) -> list[list[int]]:
-    from tunesmith.data.encode import Encoder
+def _encode_rows(tuned: TunedModel, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    from tunesmith.data.mixture import encode_rows, recorded_formats
 
     if tuned.params is None or tuned.data_dir is None:
         return []
@@ -51,7 +55,10 @@ def _encode_rows(tuned: TunedModel, tokenizer: object) -> list[list[int]]:
         if path.is_file() and path.stat().st_size:
             with path.open(encoding="utf-8") as file:
                 rows = [json.loads(line) for line in islice(file, _NUM_TEXTS)]
-            encoded = Encoder(tokenizer, tuned.params["data"]["row_format"]).encode_batch(rows)
-            return [examples[0].input_ids for examples in encoded if examples]
+            names = tuned.params["data"]["row_format"]
+            formats = [
+                it.with_tokenizer(tokenizer) for it in recorded_formats(names, tuned.dataset.data_sets)
+            ]
+            return [examples[0].segments[0].input_ids for examples in encode_rows(formats, rows) if examples]
     logger.info("the run's data set is gone, so fixed texts stand in for its prompts")
     return []

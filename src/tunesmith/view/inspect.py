@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.prepare import Prepared, SetStats, TokenSet, prepare
-from tunesmith.data.split import SETS, check_source
+from tunesmith.data.mixture import without_tag
+from tunesmith.data.prepare import Prepared, describe_formats, prepare
+from tunesmith.data.split import SETS, check_sources
+from tunesmith.data.token_arrays import SetStats
+from tunesmith.data.token_set import TokenSet
 from tunesmith.model.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -38,11 +41,11 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    row_format = check_source(config)
+    formats = check_sources(config)
     tokenizer = load_tokenizer(config.model)
     with prepared_to_look_at(config, tokenizer) as prepared:
-        choice = f"{row_format.source}: rows are read as {row_format.kind}, because {row_format.why}"
-        console.print(choice, soft_wrap=True)
+        for line in describe_formats(config, formats):
+            console.print(line, soft_wrap=True)
         _print_examples(console, prepared.train, tokenizer, num_examples)
         _print_lengths(console, prepared.train, config.max_seq_length)
         _print_stats(console, prepared)
@@ -178,7 +181,7 @@ def _hash_rows(file: Path) -> np.ndarray:
     def hashes() -> Iterator[int]:
         with file.open("rb") as stream:
             for line in stream:
-                folded = json.dumps(_fold(json.loads(line)), sort_keys=True)
+                folded = json.dumps(_fold(without_tag(json.loads(line))), sort_keys=True)
                 yield int.from_bytes(blake2b(folded.encode(), digest_size=8).digest(), "little")
 
     return np.fromiter(hashes(), dtype=np.uint64)

@@ -13,9 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from support.tokenizers import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer
-from tunesmith.config import TrainConfig
-from tunesmith.data.encode import Encoded, Encoder, RowError
-from tunesmith.data.templates import RowFormat, choose_format, parse_template
+from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.encode import RowError
+from tunesmith.data.examples import Segment
+from tunesmith.data.formats import RowFormat, choose_format, format_named
+from tunesmith.data.formats.template import parse_template
 from tunesmith.errors import ConfigError, DataError, ModelError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -24,15 +26,21 @@ ASCII = st.text(st.sampled_from("abc XYZ.,19-"), min_size=1, max_size=40)
 
 def choose(columns: list[str], **given_settings: Any) -> RowFormat:
     config = TrainConfig(dataset_name="rows.jsonl", **given_settings)
-    return choose_format(config, columns, "`rows.jsonl` (train)", config.gives_template)
+    return choose_format(config, columns, "`rows.jsonl` (train)")
 
 
-def encode(kind: str, prompt: str, completion: str) -> Encoded:
-    (example,) = Encoder(build_tokenizer(kind), "template").encode({"input": prompt, "output": completion})
+def encode_as(name: str, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> list[Segment]:
+    """Return the segments of one rendered row, whose examples have one each."""
+    (examples,) = format_named(name, HFDatasetConfig()).with_tokenizer(tokenizer).encode([row])
+    return [segment for example in examples for segment in example.segments]
+
+
+def encode(kind: str, prompt: str, completion: str) -> Segment:
+    (example,) = encode_as("template", build_tokenizer(kind), {"input": prompt, "output": completion})
     return example
 
 
-def trained_text(tokenizer: PreTrainedTokenizerFast, example: Encoded) -> str:
+def trained_text(tokenizer: PreTrainedTokenizerFast, example: Segment) -> str:
     ids = [i for i, trained in zip(example.input_ids, example.trained, strict=True) if trained]
     return str(tokenizer.decode(ids))
 
@@ -59,7 +67,7 @@ def test_a_value_is_never_read_as_a_template(value: str) -> None:
 
 def test_default_templates_are_chosen_when_the_columns_fill_them() -> None:
     row_format = choose(["instruction", "input", "output", "messages", "text"])
-    assert row_format.kind == "template"
+    assert row_format.name == "template"
     row = {"instruction": "Add.", "input": None, "output": "3"}
     assert row_format.render(row, "row 1") == {
         "input": "### Instruction:\nAdd.\n ### Input:\n\n",
@@ -68,9 +76,9 @@ def test_default_templates_are_chosen_when_the_columns_fill_them() -> None:
 
 
 def test_messages_come_before_text_and_templates_before_both() -> None:
-    assert choose(["messages", "text"]).kind == "messages"
-    assert choose(["text", "label"]).kind == "text"
-    assert choose(["messages", "text"], input_template="", output_template="{text}").kind == "template"
+    assert choose(["messages", "text"]).name == "messages"
+    assert choose(["text", "label"]).name == "text"
+    assert choose(["messages", "text"], input_template="", output_template="{text}").name == "template"
 
 
 def test_a_mapping_to_an_absent_column_is_refused_with_the_columns() -> None:
@@ -208,19 +216,19 @@ def test_an_end_token_in_the_prompt_is_not_trained() -> None:
 def test_an_end_token_in_the_prompt_is_not_trained_when_the_completion_leaves_no_token() -> None:
     tokenizer = pickle.loads(pickle.dumps(build_tokenizer("wordpiece")))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    (example,) = Encoder(tokenizer, "template").encode({"input": "so [SEP]", "output": " "})
+    (example,) = encode_as("template", tokenizer, {"input": "so [SEP]", "output": " "})
     assert tokenizer.convert_ids_to_tokens(example.input_ids)[-2:] == ["[SEP]", "[SEP]"]
     assert example.trained[-2:] == [False, True]
 
 
 def test_an_empty_completion_makes_no_example() -> None:
-    assert Encoder(build_tokenizer("byte_bpe"), "template").encode({"input": "a", "output": ""}) == []
+    assert encode_as("template", build_tokenizer("byte_bpe"), {"input": "a", "output": ""}) == []
 
 
 def test_an_earlier_truncated_call_leaves_no_trace() -> None:
     tokenizer = pickle.loads(pickle.dumps(build_tokenizer("byte_bpe")))
     tokenizer("a b c d e f g h", truncation=True, max_length=2, padding="max_length")
-    (example,) = Encoder(tokenizer, "template").encode({"input": "", "output": "The quick brown fox jumps"})
+    (example,) = encode_as("template", tokenizer, {"input": "", "output": "The quick brown fox jumps"})
     assert example == encode("byte_bpe", "", "The quick brown fox jumps")
 
 
@@ -228,7 +236,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     tokenizer = pickle.loads(pickle.dumps(build_tokenizer("byte_bpe")))
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end token"):
-        Encoder(tokenizer, "text")
+        format_named("text", HFDatasetConfig()).with_tokenizer(tokenizer)
 
 
 # Labels of conversations.
@@ -246,7 +254,7 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def spell(tokenizer: PreTrainedTokenizerFast, example: Encoded) -> str:
+def spell(tokenizer: PreTrainedTokenizerFast, example: Segment) -> str:
     """Return the example's text with ⟦ and ⟧ around its trained stretches."""
     text, inside, ids = "", False, []
     for token, trained in zip([*example.input_ids, None], [*example.trained, None], strict=True):
@@ -261,7 +269,7 @@ def test_every_assistant_turn_of_a_conversation_is_trained_to_its_end_token() ->
     tokenizer = build_tokenizer("chatml")
     row = chat((SYSTEM, "Be kind."), (USER, "Hi"), (ASSISTANT, "Hello, 世界!"), (USER, "Bye"), (ASSISTANT, "So long"),
                (USER, "Wait"))  # fmt: skip
-    (example,) = Encoder(tokenizer, "messages").encode(row)
+    (example,) = encode_as("messages", tokenizer, row)
     assert spell(tokenizer, example) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n⟦Hello, 世界!<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n"
@@ -272,7 +280,7 @@ def test_every_assistant_turn_of_a_conversation_is_trained_to_its_end_token() ->
 def test_a_template_that_renders_the_last_turn_otherwise_makes_an_example_of_each_turn() -> None:
     tokenizer = build_tokenizer("qwen3")
     row = chat((USER, "Hi"), (ASSISTANT, "Hello"), (USER, "Bye"), (ASSISTANT, "So long"))
-    first, second = Encoder(tokenizer, "messages").encode(row)
+    first, second = encode_as("messages", tokenizer, row)
     assert spell(tokenizer, first) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello<|im_end|>⟧"
     )
@@ -287,7 +295,7 @@ def test_a_template_that_renders_the_last_turn_otherwise_makes_an_example_of_eac
 def test_a_turn_is_seen_as_inference_would_see_it(contents: list[str], kind: str) -> None:
     tokenizer = build_tokenizer(kind)
     row = chat(*((ASSISTANT if i % 2 else USER, content) for i, content in enumerate(contents)))
-    examples = Encoder(tokenizer, "messages").encode(row)
+    examples = encode_as("messages", tokenizer, row)
     for example in examples:
         starts = [
             i for i in range(1, len(example.trained)) if example.trained[i] and not example.trained[i - 1]
@@ -310,7 +318,7 @@ def test_a_turn_without_an_end_token_gets_one() -> None:
     )
     tokenizer = with_template(template)
     row = chat((USER, "Hi"), (ASSISTANT, "Hello"), (USER, "Bye"), (ASSISTANT, "So long"))
-    first, second = Encoder(tokenizer, "messages").encode(row)
+    first, second = encode_as("messages", tokenizer, row)
     assert spell(tokenizer, first) == "user: Hi\nassistant: ⟦Hello\n<|im_end|>⟧"
     assert spell(tokenizer, second).endswith("assistant: ⟦So long\n<|im_end|>⟧")
 
@@ -320,28 +328,28 @@ THINKING_PROMPT = CHATML_TEMPLATE.replace("assistant\\n' }}{%- endif", "assistan
 
 def test_a_generation_prompt_that_opens_a_block_leaves_the_content_trained() -> None:
     tokenizer = with_template(THINKING_PROMPT)
-    (example,) = Encoder(tokenizer, "messages").encode(chat((USER, "Hi"), (ASSISTANT, "<b>Hello</b>")))
+    (example,) = encode_as("messages", tokenizer, chat((USER, "Hi"), (ASSISTANT, "<b>Hello</b>")))
     assert spell(tokenizer, example).endswith("<|im_start|>assistant\n⟦<b>Hello</b><|im_end|>⟧")
 
 
 def test_a_template_that_cannot_be_trained_faithfully_is_refused() -> None:
     template = THINKING_PROMPT.replace("message['content']", "message['content'] | upper")
     with pytest.raises(RowError, match="can't be trained faithfully"):
-        Encoder(with_template(template), "messages").encode(chat((USER, "Hi"), (ASSISTANT, "Hello")))
+        encode_as("messages", with_template(template), chat((USER, "Hi"), (ASSISTANT, "Hello")))
 
 
 @pytest.mark.parametrize("turns", [[(USER, "Hi")], [(ASSISTANT, "Hello")], [(USER, "Hi"), (ASSISTANT, "")]])
 def test_a_conversation_without_an_answer_makes_no_example(turns: list[tuple[str, str]]) -> None:
-    assert Encoder(build_tokenizer("chatml"), "messages").encode(chat(*turns)) == []
+    assert encode_as("messages", build_tokenizer("chatml"), chat(*turns)) == []
 
 
 def test_a_role_that_the_template_refuses_is_an_error_of_that_row() -> None:
     rows = [chat((USER, "Hi"), (ASSISTANT, "Hello")), chat(("critic", "Hi"), (ASSISTANT, "Hello"))]
     with pytest.raises(RowError, match="unknown role critic") as caught:
-        Encoder(build_tokenizer("qwen3"), "messages").encode_batch(rows)
+        format_named("messages", HFDatasetConfig()).with_tokenizer(build_tokenizer("qwen3")).encode(rows)
     assert caught.value.index == 1
 
 
 def test_conversations_without_a_chat_template_are_refused() -> None:
     with pytest.raises(DataError, match="has no chat template"):
-        Encoder(build_tokenizer("byte_bpe"), "messages")
+        format_named("messages", HFDatasetConfig()).with_tokenizer(build_tokenizer("byte_bpe"))

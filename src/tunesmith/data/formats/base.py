@@ -1,0 +1,124 @@
+"""What a row format is, and what formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tunesmith.config import HFDatasetConfig
+from tunesmith.data.examples import Example
+from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from transformers import PreTrainedTokenizerFast
+
+RenderedRow = dict[str, Any]
+"""A row as text, before any tokenizer: what the sets' JSON lines hold."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as token ids [P], and the reference answer."""
+
+    text: str
+    input_ids: tuple[int, ...]
+    reference: str
+
+
+class RowFormat(Protocol):
+    """How the rows of one data set become text, examples and prompts.
+
+    `name` is what runs record. `why` is the reason for the choice, for the log. `num_segments` is how many
+    segments each example has.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
+
+    @property
+    def num_segments(self) -> int: ...
+
+    @classmethod
+    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
+        """Return the format if it fits the columns, or was asked for; `source` names the data set in errors.
+
+        Raises:
+            ConfigError: a malformed setting.
+            DataError: it was asked for, and the columns lack what it needs.
+        """
+
+    @classmethod
+    def from_settings(cls, settings: HFDatasetConfig) -> Self:
+        """Return the format for rows that it has rendered already."""
+
+    def identity(self) -> str:
+        """Return what shapes the text, as canonical JSON."""
+
+    def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
+        """Return the rendered row; `where` names the row in errors.
+
+        Raises:
+            DataError: a column is absent from this row, or holds what can't be rendered.
+        """
+
+    def split_key(self, row: RenderedRow) -> RenderedRow:
+        """Return what of a rendered row decides its set: rows with equal keys are never split."""
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
+        """Return the format ready to encode. It can be pickled.
+
+        Raises:
+            ModelError: the tokenizer gives no character offsets or has no end token.
+            DataError: it lacks what the format needs.
+        """
+
+    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+        """Render the rows, then yield the examples of each as they are asked for: none if nothing of it is trained.
+
+        Raises:
+            RowError: a row can't be encoded.
+        """
+
+    def prompt(self, row: RenderedRow) -> Prompt | None:
+        """Return what inference sees and the answer expected after it; None if the row asks or expects nothing.
+
+        Made as the training made it: by the same templates, with the same special tokens.
+
+        Raises:
+            DataError: the row can't be rendered.
+        """
+
+
+def column_of(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """Return the value of a column of the row at `where`."""
+    if column not in row:
+        raise DataError(f"{where} has no column `{column}`, which earlier rows have", list_columns(row))
+    return row[column]
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """Return a column's value as text: a number as it is written, nothing as an empty text."""
+    value = column_of(row, column, where)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, Number):
+        return str(value)
+    raise DataError(
+        f"column `{column}` of {where} holds a {type(value).__name__}, not text or a number",
+        "name another column in field_mapping, or flatten this one in the data set",
+    )
+
+
+def list_columns(columns: Iterable[str]) -> str:
+    """Return the columns as a hint names them."""
+    names = ", ".join(f"`{name}`" for name in columns)
+    return f"the columns are {names}" if names else "the rows have no columns"

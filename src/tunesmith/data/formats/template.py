@@ -1,0 +1,173 @@
+"""Templates over columns: the prompt untrained, the completion trained. Rendered as `{"input", "output"}`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunesmith.config import HFDatasetConfig
+from tunesmith.data.encode import MarkedText, TextEncoder
+from tunesmith.data.examples import Example
+from tunesmith.data.formats.base import Prompt, RenderedRow, list_columns, text_of
+from tunesmith.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from transformers import PreTrainedTokenizerFast
+
+# One step of a template: a doubled brace, a placeholder, a stray brace, or text without braces.
+_PIECE = re.compile(r"(?P<escape>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])|(?P<literal>[^{}]+)")
+_NAME = re.compile(r"[^{}\[\].!:\s](?:[^{}\[\].!:]*[^{}\[\].!:\s])?")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template: literals and placeholders in turn, `(literal, None)` or `("", name)`."""
+
+    setting: str
+    pieces: tuple[tuple[str, str | None], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The placeholders, in order of their first use."""
+        return list(dict.fromkeys(name for _, name in self.pieces if name is not None))
+
+    @property
+    def opening(self) -> str:
+        """The fixed text before the first placeholder, without blanks at its end.
+
+        A blank belongs to the token after it, which the answer begins with.
+        """
+        fixed = takewhile(lambda piece: piece[1] is None, self.pieces)
+        return "".join(literal for literal, _ in fixed).rstrip(" ")
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """Return the text with each placeholder's value in its place."""
+        return "".join(literal if name is None else values[name] for literal, name in self.pieces)
+
+
+def parse_template(text: str, setting: str) -> Template:
+    """Parse `text`, the value of `setting`; `{{` and `}}` are literal braces.
+
+    Raises:
+        ConfigError: a brace without its partner, or anything but a plain name between braces.
+    """
+    pieces: list[tuple[str, str | None]] = []
+    for match in _PIECE.finditer(text):
+        name = match["name"]
+        if match["stray"] is not None:
+            raise ConfigError(
+                f"`{setting}` has a `{match['stray']}` without its partner at character {match.start() + 1}",
+                "write {column} for a placeholder, and {{ or }} for a literal brace",
+            )
+        if name is not None and not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"`{setting}` has `{match[0]}` at character {match.start() + 1}, which is not a placeholder",
+                "a placeholder is a plain name, as {question}: no dots, brackets, formats or conversions; "
+                "write {{ and }} for literal braces",
+            )
+        pieces.append((match["literal"] or (match["escape"] or "")[:1], name))
+    return Template(setting, tuple(pieces))
+
+
+@dataclass(frozen=True)
+class TemplateFormat:
+    """Rows that fill two templates; `columns` maps each placeholder to its column."""
+
+    name: ClassVar[str] = "template"
+    num_segments: ClassVar[int] = 1
+    why: str
+    input_template: Template
+    output_template: Template
+    columns: tuple[tuple[str, str], ...]
+    encoder: TextEncoder | None = None
+
+    @classmethod
+    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
+        chosen = cls.from_settings(settings)
+        absent = chosen.absent_from(columns)
+        if absent and settings.gives_template:
+            raise _absent_column(chosen, absent[0], settings.field_mapping, columns, source)
+        if absent:
+            return None
+        given = settings.gives_template
+        return replace(
+            chosen, why="templates were given" if given else "the columns fill the default templates"
+        )
+
+    @classmethod
+    def from_settings(cls, settings: HFDatasetConfig) -> Self:
+        input_template = parse_template(settings.input_template, "input_template")
+        output_template = parse_template(settings.output_template, "output_template")
+        names = dict.fromkeys([*output_template.names, *input_template.names])
+        columns = sorted((name, settings.field_mapping.get(name, name)) for name in names)
+        return cls("it was recorded", input_template, output_template, tuple(columns))
+
+    def absent_from(self, columns: Iterable[str]) -> list[str]:
+        """Return the placeholders whose columns aren't among `columns`, the output template's first."""
+        mapped, present = dict(self.columns), set(columns)
+        names = dict.fromkeys([*self.output_template.names, *self.input_template.names])
+        return [name for name in names if mapped[name] not in present]
+
+    def identity(self) -> str:
+        """Return the templates with their columns filled in."""
+        columns = dict(self.columns)
+        resolved = [
+            [(literal, name and columns[name]) for literal, name in template.pieces]
+            for template in (self.input_template, self.output_template)
+        ]
+        return json.dumps([self.name, resolved], ensure_ascii=False)
+
+    def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
+        values = {name: text_of(row, column, where) for name, column in self.columns}
+        return {"input": self.input_template.fill(values), "output": self.output_template.fill(values)}
+
+    def split_key(self, row: RenderedRow) -> RenderedRow:
+        return row
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
+        return replace(self, encoder=TextEncoder(tokenizer))
+
+    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+        assert self.encoder is not None
+        return self.encoder.encode_rows(list(map(mark_completion, rows)))
+
+    def prompt(self, row: RenderedRow) -> Prompt | None:
+        """Return the prompt, and with it what every answer begins with, such as `### Response:`.
+
+        Else the base model would lose for not knowing it, and the tuned one win for repeating it.
+        """
+        assert self.encoder is not None
+        text, reference, opening = row["input"], row["output"], self.output_template.opening
+        if reference.startswith(opening):
+            text, reference = text + opening, reference.removeprefix(opening)
+        if not text.removesuffix(opening) or not reference.strip():
+            return None
+        return Prompt(text, self.encoder.encode_prompt(text), reference)
+
+
+def mark_completion(row: RenderedRow) -> list[MarkedText]:
+    """Return the text of a row of prompt and completion, trained after the prompt's end."""
+    prompt, completion = row["input"], row["output"]
+    # An empty completion would teach the model to stop at once.
+    if not completion:
+        return []
+    text = prompt + completion
+    return [MarkedText(text, ((len(prompt), len(text)),), ends=False)]
+
+
+def _absent_column(
+    chosen: TemplateFormat, name: str, mapping: Mapping[str, str], columns: Iterable[str], source: str
+) -> DataError:
+    if name in mapping:
+        message = f"`field_mapping` names column `{mapping[name]}`, absent from {source}"
+    else:
+        is_of_input = name in chosen.input_template.names
+        setting = (chosen.input_template if is_of_input else chosen.output_template).setting
+        message = f"`{setting}` has the placeholder `{{{name}}}`, and {source} has no such column"
+    return DataError(message, list_columns(columns))
