@@ -17,7 +17,7 @@ from tunesmith.cluster.ray_train import train_on_ray
 from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.cluster.task import choose_nodes, includes_this_one, run_on
 from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
-from tunesmith.data.prepare import prepare
+from tunesmith.data.prepare import prepare_run
 from tunesmith.data.split import check_sources
 from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
@@ -85,7 +85,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     check_model(config)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)
-        prepared = prepare(config, tokenizer, run.datasets_path)
+        prepared = prepare_run(config, tokenizer, run)
         with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
             logger.info("the run's home is `%s`; `tunesmith watch` shows it from anywhere", run.home)
             run.clean()

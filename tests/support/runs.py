@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.prepare import prepare
+from tunesmith.data.prepare import prepare_run
 from tunesmith.model.load import load_tokenizer
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import locate_run
@@ -64,7 +64,7 @@ def small_config(model_path: Path, data: Path, home: Path, **changes: Any) -> Tr
 def start(config: TrainConfig, num_workers: int = 1) -> TrainJob:
     """Prepare the data and record the run, as the driver does."""
     run = locate_run(config)
-    prepared = prepare(config, load_tokenizer(config.model), run.datasets_path)
+    prepared = prepare_run(config, load_tokenizer(config.model), run)
     run.path.mkdir(parents=True, exist_ok=True)
     record_params(run, config, prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=1)

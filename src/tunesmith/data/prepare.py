@@ -25,6 +25,7 @@ from tunesmith.data.token_arrays import SetStats, write_arrays
 from tunesmith.data.token_files import write_tokens
 from tunesmith.data.token_set import TokenSet, open_set
 from tunesmith.errors import DataError
+from tunesmith.runs.folder import RunDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+# Raised whenever the same rows, settings and tokenizer give other texts or tokens than before.
+RENDERING_VERSION = 1
 _TOKENS_MANIFEST = "manifest.json"
 
 T = TypeVar("T")
@@ -59,6 +62,7 @@ class Prepared:
     source: str
     fingerprint: str
     row_format: str | list[str]
+    rendering_version: int
     train: TokenSet
     validation: TokenSet | None
     stats: PrepareStats
@@ -95,6 +99,29 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
     return prepared
 
 
+def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: RunDir) -> Prepared:
+    """Prepare the data of a run as `prepare` does; a run that goes on keeps the tokens that it began with.
+
+    Raises:
+        DataError: besides, those are gone, and this version would render the rows otherwise.
+    """
+    recorded = run.read_params()["data"] if run.params_path.exists() else {}
+    version = recorded.get("rendering_version", 1)
+    if not recorded or version == RENDERING_VERSION:
+        return prepare(config, tokenizer, run.datasets_path)
+    tokens = Path(recorded["folder"])
+    # The home may be mounted elsewhere by now.
+    for folder in (tokens, run.datasets_path / tokens.parent.name / tokens.name):
+        if _is_whole(folder):
+            logger.info("the run keeps the tokens that it began with, of rendering %d", version)
+            return open_prepared(folder)
+    raise DataError(
+        f"the prepared data of this run, `{tokens}`, are gone, and this version would render their rows otherwise "
+        f"(rendering {RENDERING_VERSION}; the run's is {version})",
+        "restore the folder, or give another --run_name for a new run",
+    )
+
+
 def describe_formats(config: TrainConfig, formats: Sequence[RowFormat]) -> list[str]:
     """Return how the rows of each data set are read, and why."""
     return [
@@ -108,12 +135,18 @@ def _split_settings(config: TrainConfig, formats: Sequence[RowFormat]) -> dict[s
     data_sets = config.data_sets
     return {
         "format_version": FORMAT_VERSION,
+        **_rendering(),
         "dataset_name": sources_fingerprint(data_sets),
         "templates and field_mapping": _one_or_all([row_format.identity() for row_format in formats]),
         "train_split_ratio": _one_or_all([it.train_split_ratio for it in data_sets]),
         "val_test_split_ratio": _one_or_all([it.val_test_split_ratio for it in data_sets]),
         "seed": config.seed,
     }
+
+
+def _rendering() -> dict[str, int]:
+    # The first version isn't told, so that what it has prepared is found.
+    return {"rendering_version": RENDERING_VERSION} if RENDERING_VERSION > 1 else {}
 
 
 def _one_or_all(values: list[T]) -> T | list[T]:
@@ -155,6 +188,7 @@ def _fill(
         "format_version": FORMAT_VERSION,
         "source": folder.settings["dataset_name"],
         "fingerprint": fingerprint,
+        **_rendering(),
         "row_format": _one_or_all([row_format.name for row_format in formats]),
         "test_rows": row_counts["test"],
         "stats": {name: asdict(value) for name, value in stats.items()},
@@ -216,6 +250,7 @@ def open_prepared(folder: Path) -> Prepared:
         source=manifest["source"],
         fingerprint=manifest["fingerprint"],
         row_format=manifest["row_format"],
+        rendering_version=manifest.get("rendering_version", 1),
         train=open_set(folder, "training"),
         validation=open_set(folder, "validation") if held_out else None,
         stats=PrepareStats(

@@ -79,14 +79,25 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The data set of a run: as it was given, what tells it from another, and where it lies prepared."""
+    """The data of a run: as they were given, what tells them from others, and where they lie prepared.
+
+    `row_format` is a list where there are several data sets.
+    """
 
     source: str
     revision: str
     fingerprint: str
     folder: str
     data_dir: str
-    row_format: str
+    row_format: str | list[str]
+    rendering_version: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `params.json` holds: of the first version of the rendering, as of old, nothing."""
+        content = asdict(self)
+        if self.rendering_version == 1:
+            del content["rendering_version"]
+        return content
 
 
 def locate_run(config: TrainConfig) -> RunDir:
@@ -233,7 +244,7 @@ def write_identity(
             "settings": dump_settings(config),
             "given": sorted(config.model_fields_set),
             "model": asdict(model),
-            "data": asdict(data),
+            "data": data.to_json(),
             "versions": dict(_versions()),
         }
     )

@@ -6,7 +6,7 @@ import logging
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared
-from tunesmith.data.sources import source_fingerprint
+from tunesmith.data.sources import sources_fingerprint
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.runs.folder import RunDir
@@ -54,7 +54,7 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
         return
     check_settings(run, config)
     recorded = run.read_params()["data"]["revision"]
-    check_unchanged("data set", config.dataset_name, recorded, source_fingerprint(config))
+    check_unchanged("data set", _name_data(config), recorded, sources_fingerprint(config.data_sets))
     check_unfinished(run, config)
 
 
@@ -72,11 +72,16 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         fingerprint=model_fingerprint(config.model, like=recorded),
     )
     data = DataRecord(
-        source=config.dataset_name,
+        source=_name_data(config),
         revision=prepared.source,
         fingerprint=prepared.fingerprint,
         folder=str(prepared.folder),
         data_dir=str(prepared.data_dir),
         row_format=prepared.row_format,
+        rendering_version=prepared.rendering_version,
     )
     write_identity(run, config, model, data, num_workers)
+
+
+def _name_data(config: TrainConfig) -> str:
+    return ", ".join(settings.dataset_name for settings in config.data_sets)
