@@ -57,16 +57,22 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Valid contents of a YAML file, with the data set's settings flat or grouped."""
-    names = draw(st.sets(st.sampled_from(sorted(TrainConfig.model_fields)), max_size=8))
+    """Valid contents of a YAML file, with the data set's settings flat or grouped, or with several data sets."""
+    names = draw(st.sets(st.sampled_from(sorted(set(TrainConfig.model_fields) - {"datasets"})), max_size=8))
     config = {name: draw(values_of(name)) for name in sorted(names)}
     rates = sorted(config.get(name, 1e-5) for name in ("min_learning_rate", "learning_rate"))
     config |= {"min_learning_rate": rates[0], "learning_rate": max(rates[1], 1e-9)}
     for name in {"run_name", "results_dir"} & config.keys():
         config[name] = "run-" + "".join(c for c in str(config[name]) if c.isprintable() and c != "/")
-    if draw(st.booleans()):
-        grouped = {name: config.pop(name) for name in list(config) if name in HFDatasetConfig.model_fields}
+    way = draw(st.sampled_from(["flat", "grouped", "several"]))
+    if way == "flat":
+        return config
+    grouped = {name: config.pop(name) for name in list(config) if name in HFDatasetConfig.model_fields}
+    if way == "grouped":
         config["hf_dataset_config"] = grouped
+    else:
+        grouped.pop("num_proc", None)
+        config["datasets"] = [grouped, {"dataset_name": draw(plain_texts)}, {}]
     return config
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from tunesmith.config import HFDatasetConfig, Settings, TrainConfig, setting
-from tunesmith.config.layers import load_settings
+from tunesmith.config.layers import dump_settings, dump_yaml, load_settings, settings_from_dump
 from tunesmith.errors import ConfigError
 
 # For every setting: its text in a flag or a variable, its value in YAML, and what the config then holds.
@@ -31,6 +33,11 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "model_path": ("models/tiny", "models/tiny", Path("models/tiny")),
     "model_revision": ("refs/pr/1", "refs/pr/1", "refs/pr/1"),
     "dataset_revision": ("v1.0", "v1.0", "v1.0"),
+    "datasets": (
+        '[{"dataset_name": "a"}, {"dataset_name": "b", "split": "test"}]',
+        [{"dataset_name": "a"}, {"dataset_name": "b", "split": "test"}],
+        [HFDatasetConfig(dataset_name="a"), HFDatasetConfig(dataset_name="b", split="test")],
+    ),
     "trust_remote_code": ("true", True, True),
     "dtype": ("float32", "float32", "float32"),
     "attn_implementation": ("eager", "eager", "eager"),
@@ -121,6 +128,58 @@ def test_every_setting_arrives_by_every_way(name: str, way: str, tmp_path: Path)
     assert value == expected
     assert type(value) is type(expected) or isinstance(expected, Path)
     assert config.model_fields_set == {name}
+
+
+@pytest.mark.parametrize("way", ["python", "yaml", "flag", "environment"])
+def test_a_list_of_one_data_set_is_its_settings_by_themselves(way: str, tmp_path: Path) -> None:
+    settings = {"dataset_name": "a.jsonl", "split": "test", "field_mapping": {"instruction": "q"}}
+    text = json.dumps([settings])
+    ways: dict[str, Callable[[], TrainConfig]] = {
+        "python": lambda: TrainConfig(datasets=[HFDatasetConfig(**settings)]),
+        "yaml": lambda: load(yaml.safe_dump({"datasets": [settings]}), tmp_path),
+        "flag": lambda: load(flags={"datasets": text}),
+        "environment": lambda: load(environ={"TUNESMITH_DATASETS": text}),
+    }
+    config, flat = ways[way](), TrainConfig(**settings)
+    assert (config, config.model_fields_set) == (flat, flat.model_fields_set)
+    assert dump_settings(config) == dump_settings(flat)
+    assert config.data_sets == [config]
+
+
+def test_several_data_sets_read_back_as_they_were_given(tmp_path: Path) -> None:
+    config = load(
+        "datasets: [{dataset_name: a, split: train}, {dataset_name: b, input_template: '{q}'}]", tmp_path
+    )
+    dump = dump_settings(config)
+    # A default is no choice, whether it is written or not.
+    assert dump["datasets"] == [{"dataset_name": "a"}, {"dataset_name": "b", "input_template": "{q}"}]
+    again = settings_from_dump(TrainConfig, json.loads(json.dumps(dump)), config.model_fields_set)
+    assert again == config
+    assert [it.gives_template for it in again.data_sets] == [False, True]
+    assert load(dump_yaml(config), tmp_path) == config
+    assert dump_settings(TrainConfig())["datasets"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("datasets: [{dataset_name: a}]", {"split": "b"}, "put split into the elements of datasets"),
+        ("datasets: [{dataset_name: a}, {dataset_name: b}]", {"dataset_name": "c"}, "`--dataset_name`"),
+        ("{hf_dataset_config: {split: x}, datasets: [{dataset_name: a}]}", {}, "hf_dataset_config.split"),
+        ("datasets: [{dataset_nam: a}]", {}, "run.yaml: datasets.0`: unknown setting `dataset_nam`"),
+        ("datasets: [{dataset_name: a, train_split_ratio: 3}]", {}, "datasets.0.train_split_ratio` is `3`"),
+        ("datasets: [{}, {train_split_ratio: 3}]", {}, "a number above 0 and at most 1"),
+        ("datasets: [{}, {train_split_ratio: true}]", {}, "datasets.1.train_split_ratio` is `true`"),
+        ("datasets: [a.jsonl]", {}, "datasets.0` is `a.jsonl`; it must be a mapping"),
+        ("datasets: []", {}, "it must be a list of mappings"),
+        ("datasets: a.jsonl", {}, "it must be a list of mappings"),
+        ("datasets: [{num_proc: 2}, {}]", {}, "`num_proc` is of all `datasets` together"),
+    ],
+)
+def test_data_sets_that_cannot_be_are_refused(
+    text: str, flags: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    assert message in refused(text, tmp_path, flags=flags).message
 
 
 def test_nothing_given_means_the_defaults() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.atomic_files import write_text
 from tunesmith.config import TrainConfig
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,14 @@ def write_converted(config: TrainConfig, convert: Converter) -> tuple[Path, bool
     from the data set and the source file of `convert`: another converter makes another file.
 
     Raises:
+        ConfigError: there are several data sets.
         DataError: the data set can't be read, or the converter fails or returns something else.
     """
+    if config.datasets is not None:
+        raise ConfigError(
+            f"`{convert.__name__}` converts one data set, and `datasets` holds {len(config.datasets)}",
+            "give one data set, or leave the converter out and give each of them its templates",
+        )
     assert config.home is not None, "the scripts give a home"
     digest = hashlib.blake2b(digest_size=8)
     for part in (source_fingerprint(config), config.split, _source_of(convert)):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from tunesmith.config import TrainConfig
+from tunesmith.config import HFDatasetConfig, TrainConfig
 from tunesmith.data.sources import local_path
 from tunesmith.errors import ConfigError, DataError
 
@@ -24,7 +24,8 @@ def refuse_relative_paths(config: TrainConfig, own_home: bool) -> None:
         return
     named = ", ".join(f"`{name}` is `{path}`" for name, path in relative.items())
     to_home = "none" if own_home else "/…"
-    flags = " ".join(f"--{name}={to_home if name == 'home' else '/…'}" for name in relative)
+    settings = dict.fromkeys(name.partition(".")[0] for name in relative)
+    flags = " ".join(f"--{name}={to_home if name == 'home' else '/…'}" for name in settings)
     raise ConfigError(
         f"{named}: relative to a folder of this machine, which the cluster doesn't have",
         f"give absolute paths on a disk that all nodes mount: {flags}",
@@ -46,16 +47,19 @@ def warn_of_unmounted_paths(config: TrainConfig, mount_paths: Sequence[str]) -> 
 
 def _paths_of(config: TrainConfig) -> dict[str, Path]:
     """Return the settings that name places on disk."""
-    paths = {"model_path": config.model_path, "dataset_name": _dataset_path(config)}
+    paths = {"model_path": config.model_path}
+    for i, settings in enumerate(config.data_sets):
+        name = "dataset_name" if config.datasets is None else f"datasets.{i}.dataset_name"
+        paths[name] = _dataset_path(settings)
     if config.model_path is None and config.hf_model_id.startswith((".", "/", "~")):
         paths["hf_model_id"] = Path(config.hf_model_id)
     paths |= {"home": config.home, "data_dir": config.data_dir}
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _dataset_path(config: TrainConfig) -> Path | None:
+def _dataset_path(settings: HFDatasetConfig) -> Path | None:
     try:
-        is_local = local_path(config) is not None
+        is_local = local_path(settings) is not None
     except DataError:  # it can only be a path, and isn't here
         is_local = True
-    return Path(config.dataset_name) if is_local else None
+    return Path(settings.dataset_name) if is_local else None

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tunesmith.chart.converted import Converter, write_converted
 from tunesmith.cli import main
 from tunesmith.config import ConvertConfig, EvaluateConfig, HFDatasetConfig, Settings, TrainConfig
+from tunesmith.config.fields import dataset_field_names
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, TunesmithError
@@ -75,6 +76,8 @@ def _complete(model: type[Settings], words: Sequence[str], defaults: Mapping[str
     """Return the words of a verb with those of `defaults`, and a home, that they don't say yet."""
     flags = parse_flags(model, words, "checkpoints_dir" if "checkpoints_dir" in model.model_fields else None)
     given = load_settings(model, flags.yaml_path, flags.values, os.environ).model_fields_set
+    if "datasets" in given:  # they take the place of a script's own data set
+        defaults = {name: text for name, text in defaults.items() if name not in dataset_field_names(model)}
     missing = {**defaults, "home": defaults.get("home", str(Path.home()))}
     return [*words, *(f"--{name}={text}" for name, text in missing.items() if name not in given)]
 

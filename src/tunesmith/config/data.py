@@ -1,8 +1,12 @@
-"""The settings of a data set."""
+"""The settings of a data set, and of several in a list."""
 
 from __future__ import annotations
 
-from tunesmith.config.declare import Mapping, OptionalStr, Settings, Template, setting
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from tunesmith.config.declare import Mapping, OptionalStr, Settings, Template, parse_auto, parse_json, setting
 
 SEED_DATASET = "cognitivecomputations/dolphin"
 SEED_DATASET_CONFIG = "flan1m-alpaca-uncensored"
@@ -81,3 +85,48 @@ class HFDatasetConfig(Settings):
     def data_sets(self) -> list[HFDatasetConfig]:
         """The data sets that these settings mean, by `dataset_id`."""
         return [self]
+
+
+DataSets = Annotated[
+    Annotated[list[HFDatasetConfig], Field(min_length=1)] | None,
+    BeforeValidator(parse_json),
+    BeforeValidator(parse_auto),
+]
+
+
+def dump_chosen(settings: HFDatasetConfig) -> dict[str, Any]:
+    """Return the settings that were given and aren't the defaults, as JSON can hold them."""
+    fields = HFDatasetConfig.model_fields
+    chosen = {name for name in settings.model_fields_set if getattr(settings, name) != fields[name].default}
+    return settings.model_dump(mode="json", include=chosen)
+
+
+def take_single(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with a list of one data set written as that data set's settings by themselves.
+
+    Raises:
+        ValueError: data sets are given in both ways.
+    """
+    listed = parse_json(parse_auto(data.get("datasets")))
+    if not isinstance(listed, list):
+        return data
+    elements = [it.model_dump(exclude_unset=True) if isinstance(it, HFDatasetConfig) else it for it in listed]
+    if not all(isinstance(it, dict) for it in elements):
+        return data  # refused as what they are
+    in_elements = {name for it in elements for name in it}
+    # How many processes tokenize can be said once for all.
+    alone = [
+        name
+        for name in data
+        if name in HFDatasetConfig.model_fields and name not in {"num_proc"} - in_elements
+    ]
+    if alone:
+        raise ValueError(
+            f"`datasets` and `{alone[0]}` both tell what to train on: "
+            f"put {alone[0]} into the elements of datasets, or leave datasets out"
+        )
+    if len(elements) > 1 and "num_proc" in in_elements:
+        raise ValueError("`num_proc` is of all `datasets` together: give it by itself, not in one of them")
+    if len(elements) != 1:
+        return data
+    return {name: value for name, value in data.items() if name != "datasets"} | elements[0]

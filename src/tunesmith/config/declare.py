@@ -14,6 +14,10 @@ Scope = Literal["data", "model", "training", "run"]
 another run by default; `run` never shapes the result."""
 
 
+RECORDED = {"recorded": True}
+"""Context of a validation: the settings are all those that a run has recorded, not what a person gives."""
+
+
 def setting(default: Any, help: str, *, group: str, scope: Scope, **checks: Any) -> Any:
     """Declare one setting; `help` is one sentence with the unit and what the extremes mean."""
     extra: dict[str, JsonValue] = {"group": group, "scope": scope}
@@ -57,6 +61,14 @@ def _parse_list(value: Any) -> Any:
 
 def _none_is_empty(value: Any) -> Any:
     return [] if value == ["none"] else value
+
+
+def parse_json(value: Any) -> Any:
+    """Return what a text of JSON means; what isn't one as it is, to be refused as what it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
 
 
 def parse_none(value: Any) -> Any:

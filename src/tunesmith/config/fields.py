@@ -16,8 +16,9 @@ from tunesmith.config import HFDatasetConfig, Settings
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
 DATASET_KEY = "hf_dataset_config"
+DATASETS = "datasets"
 
-Kind = Literal["bool", "int", "float", "text", "path", "choice", "names", "mapping"]
+Kind = Literal["bool", "int", "float", "text", "path", "choice", "names", "mapping", "datasets"]
 
 _CHECKS = (
     "type",
@@ -79,10 +80,13 @@ def read_fields(model: type[Settings]) -> dict[str, SettingField]:
         branches = schema.get("anyOf", [schema])
         value = next(branch for branch in branches if branch.get("type") != "null")
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        kind = _kind_of(value)
+        # What a data set holds is told by the fields of its own.
+        checks = [key for key in _CHECKS if key in value and (kind, key) != ("datasets", "items")]
         fields[name] = SettingField(
             name=name,
-            kind=_kind_of(value),
-            value_schema={key: value[key] for key in _CHECKS if key in value},
+            kind=kind,
+            value_schema={key: value[key] for key in checks},
             nullable={"type": "null"} in branches,
             default=defaults[name],
             default_follows=bool(info.default_factory_takes_validated_data),
@@ -128,6 +132,8 @@ def _kind_of(schema: dict[str, Any]) -> Kind:
         return "choice"
     if schema.get("format") == "path":
         return "path"
+    if "$ref" in schema.get("items", {}):
+        return "datasets"
     kinds: dict[str, Kind] = {
         "boolean": "bool",
         "integer": "int",
@@ -154,6 +160,7 @@ def _describe_value(field: SettingField) -> str:
         "path": "a path",
         "names": "names, as a,b or [a, b]",
         "mapping": "a mapping, as name=column,… or {name: column}",
+        "datasets": "a list of mappings, as [{dataset_name: rows.jsonl}, …] or JSON text",
     }
     return words[field.kind]
 

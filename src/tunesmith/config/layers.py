@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tunesmith.config import Settings
+from tunesmith.config import HFDatasetConfig, Settings
+from tunesmith.config.declare import RECORDED, parse_json
 from tunesmith.config.fields import (
     DATASET_KEY,
+    DATASETS,
     ENVIRONMENT_PREFIX,
     SettingField,
     dataset_field_names,
@@ -66,6 +68,7 @@ def load_settings(
         given.update(_read_yaml(model, yaml_path, section))
     given.update(_read_environ(model, environ))
     given.update({name: _Given(text, f"--{name}") for name, text in flags.items()})
+    given = _spread_single_dataset(model, given)
     fields = read_fields(model)
     values = {name: _plain_value(fields[name], item.value) for name, item in given.items()}
     try:
@@ -92,7 +95,7 @@ def settings_from_dump(model: type[Model], dump: Mapping[str, Any], given: Itera
             "they were written by another version of tunesmith; use that version",
         )
     try:
-        config = model.model_validate(dict(dump))
+        config = model.model_validate(dict(dump), context=RECORDED)
     except ValidationError as error:
         recorded = {name: _Given(value, f"recorded {name}") for name, value in dump.items()}
         raise _explain(model, recorded, error.errors(include_url=False)) from None
@@ -130,6 +133,33 @@ def _read_yaml(model: type[Settings], path: Path, section: str | None) -> dict[s
     given = {name: _Given(value, f"{where}: {name}") for name, value in flat.items()}
     given.update({name: _Given(value, f"{where}: {DATASET_KEY}.{name}") for name, value in grouped.items()})
     return given
+
+
+def _spread_single_dataset(model: type[Settings], given: dict[str, _Given]) -> dict[str, _Given]:
+    """Return the settings with a list of one data set as that data set's, each with where it came from.
+
+    Data sets that are given in both ways are left for the model to refuse.
+    """
+    listed = given.get(DATASETS)
+    elements = parse_json(listed.value) if listed is not None else None
+    if listed is None or not isinstance(elements, list) or not all(isinstance(it, dict) for it in elements):
+        return given
+    names = dataset_field_names(model)
+    elements = [_undash_keys(it, f"{listed.origin}.{i}") for i, it in enumerate(elements)]
+    problems = [
+        _unknown_key(f"{listed.origin}.{i}", key, names)
+        for i, element in enumerate(elements)
+        for key in element
+        if key not in names
+    ]
+    if problems:
+        raise _one_error(problems)
+    if len(elements) != 1 or names & given.keys() - {"num_proc"} or elements[0].keys() & given.keys():
+        fields = read_fields(model)
+        plain = [{name: _plain_value(fields[name], value) for name, value in it.items()} for it in elements]
+        return {**given, DATASETS: _Given(plain, listed.origin)}
+    spread = {name: _Given(value, f"{listed.origin}.0.{name}") for name, value in elements[0].items()}
+    return {name: item for name, item in given.items() if name != DATASETS} | spread
 
 
 def _undash_keys(data: dict[Any, Any], where: str) -> dict[str, Any]:
@@ -212,6 +242,9 @@ def _explain_field(field: SettingField, item: _Given, error: ErrorDetails) -> _P
     path = [str(part) for part in error["loc"][1:] if part != "[key]"]
     value = error["input"] if path else item.value
     where = f"`{'.'.join([item.origin, *path])}`"
+    if field.name == DATASETS and len(path) > 1:
+        # Of one of the data sets: what is allowed is that setting's.
+        field, path = read_fields(HFDatasetConfig)[path[1]], path[2:]
     shown = "empty" if value is None or value == "" else f"`{show_value(value)}`"
     reason = _reason_of(error)
     if reason:
@@ -224,6 +257,8 @@ def _explain_field(field: SettingField, item: _Given, error: ErrorDetails) -> _P
     else:
         hint = f"`{field.name}`: {field.help}"
     allowed = "text" if path else field.describe_allowed()
+    if field.name == DATASETS and path:
+        allowed = "a mapping of a data set's settings"
     return _Problem(f"{where} is {shown}; it must be {allowed}", hint)
 
 

@@ -48,11 +48,8 @@ def json_schema(model: type[Settings]) -> dict[str, Any]:
     if dataset_field_names(model):
         schema["properties"][DATASET_KEY] = {
             "description": f"{_first_line(HFDatasetConfig)} Each can also be given by itself.",
+            **_dataset_schema(),
             "type": ["object", "null"],
-            "additionalProperties": False,
-            "properties": {
-                name: _property_schema(field) for name, field in read_fields(HFDatasetConfig).items()
-            },
         }
     return schema
 
@@ -134,13 +131,24 @@ def _shown_settings(model: type[Settings]) -> tuple[str, str, str]:
     return shown, _SHOWN_VALUES.get(shown, "VALUE"), switch
 
 
+def _dataset_schema() -> dict[str, Any]:
+    fields = read_fields(HFDatasetConfig).items()
+    properties = {name: _property_schema(field) for name, field in fields}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
 def _property_schema(field: SettingField) -> dict[str, Any]:
     branches: list[dict[str, Any]] = [field.value_schema]
+    if field.kind == "datasets":
+        branches = [
+            {**field.value_schema, "items": _dataset_schema()},
+            {"type": "string", "pattern": r"^\s*\["},
+        ]
     if field.kind in ("names", "mapping"):
         branches.append({"type": "string"})
     if field.nullable:
         branches.append({"type": "null"})
-        if field.kind in ("bool", "int", "float"):
+        if field.kind in ("bool", "int", "float", "datasets"):
             branches.append({"enum": ["auto", "none"]})
     schema: dict[str, Any] = {"description": field.help}
     schema.update({"anyOf": branches} if len(branches) > 1 else branches[0])
@@ -149,7 +157,14 @@ def _property_schema(field: SettingField) -> dict[str, Any]:
 
 
 def _help_lines(field: SettingField, width: int) -> list[str]:
-    placeholders = {"int": "INT", "float": "NUMBER", "path": "PATH", "names": "NAMES", "mapping": "MAPPING"}
+    placeholders = {
+        "int": "INT",
+        "float": "NUMBER",
+        "path": "PATH",
+        "names": "NAMES",
+        "mapping": "MAPPING",
+        "datasets": "JSON",
+    }
     if field.kind == "bool" and field.name.startswith("no_"):
         flag = f"  --{field.name}"
     elif field.kind == "bool":

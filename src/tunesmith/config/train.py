@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, model_validator
 
-from tunesmith.config.data import HFDatasetConfig
+from tunesmith.config.data import DataSets, HFDatasetConfig, dump_chosen, take_single
 from tunesmith.config.declare import (
+    RECORDED,
     AutoBool,
     AutoInt,
     FolderName,
@@ -88,6 +89,13 @@ class TrainConfig(HFDatasetConfig):
     )
     use_rslora: bool = setting(False, "Scale adapters by alpha / sqrt(rank).", group="adapter", scope="model")
 
+    datasets: DataSets = setting(
+        None,
+        "Several data sets, trained on together: a list of mappings such as {dataset_name: rows.jsonl, split: train}, "
+        "each with its own templates and shares, in place of those settings by themselves.",
+        group="data",
+        scope="data",
+    )
     max_seq_length: int = setting(
         2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2
     )
@@ -246,14 +254,19 @@ class TrainConfig(HFDatasetConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _flatten_dataset_config(cls, data: Any) -> Any:
+    def _gather_data_sets(cls, data: Any, info: ValidationInfo) -> Any:
         if isinstance(data, dict) and "hf_dataset_config" in data:
             nested = data["hf_dataset_config"]
             nested = nested.model_dump(exclude_unset=True) if isinstance(nested, HFDatasetConfig) else nested
             if not isinstance(nested, dict):
                 raise ValueError("hf_dataset_config must be a mapping of data-set settings")
-            return {**nested, **{k: v for k, v in data.items() if k != "hf_dataset_config"}}
-        return data
+            data = {**nested, **{k: v for k, v in data.items() if k != "hf_dataset_config"}}
+        # What a run has recorded holds every setting, those of a single data set too.
+        return take_single(data) if isinstance(data, dict) and info.context != RECORDED else data
+
+    @field_serializer("datasets", when_used="json")
+    def _dump_datasets(self, data_sets: list[HFDatasetConfig] | None) -> list[dict[str, Any]] | None:
+        return None if data_sets is None else [dump_chosen(settings) for settings in data_sets]
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -262,6 +275,10 @@ class TrainConfig(HFDatasetConfig):
                 f"min_learning_rate ({self.min_learning_rate:g}) is above learning_rate ({self.learning_rate:g})"
             )
         return self
+
+    @property
+    def data_sets(self) -> list[HFDatasetConfig]:
+        return [self] if self.datasets is None else self.datasets
 
     @property
     def model(self) -> ModelRef:

@@ -278,7 +278,7 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
         f"{train.truncated:,}",
         f"{train.dropped:,}",
     )
-    if validation is None and config.train_split_ratio < 1:
+    if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
             "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"
         )

@@ -17,7 +17,7 @@ from tunesmith.runs.metrics_log import untrained_loss
 from tunesmith.runs.tuned import TunedModel
 
 # Said elsewhere in the card, or true of one machine alone.
-_UNLISTED = {"hf_model_id", "model_path", "dataset_name", "trust_remote_code"}
+_UNLISTED = {"hf_model_id", "model_path", "dataset_name", "datasets", "trust_remote_code"}
 # May be raised on the way, like what concerns the machine; but it bends the learning rate.
 _LISTED = {"max_steps"}
 
@@ -60,17 +60,22 @@ def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
     content["tags"] = ["tunesmith", "lora" if tuned.kind == "adapter" else "full-fine-tuning"]
     if tuned.kind == "model":
         content["tags"].pop()
-    if (dataset := _hub_dataset(tuned)) is not None:
-        content["datasets"] = [dataset]
+    if on_hub := [name for name, is_on_hub in _name_data_sets(tuned) if is_on_hub]:
+        content["datasets"] = on_hub
     return content
 
 
-def _hub_dataset(tuned: TunedModel) -> str | None:
+def _name_data_sets(tuned: TunedModel) -> list[tuple[str, bool]]:
+    """Return the name of each data set of the run, and whether it is the hub's."""
     if tuned.params is None:
-        return None
-    with contextlib.suppress(DataError):  # a local one that is gone
-        return tuned.dataset.dataset_name if local_path(tuned.dataset) is None else None
-    return None
+        return []
+    named = []
+    for settings in tuned.dataset.data_sets:
+        is_on_hub = False
+        with contextlib.suppress(DataError):  # a local one that is gone
+            is_on_hub = local_path(settings) is None
+        named.append((settings.dataset_name if is_on_hub else Path(settings.dataset_name).name, is_on_hub))
+    return named
 
 
 def _describe_origin(tuned: TunedModel, library: str) -> str:
@@ -83,10 +88,8 @@ def _describe_origin(tuned: TunedModel, library: str) -> str:
 
 
 def _describe_data(tuned: TunedModel) -> list[str]:
-    if tuned.params is None:
-        return []
-    name = _hub_dataset(tuned) or Path(tuned.params["data"]["source"]).name
-    return [f"## Data\n\n`{name}`"]
+    names = ", ".join(f"`{name}`" for name, _ in _name_data_sets(tuned))
+    return [f"## Data\n\n{names}"] if names else []
 
 
 def _describe_losses(tuned: TunedModel) -> list[str]:

@@ -24,9 +24,11 @@ def write_origin(tuned: TunedModel, folder: Path) -> None:
         "base": name_base(tuned.base) if tuned.base else None,
     }
     if tuned.params is not None:
-        templates = {name: tuned.params["settings"][name] for name in _TEMPLATES}
+        # Of several data sets, those of the first: an export's rows are read in one way.
+        templates = {name: getattr(tuned.dataset.data_sets[0], name) for name in _TEMPLATES}
+        names = tuned.params["data"]["row_format"]
         content["base_fingerprint"] = tuned.params["model"]["fingerprint"]
-        content["templates"] = {**templates, "row_format": tuned.params["data"]["row_format"]}
+        content["templates"] = {**templates, "row_format": names if isinstance(names, str) else names[0]}
     write_json(folder / ORIGIN_FILE, content)
 
 
