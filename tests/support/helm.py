@@ -38,9 +38,14 @@ Manifest = dict[str, Any]
 
 
 def template(values: Values, release: str = "my-run") -> subprocess.CompletedProcess[str]:
-    """Run `helm template`; the values are a user's values file."""
-    chart = str(chart_for(values))
-    return run_helm("template", release, chart, "--namespace", "team", "-f", "-", values=values)
+    """Run `helm template`, once for the same values; they are a user's values file."""
+    return _template(str(chart_for(values)), release, dump_json(values))
+
+
+@cache
+def _template(chart: str, release: str, text: str) -> subprocess.CompletedProcess[str]:
+    words = [helm(), "template", release, chart, "--namespace", "team", "-f", "-"]
+    return subprocess.run(words, input=text, capture_output=True, text=True)
 
 
 def chart_for(values: Values) -> Path:
