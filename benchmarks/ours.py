@@ -9,6 +9,7 @@ import copy
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
-from tunesmith.model.kernels import elementwise
+from tunesmith.model.kernels import install
 from tunesmith.planning import memory
 from tunesmith.train import build, training
 from tunesmith.train.training import Training
@@ -34,9 +35,15 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
     "loss without whole logits": ({}, [(build, "fuses_loss", lambda *_: False)]),
     "adapters computed with their layers, weights not sharded": (
         {},
-        [(build, "fuse_adapters", lambda _: False), (memory, "fuse_adapters", lambda _: False)],
+        [
+            (install, "CPU", replace(install.CPU, fuses_adapters=False)),
+            (memory, "trains_plain_adapters_alone", lambda _: False),
+        ],
     ),
-    "norms and gates that keep less": ({}, [(build, "fuse_elementwise", lambda _: None)]),
+    "norms and gates that keep less": (
+        {},
+        [(install, "CPU", replace(install.CPU, fuses_elementwise=False))],
+    ),
     "several sequences at a time": ({}, [(training, "sequences_per_forward", lambda *_: 1)]),
     "at most 1,024 tokens at a time": (
         {},
@@ -44,7 +51,7 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
     ),
     "cheap results computed again": (
         {},
-        [(elementwise, "compute_again", lambda function, *tensors: function(*tensors))],
+        [(install, "CPU", replace(install.CPU, keeps_cheap_results=True))],
     ),
     "freed memory kept": ({}, [(training, "keep_freed_memory", lambda: None)]),
     "rows of few lengths": ({}, [(batches, "FLAT_MULTIPLE", 1)]),

@@ -41,6 +41,7 @@ FLOORS = {
     "logs": 1,
     "config": 1,
     "atomic_files": 0,
+    "compat": 0,
     "machine": 0,
     "errors": 0,
 }
@@ -49,7 +50,7 @@ FLOORS = {
 CALLERS = {"cluster": {"api", "verbs"}}
 
 ONLY_IN = {
-    "ray": {"cluster"},
+    "ray": {"cluster", "compat.py"},
     "peft": {"model/adapters.py"},
     "vllm": {"evaluate/engines/vllm.py"},
     "bert_score": {"evaluate/metrics/bertscore.py"},
@@ -60,7 +61,7 @@ ONLY_IN = {
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/sources.py"},
-    "liger_kernel": {"model/load.py"},
+    "liger_kernel": {"compat.py"},
 }
 
 

@@ -24,7 +24,7 @@ from tunesmith.model.load import load_model_config
 from tunesmith.model.state import read_weights
 from tunesmith.parallel.activation_checkpointing import count_recomputed, recompute_first
 from tunesmith.planning import layout
-from tunesmith.planning.dry_run import measure_microbatch, run_microbatch
+from tunesmith.planning.dry_run import measure_microbatch, planned_kernels, run_microbatch
 from tunesmith.planning.layout import SHARE_FOR_ALL, choose_layout, plan_layout
 from tunesmith.planning.memory import (
     Layout,
@@ -68,12 +68,13 @@ def plan_uneven() -> PlannedModel:
 def test_one_block_of_each_kind_tells_what_all_of_them_hold(
     build: Callable[[], PlannedModel], device_type: str
 ) -> None:
-    told = measure_microbatch(build().model, 128, 32, device_type)
+    kernels = planned_kernels(device_type)
+    told = measure_microbatch(build().model, 128, 32, kernels)
     for num_recomputed in range(NUM_BLOCKS + 1):
         model = build().model
         if num_recomputed:
             recompute_first(model, num_recomputed)
-        found, _ = run_microbatch(model, 128, 32, device_type)
+        found, _ = run_microbatch(model, 128, 32, kernels)
         live = told.recompute(num_recomputed)
         assert live.activations == found.activations
         # The loss lets go of some hidden states a little earlier or later.

@@ -15,6 +15,7 @@ from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model.compilation import compile_blocks
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.install import Kernels
 from tunesmith.model.load import attention_of
 from tunesmith.model.policy import Policy
 from tunesmith.objectives.sft import SFT
@@ -36,13 +37,14 @@ def gradient_of_step(
     microbatches: Sequence[np.ndarray],
     step: int = 1,
     num_sequences: int = 2,
+    kernels: Kernels | None = None,
 ) -> dict[str, Tensor]:
     """Return loss and gradients of one step, so many sequences at a time, from adapters that do something already."""
     job = start(config)
-    model = build_model(config, CPU, world_size=1)
+    model = build_model(config, CPU, world_size=1, kernels=kernels)
     policy = Policy(model, choose_ways(config, model, CPU))
     if config.torch_compile:
-        compile_blocks(model, CPU)
+        compile_blocks(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

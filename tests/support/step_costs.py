@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from support.runs import small_config, start
-from tunesmith.model.kernels import attention, loss
+from tunesmith.model.kernels import attention
+from tunesmith.model.kernels.install import GPU, install_kernels
 from tunesmith.train.optimizer import build_optimizer
 from tunesmith.train.training import Training, set_up
 from tunesmith.train.worker import ProcessWorker
@@ -44,11 +45,12 @@ def set_up_training(
 def on_meta(training: Training) -> Iterator[Training]:
     """Yield the training with its model on the meta device, where it goes the way of GPUs."""
     model = training.model.to(META)
+    # torch's own norms go another way without data.
+    install_kernels(model, replace(GPU, torch_norms=False))
     fused_devices = torch_optimizer._get_fused_kernels_supported_devices()
     with pytest.MonkeyPatch.context() as patch:
         # These go by the device, and know of GPUs and CPUs.
         patch.setattr(attention, "_attend_on_cpu", attention._attend_on_gpu)
-        patch.setitem(loss.LOGITS_AT_A_TIME, "meta", loss.LOGITS_AT_A_TIME["cuda"])
         patch.setattr(
             torch_optimizer, "_get_fused_kernels_supported_devices", lambda: [*fused_devices, "meta"]
         )

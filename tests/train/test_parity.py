@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.tiny_models import FAMILIES, save_model
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
+from tunesmith.model.kernels.install import CPU
 from tunesmith.model.load import attention_of, narrowest_window
 from tunesmith.model.state import read_weights
 from tunesmith.runs.folder import RunDir
@@ -98,10 +100,9 @@ def test_the_fast_ways_train_as_the_plain_ones(
     if not dropout:  # PEFT draws it otherwise, and a row's padding draws too
         masked = gradient_of_step(with_changes(config, attn_implementation="sdpa"), sequences, microbatches)
         assert_close(fast, masked)
-        monkeypatch.setattr(build, "fuse_adapters", lambda model: False)
-        monkeypatch.setattr(build, "fuse_elementwise", lambda model: None)
         monkeypatch.setattr(build, "fuses_loss", lambda *_: False)
-        assert_close(fast, gradient_of_step(config, sequences, microbatches))
+        plain = replace(CPU, fuses_adapters=False, fuses_elementwise=False)
+        assert_close(fast, gradient_of_step(config, sequences, microbatches, kernels=plain))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

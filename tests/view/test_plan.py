@@ -25,12 +25,11 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapters import add_adapters
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.elementwise import fuse_elementwise
-from tunesmith.model.kernels.lora_linear import fuse_adapters
+from tunesmith.model.kernels.install import CPU, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.model.load import load_model_config
 from tunesmith.parallel.replicate import replicate_model
-from tunesmith.planning.dry_run import measure_microbatch
+from tunesmith.planning.dry_run import measure_microbatch, planned_kernels
 from tunesmith.planning.fitting import find_fitting, make_plan
 from tunesmith.planning.layout import plan_layout
 from tunesmith.planning.memory import build_planned_model
@@ -51,8 +50,7 @@ def build_real_model(family: str, config: TrainConfig, dtype: torch.dtype) -> An
     model.requires_grad_(config.full_ft)
     if not config.full_ft:
         model = add_adapters(model, config)
-        fuse_adapters(model)
-    fuse_elementwise(model)
+    install_kernels(model, CPU)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     replicate_model(model, torch.device("cpu"), dtype)
@@ -97,7 +95,7 @@ def test_planned_activations_are_those_that_a_real_forward_keeps(
     if full_ft:
         real.to(dtype)  # as FSDP has it while it computes
     planned = build_planned_model(config, build_config(family, 300, **SHAPE), dtype)
-    microbatch = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, "cpu")
+    microbatch = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, planned_kernels("cpu"))
     found = microbatch.recompute(SHAPE["num_hidden_layers"] if recompute else 0).activations
     hidden = NUM_TOKENS * SHAPE["hidden_size"] * dtype.itemsize
     saved = count_saved_bytes(real)

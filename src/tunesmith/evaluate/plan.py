@@ -26,6 +26,7 @@ from tunesmith.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
+from tunesmith.model.quantized import check_quantization
 from tunesmith.model.state import list_weights
 from tunesmith.runs.tuned import TunedModel
 
@@ -98,6 +99,9 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         assert tuned.base is not None, "only a whole model has no base"
         loaded = tuned.base
     model_config = base_config = load_model_config(loaded)
+    engine = choose_engine(config)
+    if engine == "transformers":  # vLLM computes with what is quantized
+        check_quantization(model_config, str(loaded.source))
     check_weights(loaded)
     if loaded is not tuned.base and tuned.base is not None:
         base_config = load_model_config(tuned.base)
@@ -119,7 +123,7 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         base,
         tokenizer,
         test_set,
-        choose_engine(config),
+        engine,
         _choose_dtype(config, tuned, use_gpu),
         config.max_model_len or min(longest, positions),
         # A model's configuration may name tokens that it doesn't have.

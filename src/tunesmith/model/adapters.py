@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.frozen_weights import ROUTERS, FrozenLinear
 from tunesmith.runs.folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_NAME = "default"
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -44,7 +44,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
             name
             for name, module in model.named_modules()
             if isinstance(module, layers) and module is not head and id(module) in inside
-            if name.rsplit(".", 1)[-1] not in _ROUTERS
+            if name.rsplit(".", 1)[-1] not in ROUTERS
         ]
         if not chosen:
             raise ConfigError(
@@ -114,9 +114,11 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def find_plain_adapter(module: Any) -> str | None:
     """Return the name of the one adapter of a frozen linear layer that nothing but LoRA changes, if it is such."""
+    if type(getattr(module, "base_layer", None)) not in (nn.Linear, FrozenLinear):
+        return None
     from peft.tuners.lora import Linear
 
-    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or len(module.lora_A) != 1:
+    if type(module) is not Linear or len(module.lora_A) != 1:
         return None
     (adapter,) = module.lora_A
     biased = module.lora_B[adapter].bias is not None

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
+from tunesmith.compat import set_most_variants
 from tunesmith.errors import ResourceError
-from tunesmith.model.kernels.attention import VARLEN, attend_within_examples
 from tunesmith.parallel.blocks import find_blocks
 
 # Every kind of block compiles anew for inputs with and without a gradient, in training and in evaluation;
@@ -45,15 +44,12 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_blocks(model: nn.Module, device: torch.device) -> None:
+def compile_blocks(model: nn.Module) -> None:
     """Let torch compile the blocks of `model`, sharded or not, when they are first run.
 
     What they were run with before, such as short rows to try the attention with, isn't compiled.
     """
-    if device.type == "cpu":
-        # There it cuts rows into examples one by one, which no graph can hold.
-        AttentionInterface.register(VARLEN, torch.compiler.disable(attend_within_examples))
-    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    set_most_variants(_MOST_VARIANTS)
     for block in find_blocks(model):
         # Not the module: what FSDP does before and after it stays outside. Lengths differ from row to row.
         block.forward = torch.compile(block.forward, dynamic=True)

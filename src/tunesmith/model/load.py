@@ -8,8 +8,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.compat import (
+    apply_liger,
+    attention_name,
+    has_bfloat16_instructions,
+    supports_flash_attention,
+)
 from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
+from tunesmith.model.quantized import check_quantization, dequantize_while_loading
 
 if TYPE_CHECKING:
     import torch
@@ -75,17 +82,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in its stored dtype on the CPU, its weights memory-mapped.
 
-    What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all
-    processes of a machine; a cast here would make a private copy each, so `shard_model` casts after sharding.
+    What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all processes of
+    a machine; a cast here would make a private copy each, so `shard_model` casts after sharding. A quantized model
+    is dequantized, each process for itself.
 
     Raises:
-        ModelError: the model is absent, or transformers can't load it.
+        ModelError: the model is absent, transformers can't load it, or it is quantized in a way that isn't undone.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    attention = _choose_attention(ref, device, dtype, attn_implementation)
+    model_config = load_model_config(ref)
+    check_quantization(model_config, str(ref.source))
+    attention = _choose_attention(ref, model_config, device, dtype, attn_implementation)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             ref.source,
@@ -93,6 +103,7 @@ def load_model(
             attn_implementation=attention,
             output_loading_info=True,
             **_hub_options(ref),
+            **dequantize_while_loading(model_config),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded("model", ref, error) from error
@@ -103,9 +114,7 @@ def load_model(
             "download the model again, or take one with a language-model head",
         )
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        apply_liger(model)
         logger.info("Liger kernels replace what they know of the model's norms, rotations and activations")
     return model
 
@@ -130,11 +139,15 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_bfloat16_instructions() else torch.float32
 
 
 def _choose_attention(
-    ref: ModelRef, device: torch.device, dtype: torch.dtype, attn_implementation: str
+    ref: ModelRef,
+    model_config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn_implementation: str,
 ) -> str | None:
     """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
     if attn_implementation == "varlen":
@@ -143,8 +156,8 @@ def _choose_attention(
         return attn_implementation
     is_half = dtype.itemsize == 2  # FlashAttention computes in nothing longer
     if device.type == "cuda" and is_half and importlib.util.find_spec("flash_attn"):
-        model = build_meta_model(ref, load_model_config(ref))
-        return "flash_attention_2" if model._supports_flash_attn else None
+        model = build_meta_model(ref, model_config)
+        return "flash_attention_2" if supports_flash_attention(model) else None
     return None
 
 
@@ -157,7 +170,7 @@ def narrowest_window(model: nn.Module) -> float:
 
 def attention_of(model: nn.Module) -> str:
     """Return transformers' name of the attention backend that `model` uses."""
-    return str(model.config._attn_implementation)  # type: ignore[union-attr]
+    return attention_name(model)
 
 
 def find_weight_files(folder: Path) -> list[Path]:

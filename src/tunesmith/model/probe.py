@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.compat import attention_name, can_set_attention
 from tunesmith.data.batches import Batch
-from tunesmith.model.kernels.attention import VARLEN, compute_logits, trying
+from tunesmith.model.kernels.attention import VARLEN, VARLEN_ON_TRIAL, Trial, compute_logits
 from tunesmith.model.kernels.loss import can_fuse_loss
 from tunesmith.parallel.collectives import holds_on_all_ranks
 from tunesmith.parallel.fsdp import release_gathered
@@ -28,24 +29,25 @@ _LENGTHS = (7, 11, 9)
 def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Let the model attend with `varlen`; keep its own backend if that gives other logits, or mixes examples."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not base._can_set_attn_implementation():
+    if not can_set_attention(base):
         return False
-    own = base.config._attn_implementation
+    own = attention_name(base)
     (example, *_) = _make_examples(model)
-    with _evaluating(model), trying() as problems:
+    trial = Trial()
+    with _evaluating(model):
         (expected,) = _packed_logits(model, [example], device)
-        base.set_attn_implementation(VARLEN)
-        (found,) = _packed_logits(model, [example], device)
+        base.set_attn_implementation(VARLEN_ON_TRIAL)
+        (found,) = _packed_logits(model, [example], device, trial)
         model.train()  # there it may have dropout, which `varlen` lacks
-        _packed_logits(model, [example], device)
-        if not _distance(expected, found) < _rounding(dtype):
-            problems.append("the logits are others")
+        (trained,) = _packed_logits(model, [example], device, trial)
+        if not (_distance(expected, found) < _rounding(dtype) and trained.isfinite().all()):
+            trial.problems.append("the logits are others, or none")
         if not keeps_examples_apart(model, device, dtype):
-            problems.append("packed examples see one another")
-        fits = holds_on_all_ranks(not problems, device)
+            trial.problems.append("packed examples see one another")
+        fits = holds_on_all_ranks(not trial.problems, device)
         if not fits:
-            logger.debug("no `%s` attention: %s", VARLEN, problems)
-            base.set_attn_implementation(own)
+            logger.debug("no `%s` attention: %s", VARLEN, trial.problems)
+        base.set_attn_implementation(VARLEN if fits else own)
     return fits
 
 
@@ -111,9 +113,11 @@ def _pack(examples: list[Tensor]) -> Batch:
     )
 
 
-def _packed_logits(model: Any, examples: list[Tensor], device: torch.device) -> list[Tensor]:
+def _packed_logits(
+    model: Any, examples: list[Tensor], device: torch.device, trial: Trial | None = None
+) -> list[Tensor]:
     batch = _pack(examples).to(device)
-    logits_1TV = compute_logits(model, batch)
+    logits_1TV = compute_logits(model, batch, trial)
     return list(logits_1TV[0].float().split([len(example) for example in examples]))
 
 

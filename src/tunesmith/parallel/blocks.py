@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from tunesmith.compat import block_classes
+
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the model's repeated blocks, by the class names that transformers keeps for splitting."""
-    names = set()
-    for module in model.modules():
-        names |= set(getattr(module, "_no_split_modules", None) or [])
+    names = set().union(*(block_classes(module) for module in model.modules()))
     # A sharded block has a class of its own, made from the block's.
     blocks = [
         module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}

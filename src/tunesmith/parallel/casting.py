@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tunesmith.compat import apply_to_tensors
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights that this worker holds: frozen ones to `dtype`, trained ones to float32."""
-    wanted = {id(p): torch.float32 if p.requires_grad else dtype for p in model.parameters()}
+
+def cast_weights(model: nn.Module, dtype: torch.dtype, trained: torch.dtype = torch.float32) -> None:
+    """Cast the weights that this worker holds, frozen ones to `dtype`; those that are stored as integers stay."""
+    wanted = {
+        id(p): trained if p.requires_grad else dtype for p in model.parameters() if p.is_floating_point()
+    }
     # Buffers are not in `wanted`: rotary frequencies stay in float32.
-    model._apply(lambda tensor: tensor.to(wanted[id(tensor)]) if id(tensor) in wanted else tensor)
+    apply_to_tensors(model, lambda tensor: tensor.to(wanted[id(tensor)]) if id(tensor) in wanted else tensor)

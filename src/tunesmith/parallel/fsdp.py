@@ -13,7 +13,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from tunesmith.errors import ResourceError
 from tunesmith.parallel.blocks import find_blocks
+from tunesmith.parallel.casting import cast_weights
+
+# The first torch whose FSDP2 shards tensors of integers: earlier ones make parameters of them that ask for a gradient.
+_FIRST_WITH_BYTES = (2, 12)
 
 
 def shard_model(
@@ -25,13 +30,17 @@ def shard_model(
 ) -> None:
     """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
 
-    Frozen weights are kept in `dtype`. Trained ones are kept in float32, as are their gradients; they are
+    Frozen weights are kept in `dtype`, or in the bytes that they are stored as. Trained ones are kept in float32, as are their gradients; they are
     cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
     private copy of the whole model. Gradients are summed over the workers, not averaged. Without
     `reshard_after_forward` a block stays gathered until its backward pass is done.
 
     Collective: every rank must call it.
+
+    Raises:
+        ResourceError: weights are stored as bytes, which this torch can't shard.
     """
+    check_shardable(model)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     for block in find_blocks(model):
@@ -51,15 +60,23 @@ def shard_model(
             module.set_gradient_divide_factor(1.0)
 
 
+def check_shardable(model: nn.Module, torch_version: str = torch.__version__) -> None:
+    """Refuse to shard weights that are stored as bytes where torch is too old for that.
+
+    Raises:
+        ResourceError: it names the version.
+    """
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        return
+    if tuple(int(part) for part in torch_version.split(".")[:2]) < _FIRST_WITH_BYTES:
+        raise ResourceError(
+            f"weights that are stored as bytes can't be sharded by torch {torch_version}",
+            "install torch 2.12 or newer, or keep the weights whole on each worker with --fsdp no_shard",
+        )
+
+
 def release_gathered(model: nn.Module) -> None:
     """Let go of the weights that a forward without a backward pass has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights that this worker holds: frozen ones to `dtype`, trained ones to float32."""
-    wanted = {id(p): torch.float32 if p.requires_grad else dtype for p in model.parameters()}
-    # Buffers are not in `wanted`: rotary frequencies stay in float32.
-    model._apply(lambda tensor: tensor.to(wanted[id(tensor)]) if id(tensor) in wanted else tensor)

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tunesmith.parallel.fsdp import cast_weights
+from tunesmith.parallel.casting import cast_weights
 
 
 def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the whole model on `device`, in place: frozen weights in `dtype`, trained ones in float32."""
+    """Put the whole model on `device`, in place: frozen weights in `dtype` or their bytes, trained ones in float32."""
     cast_weights(model, dtype)
     model.to(device)
 

@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from tunesmith.compat import storage_key
 from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.kernels.attention import VARLEN, attend_within_examples
-from tunesmith.model.kernels.lora_linear import FORGETFUL_DEVICES
-from tunesmith.model.kernels.loss import LOGITS_AT_A_TIME, has_plain_head, sum_cross_entropy
+from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
+from tunesmith.model.kernels.loss import has_plain_head, sum_cross_entropy
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks, recompute_all, recompute_none
+
+_PLANNED_ON_CPU = f"{VARLEN}_planned_on_cpu"
+_PLANNED_ON_GPU = f"{VARLEN}_planned_on_gpu"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,14 @@ class Microbatch:
         return Microbatch(self.kept.times(factor), self.recomputed.times(factor), savings)
 
 
-def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, device_type: str) -> Microbatch:
+def planned_kernels(device_type: str) -> Kernels:
+    """Return what a model computes with on devices of this type, as far as tensors without data can."""
+    attention = _PLANNED_ON_CPU if device_type == "cpu" else _PLANNED_ON_GPU
+    # Norms are counted as the CPU's, which keep as much.
+    return replace(kernels_for(device_type), attention=attention, torch_norms=False)
+
+
+def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels: Kernels) -> Microbatch:
     """Return what one microbatch of the meta model holds: `num_tokens` in examples of `example_tokens`.
 
     One block of each kind is run; the others hold as much.
@@ -94,9 +105,9 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, device_
         # The first block's input needs no gradient, so that it may keep less than others of its kind.
         kinds = {_kind_of(block): block for block in blocks[1:]}
         with _blocks_replaced(model, blocks, [blocks[0], *kinds.values()]):
-            runs = [run_microbatch(model, num_tokens, example_tokens, device_type)]
+            runs = [run_microbatch(model, num_tokens, example_tokens, kernels)]
             recompute_all(model)
-            runs.append(run_microbatch(model, num_tokens, example_tokens, device_type))
+            runs.append(run_microbatch(model, num_tokens, example_tokens, kernels))
             recompute_none(model)
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
@@ -116,12 +127,15 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, device_
 
 
 def run_microbatch(
-    model: Any, num_tokens: int, example_tokens: int, device_type: str
+    model: Any, num_tokens: int, example_tokens: int, kernels: Kernels
 ) -> tuple[LiveBytes, list[int]]:
     """Run one microbatch through all blocks of the meta model, recomputing those that are flagged for it.
 
-    Returns what lives, and what of the activations each block adds.
+    `kernels` take the place of those that the model had. Returns what lives, and what of the activations each block adds.
     """
+    install_kernels(model, kernels)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.set_attn_implementation(kernels.attention)
     head = model.get_output_embeddings()
     batch = _make_batch(num_tokens, example_tokens)
     live = _LiveCounter([*model.parameters(), *model.buffers()])
@@ -137,8 +151,8 @@ def run_microbatch(
             # Gradients are counted apart.
             handles.append(parameter.register_post_accumulate_grad_hook(_forget_gradient))
     try:
-        with _planned_for(model, device_type), live:
-            loss = sum_cross_entropy(model, batch, fused=has_plain_head(model))
+        with live:
+            loss = sum_cross_entropy(model, batch, fused=has_plain_head(model), at_a_time=kernels.logits)
             borders, loss_peak, live.peak = [*live.noted], live.peak, live.now
             loss.backward()
     finally:
@@ -187,7 +201,7 @@ class _LiveCounter(TorchDispatchMode):
         self.now = self.peak = 0
         self.noted: list[int] = []
         self._is_noting = False
-        self._keys = {tensor.untyped_storage()._cdata for tensor in before}
+        self._keys = {storage_key(tensor.untyped_storage()) for tensor in before}
 
     def note_next(self) -> None:
         """Note what lives when the next operation begins: until then a block's input may still be held."""
@@ -204,7 +218,7 @@ class _LiveCounter(TorchDispatchMode):
         return outputs
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._keys:
             return
         self._keys.add(key)
@@ -217,30 +231,18 @@ class _LiveCounter(TorchDispatchMode):
         self.now -= size
 
 
-@contextmanager
-def _planned_for(model: Any, device_type: str) -> Iterator[None]:
-    """Let meta tensors go the way of `device_type` through the blocks and the loss."""
+def _attend_as_a_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    return attend_within_examples(
+        module, query, key, value, attention_mask, **{**options, "sliding_window": None}
+    )
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-    ) -> tuple[Tensor, None]:
-        if device_type == "cpu":
-            options["sliding_window"] = None
-            return attend_within_examples(module, query, key, value, attention_mask, **options)
-        return _FlashAttention.apply(query, key, value), None
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(VARLEN)
-    AttentionInterface.register(VARLEN, attend)
-    LOGITS_AT_A_TIME["meta"] = LOGITS_AT_A_TIME[device_type]
-    if device_type in FORGETFUL_DEVICES:
-        FORGETFUL_DEVICES.add("meta")
-    try:
-        yield
-    finally:
-        AttentionInterface.register(VARLEN, attend_within_examples)
-        del LOGITS_AT_A_TIME["meta"]
-        FORGETFUL_DEVICES.discard("meta")
+def _attend_as_a_gpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    return _FlashAttention.apply(query, key, value), None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -256,3 +258,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(states) for states in ctx.saved_tensors[:3])
+
+
+AttentionInterface.register(_PLANNED_ON_CPU, _attend_as_a_cpu)
+AttentionInterface.register(_PLANNED_ON_GPU, _attend_as_a_gpu)

@@ -13,7 +13,14 @@ from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.machine import available_memory
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks
-from tunesmith.planning.memory import Layout, Memory, PlannedModel, estimate_memory, estimate_microbatch
+from tunesmith.planning.memory import (
+    Layout,
+    Memory,
+    PlannedModel,
+    estimate_memory,
+    estimate_microbatch,
+    stored_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +99,10 @@ def is_replicated(planned: PlannedModel, config: TrainConfig, device_type: str, 
     if not planned.fused or config.cpu_offload or config.fsdp != "auto":
         return planned.fused and not config.cpu_offload and config.fsdp == "no_shard"
     # On CPUs weights as they are stored are shared by the workers of a machine, so they cost nothing more.
-    shared = device_type == "cpu" and planned.stored_dtype == planned.dtype
+    mapped = device_type == "cpu" and planned.stored_dtype == planned.dtype
     copied = [
-        p for p in planned.model.parameters() if device_type == "cuda" or not (p.requires_grad or shared)
+        p
+        for p in planned.model.parameters()
+        if device_type == "cuda" or not (p.requires_grad or (mapped and p.is_floating_point()))
     ]
-    return sum(p.numel() for p in copied) * planned.dtype.itemsize <= SHARE_FOR_WEIGHTS * room
+    return sum(stored_bytes(p, planned.dtype) for p in copied) <= SHARE_FOR_WEIGHTS * room

@@ -6,16 +6,18 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.config import TrainConfig
 from tunesmith.model.adapters import add_adapters
+from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.elementwise import fuse_elementwise
-from tunesmith.model.kernels.lora_linear import fuse_adapters
+from tunesmith.model.kernels.lora_linear import trains_plain_adapters_alone
 from tunesmith.model.load import attention_of, build_meta_model
+from tunesmith.model.quantized import check_quantization
 from tunesmith.parallel.blocks import find_blocks
-from tunesmith.planning.dry_run import Microbatch, measure_microbatch
+from tunesmith.parallel.casting import cast_weights
+from tunesmith.planning.dry_run import Microbatch, measure_microbatch, planned_kernels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,27 +94,32 @@ class PlannedModel:
 
 
 def build_planned_model(
-    config: TrainConfig, model_config: PretrainedConfig, dtype: torch.dtype
+    config: TrainConfig,
+    model_config: PretrainedConfig,
+    dtype: torch.dtype,
+    frozen_weight: type[FrozenWeight] = Dense,
 ) -> PlannedModel:
     """Return the adapted (or fully trainable) model of these settings without weights, to compute in `dtype`.
 
+    Frozen weights are stored as `frozen_weight` does.
+
     Raises:
-        ModelError, ConfigError: as `build_meta_model` and `choose_targets` say.
+        ModelError, ConfigError: as `check_quantization`, `build_meta_model` and `choose_targets` say.
     """
+    check_quantization(model_config, str(config.model.source))
     with torch.device("meta"):
         model: Any = build_meta_model(config.model, model_config)
         own = attention_of(model)
         model.requires_grad_(config.full_ft)
         if not config.full_ft:
             model = add_adapters(model, config)
-    fused = not config.full_ft and fuse_adapters(model)
-    fuse_elementwise(model)
+        store_weights(model, frozen_weight)
+    fused = not config.full_ft and trains_plain_adapters_alone(model)
     # Meta tensors of experts multiply in bfloat16 alone.
     has_experts = any(parameter.dim() == 3 for parameter in model.parameters())
     computed = torch.bfloat16 if has_experts else dtype
-    for parameter in model.parameters():
-        # FSDP casts what is trained as it gathers it.
-        parameter.data = parameter.data.to(torch.float32 if fused and parameter.requires_grad else computed)
+    # Without fused adapters FSDP casts what is trained as it gathers it.
+    cast_weights(model, computed, trained=torch.float32 if fused else computed)
     stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
     attention = own if config.attn_implementation in ("auto", VARLEN) else config.attn_implementation
     return PlannedModel(model.train(), dtype, stored, fused, keeps_squares=attention == "eager")
@@ -136,7 +143,7 @@ def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type:
     model: Any = planned.model
     length = config.max_seq_length
     num_tokens = length * sequences_per_forward(config.per_device_train_batch_size, length, device_type)
-    found = measure_microbatch(model, num_tokens, length, device_type)
+    found = measure_microbatch(model, num_tokens, length, planned_kernels(device_type))
     return found.times(planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize)
 
 
@@ -150,14 +157,13 @@ def estimate_memory(
 ) -> Memory:
     """Return what each of `num_workers` workers holds at its peak."""
     trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in planned.model.parameters() if not p.requires_grad)
-    itemsize = planned.dtype.itemsize
+    frozen = sum(stored_bytes(p, planned.dtype) for p in planned.model.parameters() if not p.requires_grad)
     share = 1 if layout.replicated else num_workers
     if config.cpu_offload and device_type == "cuda":
         trained = frozen = 0  # they lie in the host's memory
     live = microbatch.recompute(layout.num_recomputed)
     return Memory(
-        weights=(frozen * itemsize + (4 * trained if config.full_ft else 0)) // share,
+        weights=(frozen + (4 * trained if config.full_ft else 0)) // share,
         gathered=0
         if layout.replicated
         else _gathered_bytes(planned, config.full_ft, layout.reshard_after_forward),
@@ -175,11 +181,21 @@ def estimate_memory(
     )
 
 
+def stored_bytes(parameter: Tensor, dtype: torch.dtype) -> int:
+    """Return the bytes of a parameter of a meta model that computes in `dtype`, which it may have been cast from."""
+    itemsize = dtype.itemsize if parameter.is_floating_point() else parameter.itemsize
+    return parameter.numel() * itemsize
+
+
 def _gathered_bytes(planned: PlannedModel, full_ft: bool, reshard_after_forward: bool) -> int:
     """Return what FSDP has whole at once: the outermost weights, and two blocks, one of them on its way, or all."""
-    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(planned.model)]
-    outermost = sum(p.numel() for p in planned.model.parameters()) - sum(blocks)
-    gathered = 2 * max(blocks, default=0) if reshard_after_forward else sum(blocks)
-    whole = planned.dtype.itemsize * (outermost + gathered)
+
+    def count(module: nn.Module) -> int:
+        return sum(stored_bytes(parameter, planned.dtype) for parameter in module.parameters())
+
+    blocks = [count(block) for block in find_blocks(planned.model)]
+    outermost = count(planned.model) - sum(blocks)
+    gathered = outermost + (2 * max(blocks, default=0) if reshard_after_forward else sum(blocks))
     # The gradient of a block is whole until it is summed over the workers, in float32.
-    return whole + (4 * max([outermost, *blocks]) if full_ft else 0)
+    widening = 4 // planned.dtype.itemsize
+    return gathered + (widening * max([outermost, *blocks]) if full_ft else 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from tunesmith.model.frozen_weights import FrozenLinear
+
 
 def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
     """Return the FLOP that training must spend on one token: without recomputation, attention scores, dropout.
@@ -16,9 +18,14 @@ def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
     active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()  # type: ignore[operator]
-    flops = 0.0
+    stored = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    flops = sum(4.0 * layer.in_features * layer.out_features for layer in stored)
     for parameter in model.parameters():
-        if parameter.dim() < 2 or (id(parameter) in embeddings and parameter is not head.weight):
+        if (
+            parameter.dim() < 2
+            or not parameter.is_floating_point()
+            or (id(parameter) in embeddings and parameter is not head.weight)
+        ):
             continue
         share = active_share if parameter.dim() == 3 else 1.0
         flops += share * parameter.numel() * (6 if full_ft or parameter.requires_grad else 4)

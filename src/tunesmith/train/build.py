@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import add_adapters
+from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.elementwise import fuse_elementwise
-from tunesmith.model.kernels.lora_linear import fuse_adapters
+from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
 from tunesmith.model.load import (
     attention_of,
     load_model,
@@ -32,18 +32,27 @@ from tunesmith.planning.layout import choose_layout, find_room
 from tunesmith.planning.memory import build_planned_model
 
 
-def build_model(config: TrainConfig, device: torch.device, world_size: int) -> nn.Module:
-    """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective."""
+def build_model(
+    config: TrainConfig,
+    device: torch.device,
+    world_size: int,
+    frozen_weight: type[FrozenWeight] = Dense,
+    kernels: Kernels | None = None,
+) -> nn.Module:
+    """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective.
+
+    Frozen weights are stored as `frozen_weight` does. Without `kernels` the model computes as its device likes.
+    """
     dtype = resolve_dtype(config.dtype, device)
-    planned = build_planned_model(config, load_model_config(config.model), dtype)
+    planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
     layout = choose_layout(planned, config, device.type, world_size, find_room(device, world_size))
     model: nn.Module = load_model(config.model, device, dtype, config.attn_implementation)
     for parameter in model.parameters():
         parameter.requires_grad_(config.full_ft)
     if not config.full_ft:
         model = add_adapters(model, config)
-        fuse_adapters(model)
-    fuse_elementwise(model)
+    store_weights(model, frozen_weight)
+    install_kernels(model, kernels or kernels_for(device.type))
     if layout.num_recomputed:
         recompute_first(model, layout.num_recomputed)
     if layout.replicated:

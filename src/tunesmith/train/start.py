@@ -9,6 +9,7 @@ from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import sources_fingerprint
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.model.quantized import check_quantization
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import (
     DataRecord,
@@ -26,9 +27,11 @@ def check_model(config: TrainConfig) -> None:
     """Check, without its weights, that the model can be trained as asked.
 
     Raises:
-        ModelError, ConfigError: as `load_model_config`, `build_meta_model` and `choose_targets` say.
+        ModelError, ConfigError: as `load_model_config`, `check_quantization`, `build_meta_model` and
+            `choose_targets` say.
     """
     model_config = load_model_config(config.model)
+    check_quantization(model_config, str(config.model.source))
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_seq_length > longest:
         logger.warning(

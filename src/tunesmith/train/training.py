@@ -20,6 +20,7 @@ from tunesmith.data.prepare import open_prepared
 from tunesmith.errors import CheckpointError
 from tunesmith.machine import keep_freed_memory
 from tunesmith.model.compilation import check_compiler, compile_blocks
+from tunesmith.model.frozen_weights import Dense
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, load_tokenizer, resolve_dtype
 from tunesmith.model.policy import Policy
@@ -262,11 +263,11 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     group = dist.new_group(backend="gloo")
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_tokenizer(config.model)
-    model = build_model(config, device, worker.world_size)
+    model = build_model(config, device, worker.world_size, job.frozen_weight or Dense)
     fused_loss = choose_ways(config, model, device)
     packing = decide_packing(config, run, model, worker, group)
     if config.torch_compile:
-        compile_blocks(model, device)
+        compile_blocks(model)
     attention = attention_of(model)
     flatten = attention == VARLEN or (packing and attention.startswith("flash"))
     pad_token_id = int(tokenizer.eos_token_id)

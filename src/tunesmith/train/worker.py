@@ -14,6 +14,8 @@ from tunesmith.runs.folder import RunDir
 if TYPE_CHECKING:
     import torch
 
+    from tunesmith.model.frozen_weights import FrozenWeight
+
 
 class Worker(Protocol):
     """One training process of a group. torch's default process group exists already."""
@@ -59,3 +61,5 @@ class TrainJob:
     """The driver's lease: a worker whose driver was replaced publishes nothing. None: no lease."""
     objective: Objective = field(default_factory=SFT)
     """What the training minimizes."""
+    frozen_weight: type[FrozenWeight] | None = None
+    """How frozen weights are stored; None: as the model has them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.model.kernels import attention
-from tunesmith.model.kernels.attention import attend_within_examples, trying
+from tunesmith.model.kernels.attention import Trial, attend_on_trial, attend_within_examples
 
 MODULE = SimpleNamespace(is_causal=True)
 WIDTH = 8
@@ -26,11 +28,14 @@ def random_states(num_heads: int, num_groups: int, length: int) -> list[Tensor]:
     ]
 
 
-def attend(states: list[Tensor], lengths: list[int], **options: object) -> Tensor:
+def attend(
+    states: list[Tensor],
+    lengths: list[int],
+    way: Callable[..., Any] = attend_within_examples,
+    **options: object,
+) -> Tensor:
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    output, _ = attend_within_examples(
-        MODULE, *states, None, cu_seq_lens_q=starts, max_length_q=max(lengths), **options
-    )
+    output, _ = way(MODULE, *states, None, cu_seq_lens_q=starts, max_length_q=max(lengths), **options)
     return output
 
 
@@ -94,9 +99,18 @@ def test_what_it_does_not_compute_is_refused(options: dict[str, object]) -> None
     states = random_states(4, 2, 9)
     with pytest.raises(NotImplementedError):
         attend(states, [5, 4], **options)
-    with trying() as problems:
-        assert attend(states, [5, 4], **options).shape == (1, 9, 4, WIDTH)
-    assert problems
+    trial = Trial()
+    tried = attend(states, [5, 4], attend_on_trial, trial=trial, **options)
+    assert tried.shape == (1, 9, 4, WIDTH)
+    assert tried.isnan().all()
+    assert len(trial.problems) == 1
+    assert attend(states, [5, 4], attend_on_trial, **options).isnan().all()
+
+
+def test_on_trial_it_computes_the_same() -> None:
+    states, trial = random_states(4, 2, 9), Trial()
+    assert torch.equal(attend(states, [5, 4], attend_on_trial, trial=trial), attend(states, [5, 4]))
+    assert not trial.problems
 
 
 def test_a_window_that_reaches_over_every_example_changes_nothing() -> None:

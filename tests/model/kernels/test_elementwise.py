@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from support.tiny_models import FAMILIES, build_config
-from tunesmith.model.kernels.elementwise import _FrozenRmsNorm, _SiluProduct, fuse_elementwise
+from tunesmith.model.kernels.elementwise import _FrozenRmsNorm, _SiluProduct
+from tunesmith.model.kernels.install import CPU, install_kernels
 
 
 def build(family: str) -> Any:
@@ -41,7 +42,7 @@ def outputs_and_gradient(model: Any, embedded: Tensor) -> tuple[Tensor, Tensor]:
 def test_logits_and_gradients_stay(family: str) -> None:
     theirs = build(family)
     ours = copy.deepcopy(theirs)
-    fuse_elementwise(ours)
+    install_kernels(ours, CPU)
     embedded = torch.randn(2, 9, theirs.config.hidden_size, generator=torch.Generator().manual_seed(1)) / 100
     for mine, its in zip(
         outputs_and_gradient(ours, embedded), outputs_and_gradient(theirs, embedded), strict=True
@@ -53,7 +54,7 @@ def test_llamas_layers_are_found_and_those_that_compute_otherwise_are_left() -> 
     found = {}
     for family in ("llama", "mixtral", "phi3", "gemma"):
         model = build(family)
-        fuse_elementwise(model)
+        install_kernels(model, CPU)
         found[family] = replaced(model)
     assert found == {
         "llama": {"LlamaRMSNorm", "LlamaMLP"},
@@ -66,7 +67,7 @@ def test_llamas_layers_are_found_and_those_that_compute_otherwise_are_left() -> 
 def test_norms_that_are_trained_get_their_gradient() -> None:
     model = build("llama").requires_grad_(True)
     expected = copy.deepcopy(model)
-    fuse_elementwise(model)
+    install_kernels(model, CPU)
     for each in (model, expected):
         each(torch.arange(6).unsqueeze(0)).logits.square().mean().backward()
     for mine, its in zip(model.parameters(), expected.parameters(), strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tunesmith.model.kernels.lora_linear import compute_again, fuse_adapters
+from tunesmith.model.kernels.install import CPU, install_kernels
+from tunesmith.model.kernels.lora_linear import fuse_adapters, trains_plain_adapters_alone
+from tunesmith.model.kernels.recompute import CheapResults
 
 
 class Net(nn.Module):
@@ -49,7 +53,8 @@ def outputs_and_gradients(model: nn.Module, values: torch.Tensor) -> list[torch.
 def test_outputs_and_gradients_are_those_of_peft(shape: tuple[int, ...], use_rslora: bool) -> None:
     theirs = adapted(use_rslora=use_rslora)
     ours = copy.deepcopy(theirs)
-    assert fuse_adapters(ours.double())
+    install_kernels(ours.double(), CPU)
+    assert trains_plain_adapters_alone(ours)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
     found, expected = outputs_and_gradients(ours, values), outputs_and_gradients(theirs.double(), values)
     assert len(found) == len(expected) == 6
@@ -59,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_peft(shape: tuple[int, ...], use_rsl
 
 def test_frozen_weights_get_no_gradient() -> None:
     model = adapted()
-    fuse_adapters(model)
+    install_kernels(model, CPU)
     outputs_and_gradients(model, torch.randn(4, 12))
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name)
@@ -67,7 +72,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 def test_dropout_falls_on_the_adapter_alone_and_keeps_its_mean() -> None:
     model = adapted(lora_dropout=0.25)
-    fuse_adapters(model)
+    install_kernels(model, CPU)
     layer = model.get_submodule("base_model.model.first")
     values = torch.ones(1, 12)
     without = layer.eval()(values)
@@ -89,7 +94,7 @@ def test_dropout_drops_its_share_of_any_input_and_leaves_the_others(share: float
     nn.init.zeros_(layer.base_layer.weight)
     nn.init.eye_(layer.lora_A["default"].weight)
     nn.init.eye_(layer.lora_B["default"].weight)
-    fuse_adapters(model.to(dtype))
+    install_kernels(model.to(dtype), CPU)
     torch.manual_seed(0)
     values = 1 + torch.rand(1001, 50).to(dtype)
     outputs, others = layer(values), layer(values)
@@ -109,7 +114,7 @@ def test_dropout_drops_its_share_of_any_input_and_leaves_the_others(share: float
 
 def test_dropout_is_the_same_in_the_backward_pass() -> None:
     model = adapted(lora_dropout=0.5).double()
-    fuse_adapters(model)
+    install_kernels(model, CPU)
 
     def drawn(values: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
@@ -122,7 +127,8 @@ def test_dropout_is_the_same_in_the_backward_pass() -> None:
 @pytest.mark.parametrize("dropout", [0, 0.5])
 def test_what_is_computed_again_is_so_once_for_all_layers_and_not_kept(dropout: float) -> None:
     model = adapted(target_modules=["first", "second", "third"], lora_dropout=dropout).double()
-    fuse_adapters(model)
+    results = CheapResults(are_kept=False)
+    fuse_adapters(model, results, packs_masks=True)
     net = model.get_submodule("base_model.model")
     values = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     num_calls = 0
@@ -141,7 +147,7 @@ def test_what_is_computed_again_is_so_once_for_all_layers_and_not_kept(dropout: 
         kept.clear()
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            squares = compute_again(square, values) if again else square(values)
+            squares = results.compute(square, values) if again else square(values)
             output = (net.first(squares) @ net.third(squares).T).sum()
             is_kept = squares.untyped_storage().data_ptr() in kept
         del squares
@@ -158,18 +164,19 @@ def test_what_is_computed_again_is_so_once_for_all_layers_and_not_kept(dropout: 
 
 def test_what_was_changed_in_place_is_kept() -> None:
     model = adapted()
-    fuse_adapters(model)
+    results = CheapResults(are_kept=False)
+    fuse_adapters(model, results, packs_masks=True)
     net = model.get_submodule("base_model.model")
     values = torch.randn(5, 12)
     gradients = []
-    for squares in (values.square().add(1), compute_again(torch.square, values).add_(1)):
+    for squares in (values.square().add(1), results.compute(torch.square, values).add_(1)):
         gradients.append(torch.autograd.grad(net.first(squares).sum(), net.first.lora_A["default"].weight))
     torch.testing.assert_close(*gradients)
 
 
 def test_products_are_in_the_dtype_of_the_input_and_gradients_in_that_of_the_adapter() -> None:
     model = adapted()
-    fuse_adapters(model)
+    install_kernels(model, CPU)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
@@ -185,4 +192,69 @@ def test_products_are_in_the_dtype_of_the_input_and_gradients_in_that_of_the_ada
     ids=str,
 )  # fmt: skip
 def test_anything_else_that_is_trained_is_told(settings: dict[str, Any]) -> None:
-    assert not fuse_adapters(adapted(**settings))
+    assert not trains_plain_adapters_alone(adapted(**settings))
+
+
+def with_two_adapters() -> nn.Module:
+    """Return a model with a second adapter, of which the first is active."""
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+STATES: dict[str, Callable[[Any], Any]] = {
+    "none is active": lambda model: model.disable_adapter(),
+    "another is active": lambda model: nullcontext(model.set_adapter("other")),
+    "both are active": lambda model: nullcontext(model.base_model.set_adapter(["default", "other"])),
+    "one is merged": lambda model: nullcontext(model.merge_adapter(["default"])),
+    "another one is merged": lambda model: nullcontext(model.merge_adapter(["other"])),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("is_fused_first", [True, False])
+def test_the_adapters_that_peft_has_active_are_those_that_compute(state: str, is_fused_first: bool) -> None:
+    theirs = with_two_adapters()
+    ours = copy.deepcopy(theirs)
+    if is_fused_first:  # while it has one adapter
+        ours.delete_adapter("other")
+        install_kernels(ours, CPU)
+        ours.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        install_kernels(ours, CPU)
+    values = torch.randn(4, 12, generator=torch.Generator().manual_seed(2))
+    plain = ours(values)
+    torch.testing.assert_close(plain, theirs(values))
+    with STATES[state](ours), STATES[state](theirs):
+        inside = ours(values)
+        torch.testing.assert_close(inside, theirs(values))
+    assert torch.allclose(inside, plain, atol=1e-5) == (state == "one is merged")
+
+
+def test_a_pass_without_adapters_leaves_the_one_after_it_as_it_was() -> None:
+    model = adapted()
+    install_kernels(model, CPU)
+    values = torch.randn(4, 12)
+    before = outputs_and_gradients(model, values)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.equal(model(values), before[0])
+    model.zero_grad()
+    for mine, its in zip(outputs_and_gradients(model, values), before, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
+    model = adapted()
+    install_kernels(model, CPU)
+    other = copy.deepcopy(model)
+    values = torch.randn(4, 12)
+    before = model(values)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(model(values), before)
+    assert torch.equal(other(values), torch.zeros_like(before))

@@ -25,8 +25,12 @@ from transformers import (
 
 from support.tiny_models import FAMILIES
 from tunesmith.data.batches import Batch, empty_batch
-from tunesmith.model.kernels import loss as loss_module
-from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy, token_cross_entropies
+from tunesmith.model.kernels.loss import (
+    LogitsAtATime,
+    can_fuse_loss,
+    sum_cross_entropy,
+    token_cross_entropies,
+)
 
 SHAPE = {
     "hidden_size": 32,
@@ -111,9 +115,7 @@ def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     trains_head: bool,
     at_a_time: tuple[int, int],
     model_of: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
     head = model.get_output_embeddings()
     if trains_head:
@@ -121,7 +123,8 @@ def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     else:
         head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
     batch, _ = batch_of(some_tokens(), model.config.vocab_size)
-    plain, fused = (sum_cross_entropy(model, batch, way) for way in (False, True))
+    plain = sum_cross_entropy(model, batch)
+    fused = sum_cross_entropy(model, batch, True, LogitsAtATime(*at_a_time))
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(plain / 7, trained, allow_unused=True)
@@ -140,9 +143,7 @@ def test_each_token_weighs_its_gradient_by_its_own_value(
     head: str,
     at_a_time: tuple[int, int],
     model_of: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", at_a_time)
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
     output = model.get_output_embeddings()
     if head == "frozen":
@@ -153,14 +154,16 @@ def test_each_token_weighs_its_gradient_by_its_own_value(
     values_N = torch.randn(len(batch.targets_N), generator=torch.Generator().manual_seed(2))
     exact = differentiate_tokens(deepcopy(model).double(), batch, values_N, fused=False)
     for fused in (False, True):
-        found = differentiate_tokens(model, batch, values_N, fused)
+        found = differentiate_tokens(model, batch, values_N, fused, LogitsAtATime(*at_a_time))
         for mine, its in zip(found, exact, strict=True):
             torch.testing.assert_close(mine, its.float(), rtol=0, atol=5e-6 * float(its.abs().max()))
 
 
-def differentiate_tokens(model: Any, batch: Batch, values_N: torch.Tensor, fused: bool) -> list[torch.Tensor]:
+def differentiate_tokens(
+    model: Any, batch: Batch, values_N: torch.Tensor, fused: bool, at_a_time: LogitsAtATime | None = None
+) -> list[torch.Tensor]:
     """Return the cross-entropy of each target, and the gradients of the sum of their products with the values."""
-    losses_N = token_cross_entropies(model, batch, fused)
+    losses_N = token_cross_entropies(model, batch, fused, at_a_time)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad((losses_N * values_N).sum(), trained, allow_unused=True)
     return [losses_N.detach(), *(gradient for gradient in gradients if gradient is not None)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.compat import attention_name, softmax_gradient
 from tunesmith.data.batches import Batch
 
 VARLEN = "varlen"
+VARLEN_ON_TRIAL = "varlen_on_trial"
 
 # Tokens of an example up to which its probabilities are cheaper to keep than to compute again.
 LONGEST_KEPT = 512
@@ -32,14 +34,19 @@ _KEYS_MULTIPLE = 64
 # What some models change about the scores, which no kernel here computes.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
-_trial: list[str] | None = None
+
+@dataclass
+class Trial:
+    """Why `varlen_on_trial` could not compute what a model asked it for."""
+
+    problems: list[str] = field(default_factory=list)
 
 
-def compute_logits(model: Any, batch: Batch) -> Tensor:
-    """Return the model's logits, with its attention backend told of the batch's examples."""
-    told: dict[str, Any] = {}
-    if model.config._attn_implementation == VARLEN:
-        told = {
+def compute_logits(model: Any, batch: Batch, trial: Trial | None = None) -> Tensor:
+    """Return the model's logits, with its attention backend told of the batch's examples, and of the trial."""
+    told: dict[str, Any] = {} if trial is None else {"trial": trial}
+    if attention_name(model).startswith(VARLEN):
+        told |= {
             "cu_seq_lens_q": batch.starts,
             "cu_seq_lens_k": batch.starts,
             "max_length_q": batch.longest,
@@ -70,47 +77,44 @@ def attend_within_examples(
     `cu_seq_lens_q` holds where the examples begin, and T: int32, on the query's device.
 
     Raises:
-        NotImplementedError: the model's attention has a part that these kernels lack; not while it is tried.
+        NotImplementedError: the model's attention has a part that these kernels lack.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if cu_seq_lens_q is None or max_length_q is None or len(query_1HTD) != 1:
+        raise NotImplementedError("the model doesn't say where examples begin")
+    if extras or dropout or not causal:
+        raise NotImplementedError(f"{type(module).__name__} asks for {extras}, dropout {dropout}, {causal=}")
+    if sliding_window is not None and sliding_window < max_length_q:
+        raise NotImplementedError(f"an example of {max_length_q} tokens, and a window of {sliding_window}")
+    if query_1HTD.shape[-1] != value_1KTD.shape[-1] or (query_1HTD.is_cuda and query_1HTD.itemsize != 2):
+        raise NotImplementedError(f"heads of {query_1HTD.shape} and {value_1KTD.shape}, {query_1HTD.dtype}")
+    attend = _attend_on_gpu if query_1HTD.is_cuda else _attend_on_cpu
+    scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query_1HTD, key_1KTD, value_1KTD, scale, cu_seq_lens_q, max_length_q), None
+
+
+def attend_on_trial(
+    module: nn.Module,
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    attention_mask: Tensor | None,
+    trial: Trial | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Return what `attend_within_examples` does, or NaN where it can't compute that, and note the reason in `trial`.
+
+    An error would leave FSDP in the middle of a forward. NaN shows in the logits even of a model that doesn't hand
+    `trial` on.
     """
     try:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-        if cu_seq_lens_q is None or max_length_q is None or len(query_1HTD) != 1:
-            raise NotImplementedError("the model doesn't say where examples begin")
-        if extras or dropout or not causal:
-            raise NotImplementedError(
-                f"{type(module).__name__} asks for {extras}, dropout {dropout}, {causal=}"
-            )
-        if sliding_window is not None and sliding_window < max_length_q:
-            raise NotImplementedError(
-                f"an example of {max_length_q} tokens, and a window of {sliding_window}"
-            )
-        if query_1HTD.shape[-1] != value_1KTD.shape[-1] or (query_1HTD.is_cuda and query_1HTD.itemsize != 2):
-            raise NotImplementedError(
-                f"heads of {query_1HTD.shape} and {value_1KTD.shape}, {query_1HTD.dtype}"
-            )
-        attend = _attend_on_gpu if query_1HTD.is_cuda else _attend_on_cpu
-        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query_1HTD, key_1KTD, value_1KTD, scale, cu_seq_lens_q, max_length_q), None
+        return attend_within_examples(module, query_1HTD, key_1KTD, value_1KTD, attention_mask, **options)
     except (NotImplementedError, TypeError, RuntimeError) as error:
-        if _trial is None:
-            raise
-        _trial.append(str(error))
-        return query_1HTD.new_zeros(1, *query_1HTD.shape[2:0:-1], value_1KTD.shape[-1]), None
-
-
-@contextmanager
-def trying() -> Iterator[list[str]]:
-    """Let the attention inside give zeros where it can't compute, and yield the list of reasons.
-
-    An error would leave FSDP in the middle of a forward.
-    """
-    global _trial
-    _trial = []
-    try:
-        yield _trial
-    finally:
-        _trial = None
+        if trial is not None:
+            trial.problems.append(str(error))
+        shape = 1, *query_1HTD.shape[2:0:-1], value_1KTD.shape[-1]
+        return query_1HTD.new_full(shape, torch.nan), None
 
 
 def _attend_on_gpu(
@@ -128,6 +132,8 @@ def _attend_on_gpu(
     return output_THD.unsqueeze(0)
 
 
+# It cuts rows into examples one by one, which no graph can hold.
+@torch.compiler.disable
 def _attend_on_cpu(
     query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, scale: float, starts: Tensor, longest: int
 ) -> Tensor:
@@ -172,9 +178,7 @@ class _TiledAttention(torch.autograd.Function):
             query_KSD = query_1HTD[0, :, tile.queries].reshape(num_groups, -1, width)
             of_output_KSD = gradient_1THD[0, tile.queries].transpose(0, 1).reshape(num_groups, -1, width)
             of_probabilities_KSt = torch.bmm(of_output_KSD, value_1KTD[0, :, tile.keys].transpose(1, 2))
-            of_scores_KSt = torch._softmax_backward_data(
-                of_probabilities_KSt, probabilities_KSt, -1, probabilities_KSt.dtype
-            )
+            of_scores_KSt = softmax_gradient(of_probabilities_KSt, probabilities_KSt)
             of_query_KSD = torch.bmm(of_scores_KSt, key_1KTD[0, :, tile.keys]).mul_(ctx.scale)
             of_query_HTD[:, tile.queries] = of_query_KSD.view(num_heads, -1, width)
             of_key_KTD[:, tile.keys].baddbmm_(of_scores_KSt.transpose(1, 2), query_KSD, alpha=ctx.scale)
@@ -238,3 +242,4 @@ def _bfloat16_products(wanted: bool) -> Iterator[None]:
 
 
 AttentionInterface.register(VARLEN, attend_within_examples)
+AttentionInterface.register(VARLEN_ON_TRIAL, attend_on_trial)

@@ -5,53 +5,64 @@ Shapes: D model width; … any sizes before it.
 
 from __future__ import annotations
 
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.model.kernels.lora_linear import compute_again
+from tunesmith.model.kernels.recompute import CheapResults
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def fuse_elementwise(model: nn.Module) -> None:
+def fuse_elementwise(model: nn.Module, results: CheapResults, torch_norms: bool) -> None:
     """Let the norms and gated feed-forward layers of `model` compute as below, where that is what they compute.
 
-    Whether it is, a copy of the layer with a few random weights shows.
+    Whether it is, a copy of the layer with a few random weights shows. `torch_norms`: norms are torch's own.
     """
-    # Methods: they survive a copy of the model, and compiled code can be shared by layers.
+    # Bound methods survive a copy of the model, and compiled code can be shared by layers.
     for module in model.modules():
-        eps = _eps_of(module)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if isinstance(eps, float) and [*module._parameters] == ["weight"] and _is_rms_norm(module, eps):
-            module.forward = MethodType(_normalise, module)
+            module.forward = _Norm(module, eps, results, torch_norms).forward
         elif all(hasattr(module, name) for name in _GATED) and _is_silu_gated(module):
-            module.forward = MethodType(_feed_forward, module)
+            module.forward = _GatedLayer(module, results).forward
 
 
-def _normalise(norm: Any, hidden: Tensor) -> Tensor:
-    """`forward` of a norm."""
-    weight_D, eps = norm.weight, _eps_of(norm)
-    if hidden.is_cuda:
-        return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), eps)
-    if weight_D.requires_grad:
-        return type(norm).forward(norm, hidden)  # type: ignore[no-any-return]
-    return compute_again(
-        lambda hidden, weight_D: _FrozenRmsNorm.apply(hidden, weight_D, eps), hidden, weight_D
-    )
+@dataclass
+class _Norm:
+    """weight · hidden / √(mean(hidden²) + eps)"""
+
+    norm: Any
+    eps: float
+    results: CheapResults
+    is_torch_s: bool
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight_D, eps = self.norm.weight, self.eps
+        if self.is_torch_s:
+            return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), eps)
+        if weight_D.requires_grad:
+            normed: Tensor = type(self.norm).forward(self.norm, hidden)
+            return normed
+        return self.results.compute(
+            lambda hidden, weight_D: _FrozenRmsNorm.apply(hidden, weight_D, eps), hidden, weight_D
+        )
 
 
-def _eps_of(norm: Any) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+@dataclass
+class _GatedLayer:
+    """down_proj(silu(gate_proj(hidden)) · up_proj(hidden))"""
 
+    layer: Any
+    results: CheapResults
 
-def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    """`forward` of a gated feed-forward layer."""
-    gate, up = layer.gate_proj(hidden), layer.up_proj(hidden)
-    output: Tensor = layer.down_proj(compute_again(_SiluProduct.apply, gate, up))
-    return output
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.layer.gate_proj(hidden), self.layer.up_proj(hidden)
+        output: Tensor = self.layer.down_proj(self.results.compute(_SiluProduct.apply, gate, up))
+        return output
 
 
 class _FrozenRmsNorm(torch.autograd.Function):

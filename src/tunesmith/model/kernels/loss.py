@@ -16,38 +16,52 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch
 from tunesmith.model.kernels.attention import compute_logits
 
-# Logits that are held at a time, and of those in float32. CPU: what glibc's allocator keeps when it is freed
-# (32 MiB), and what the caches hold; GPU: what keeps it busy.
-LOGITS_AT_A_TIME = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 27, 1 << 27)}
+
+class LogitsAtATime(NamedTuple):
+    """How many logits the fused loss holds at once, and how many of those in float32."""
+
+    most: int
+    most_wide: int
 
 
-def logits_at_a_time(device: torch.device) -> tuple[int, int]:
-    """Return how many logits the fused loss holds at once on `device`, and how many of those in float32."""
-    return LOGITS_AT_A_TIME[device.type]
+# What glibc's allocator keeps when it is freed (32 MiB), and what the caches hold.
+CPU_LOGITS = LogitsAtATime(1 << 24, 1 << 19)
+# What keeps it busy.
+GPU_LOGITS = LogitsAtATime(1 << 27, 1 << 27)
 
 
-def sum_cross_entropy(model: Any, batch: Batch, fused: bool = False) -> Tensor:
+def sum_cross_entropy(
+    model: Any, batch: Batch, fused: bool = False, at_a_time: LogitsAtATime | None = None
+) -> Tensor:
     """Return the summed cross-entropy of the batch's N targets, in nats, float32; zero where N is 0.
 
     The hidden states are narrowed to the trained positions before the output layer, so that prompt
     positions cost no logits; what the model does with its logits (scales, caps) still applies. With `fused`,
-    the N × V logits are never held whole either: for models of which `can_fuse_loss` holds.
+    the N × V logits are never held whole either, but so many as suit the device, or `at_a_time`: for models of
+    which `can_fuse_loss` holds.
 
     Under FSDP every rank must call it equally often.
     """
     if fused:
-        return _run(model, batch, _LinearCrossEntropy).squeeze()
+        return _run(model, batch, _LinearCrossEntropy, at_a_time).squeeze()
     return F.cross_entropy(_run(model, batch)[0].float(), batch.targets_N, reduction="sum")
 
 
-def token_cross_entropies(model: Any, batch: Batch, fused: bool = False) -> Tensor:
+def token_cross_entropies(
+    model: Any, batch: Batch, fused: bool = False, at_a_time: LogitsAtATime | None = None
+) -> Tensor:
     """Return the cross-entropy (N) of each of the batch's targets, in nats, float32: otherwise as their sum."""
     if fused:
-        return _run(model, batch, _TokenLinearCrossEntropy)[0, :, 0]
+        return _run(model, batch, _TokenLinearCrossEntropy, at_a_time)[0, :, 0]
     return F.cross_entropy(_run(model, batch)[0].float(), batch.targets_N, reduction="none")
 
 
-def _run(model: Any, batch: Batch, cross_entropy: type[torch.autograd.Function] | None = None) -> Tensor:
+def _run(
+    model: Any,
+    batch: Batch,
+    cross_entropy: type[torch.autograd.Function] | None = None,
+    at_a_time: LogitsAtATime | None = None,
+) -> Tensor:
     """Return the logits (1, N, V) at the trained positions, or with a `cross_entropy` what it makes in their place."""
     head = model.get_output_embeddings()
     forward = head.forward
@@ -62,7 +76,12 @@ def _run(model: Any, batch: Batch, cross_entropy: type[torch.autograd.Function] 
     def compute_loss(hidden_BTD: Tensor) -> Tensor:
         assert cross_entropy is not None
         loss: Tensor = cross_entropy.apply(
-            narrow(hidden_BTD), head.weight, head.bias, batch.targets_N, batch.input_ids_BT.numel()
+            narrow(hidden_BTD),
+            head.weight,
+            head.bias,
+            batch.targets_N,
+            batch.input_ids_BT.numel(),
+            at_a_time or (CPU_LOGITS if hidden_BTD.device.type == "cpu" else GPU_LOGITS),
         )
         return loss
 
@@ -113,11 +132,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         most_targets: int,
+        at_a_time: LogitsAtATime,
     ) -> Tensor:
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
         gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets):
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets, at_a_time):
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 log_probs_n1 = _pick(logits_nV[part], targets_N[rows][part], wide_2wV, gradients.are_needed)
                 loss_sum -= log_probs_n1.sum()
@@ -132,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if made is None else (made.float() * gradient.squeeze()).to(ctx.dtype)
             for made in ctx.saved_tensors
         )
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 class _TokenLinearCrossEntropy(torch.autograd.Function):
@@ -151,6 +171,7 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         most_targets: int,
+        at_a_time: LogitsAtATime,
     ) -> Tensor:
         # The shape of logits: the model passes it on as such. No view, of which FSDP warns.
         losses_1N1 = torch.empty((1, len(hidden_ND), 1), dtype=torch.float32, device=hidden_ND.device)
@@ -158,7 +179,7 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         trains_head = of_weight or of_bias
         needed = (of_hidden and not trains_head, False, False)
         gradients = _Gradients.make(needed, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets):
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets, at_a_time):
             losses_n1, targets_n = losses_1N1[0, rows], targets_N[rows]
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 log_probs_n1 = _pick(logits_nV[part], targets_n[part], wide_2wV, gradients.are_needed)
@@ -166,7 +187,7 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
             gradients.add(rows, logits_nV, hidden_ND, weight_VD)
         inputs = (hidden_ND, weight_VD, bias_V, targets_N) if trains_head else ()
         ctx.save_for_backward(gradients.of_hidden_ND, *inputs)
-        ctx.most_targets = most_targets
+        ctx.sizes = most_targets, at_a_time
         return losses_1N1
 
     @staticmethod
@@ -174,16 +195,16 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         upstream_N1 = upstream_1N1[0]
         gradient_ND, *inputs = ctx.saved_tensors
         if not inputs:
-            return (gradient_ND.float() * upstream_N1).to(gradient_ND.dtype), None, None, None, None
+            return (gradient_ND.float() * upstream_N1).to(gradient_ND.dtype), *[None] * 5
         hidden_ND, weight_VD, bias_V, targets_N = inputs
         gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, ctx.most_targets):
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, *ctx.sizes):
             targets_n, upstream_n1 = targets_N[rows], upstream_N1[rows]
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 _pick(logits_nV[part], targets_n[part], wide_2wV, True, upstream_n1[part])
             gradients.add(rows, logits_nV, hidden_ND, weight_VD)
         of_inputs = (None if made is None else made.to(hidden_ND.dtype) for made in gradients)
-        return *of_inputs, None, None
+        return *of_inputs, None, None, None
 
 
 class _Gradients(NamedTuple):
@@ -219,10 +240,10 @@ class _Gradients(NamedTuple):
 
 
 def _slice_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, most_targets: int
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, most_targets: int, at_a_time: LogitsAtATime
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield the logits slice by slice: the rows, their logits, and room for two float32 copies of some of them."""
-    most_logits, most_wide = logits_at_a_time(hidden_ND.device)
+    most_logits, most_wide = at_a_time
     size = min(max(1, most_logits // len(weight_VD)), most_targets)
     # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
     logits_sV = hidden_ND.new_empty(size, len(weight_VD))

@@ -1,0 +1,127 @@
+"""What is private in Ray, torch, transformers and Liger and yet needed: a function each, with the versions it is known in.
+
+Nothing else in the package touches these. `tests/test_compat.py` says for each whether the installed version still has
+it. The libraries are imported where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def block_classes(module: nn.Module) -> set[str]:
+    """Return the class names of a model's repeated blocks; of a module that isn't a model, none.
+
+    `_no_split_modules`: transformers 5.19, a list, a set or None.
+    """
+    return set(getattr(module, "_no_split_modules", None) or ())
+
+
+def attention_name(model: Any) -> str:
+    """Return transformers' name of the attention backend that `model` uses.
+
+    `config._attn_implementation`: transformers 5.19.
+    """
+    return str(model.config._attn_implementation)
+
+
+def can_set_attention(model: Any) -> bool:
+    """Return whether a transformers model takes its attention backend by name.
+
+    `_can_set_attn_implementation`: transformers 5.19.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
+def supports_flash_attention(model: Any) -> bool:
+    """Return whether a transformers model can attend with FlashAttention.
+
+    `_supports_flash_attn`: transformers 5.19.
+    """
+    return bool(model._supports_flash_attn)
+
+
+def apply_liger(model: Any) -> None:
+    """Let Liger's kernels replace what they know of `model`, but for the loss.
+
+    `_apply_liger_kernel_to_instance`: liger-kernel 0.8.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def softmax_gradient(gradient: Tensor, probabilities: Tensor) -> Tensor:
+    """Return the gradient of a softmax's input over the last dimension, in one pass.
+
+    `torch._softmax_backward_data`: torch 2.13.
+    """
+    import torch
+
+    return torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Return whether this machine's CPU multiplies in bfloat16.
+
+    `torch.cpu._is_avx512_bf16_supported`: torch 2.13.
+    """
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def set_most_variants(count: int) -> None:
+    """Let torch.compile make so many variants of one function before it gives up.
+
+    `torch._dynamo.config.recompile_limit`: torch 2.13.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = count
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return what tells a storage that lives from all others, without data too.
+
+    `_cdata`: torch 2.13.
+    """
+    return int(storage._cdata)
+
+
+def count_changes(tensor: Tensor) -> int:
+    """Return how often a tensor, or what it is a view of, was changed in place.
+
+    `_version`: torch 2.13; inference tensors have none.
+    """
+    return tensor._version
+
+
+def apply_to_tensors(module: nn.Module, change: Any) -> None:
+    """Put `change(tensor)` in the place of each parameter and buffer.
+
+    `Module._apply`: torch 2.13.
+    """
+    module._apply(change)
+
+
+def trainer_without_cleaner() -> Any:
+    """Return Ray's TorchTrainer without the process that gives back the workers' places when the controller dies.
+
+    A Ray of our own ends with its driver anyway. That process asks the dashboard of the cluster last started on this
+    machine whether our controller lives: no answer holds up the run's end, a false one ends the run.
+
+    `_create_default_callbacks`, `PlacementGroupCleanerCallback`: ray 2.60.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class OwnRayTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [it for it in callbacks if type(it).__name__ != "PlacementGroupCleanerCallback"]
+
+    return OwnRayTrainer

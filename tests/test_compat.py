@@ -1,0 +1,82 @@
+"""Canaries: the private parts of libraries that `compat` reads are still there, and still say what we take them to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from support.tiny_models import FAMILIES, build_config
+from tunesmith import compat
+
+
+def build(family: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(build_config(family, 50))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_name_their_blocks_and_take_attention_by_name(family: str) -> None:
+    model = build(family)
+    names = compat.block_classes(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    assert len(blocks) == model.config.num_hidden_layers
+    assert not compat.block_classes(torch.nn.Linear(1, 1))
+    assert compat.can_set_attention(model)
+    assert compat.supports_flash_attention(model)
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert compat.attention_name(model) == name
+
+
+def test_liger_replaces_parts_of_a_model() -> None:
+    pytest.importorskip("liger_kernel")
+    from liger_kernel import transformers
+
+    assert callable(transformers._apply_liger_kernel_to_instance)
+
+
+def test_the_softmax_s_gradient_is_autograd_s() -> None:
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    probabilities, gradient = scores.softmax(-1), torch.arange(15.0).view(3, 5)
+    (expected,) = torch.autograd.grad(probabilities, scores, gradient)
+    torch.testing.assert_close(compat.softmax_gradient(gradient, probabilities.detach()), expected)
+
+
+def test_a_cpu_tells_what_it_multiplies_in() -> None:
+    assert isinstance(compat.has_bfloat16_instructions(), bool)
+
+
+def test_compiled_functions_may_have_more_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compat.set_most_variants(9)
+    assert torch._dynamo.config.recompile_limit == 9
+
+
+def test_storages_without_data_are_told_apart_and_views_share_theirs() -> None:
+    first, second = (torch.empty(4, device="meta") for _ in range(2))
+    key = compat.storage_key(first.untyped_storage())
+    assert key == compat.storage_key(first.view(2, 2).untyped_storage())
+    assert key != compat.storage_key(second.untyped_storage())
+
+
+def test_a_change_in_place_is_counted() -> None:
+    tensor = torch.zeros(4)
+    before = compat.count_changes(tensor)
+    tensor[:2].add_(1)
+    assert compat.count_changes(tensor) == before + 1
+
+
+def test_every_parameter_and_buffer_is_changed_once() -> None:
+    layer = torch.nn.BatchNorm1d(2)
+    compat.apply_to_tensors(layer, lambda tensor: tensor + 1)
+    assert layer.weight.tolist() == [2, 2]
+    assert layer.running_mean.tolist() == [1, 1]
+
+
+def test_ray_trains_without_its_cleaner_of_places() -> None:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert issubclass(compat.trainer_without_cleaner(), TorchTrainer)
+    assert callable(DataParallelTrainer._create_default_callbacks)
