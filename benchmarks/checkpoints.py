@@ -13,7 +13,9 @@ from turn import answer, read_task
 
 from tunesmith.tracking.jsonl import NoLog
 from tunesmith.train.checkpoint import Progress
-from tunesmith.train.training import Training
+from tunesmith.train.saving import publish
+from tunesmith.train.state import Training
+from tunesmith.train.step import take_step
 
 _PAIRS = 4
 
@@ -23,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(task, task.train, Path(folder), "train")
         training = set_up_alone(make_job(config, num_threads=task.num_threads), torch.device("cpu"))
-        training.take_step(1)
+        take_step(training, 1)
         figures: dict[str, list[float]] = {"step_s": [], "saved_step_s": []}
         for pair in range(_PAIRS):
             # In turns the one and the other first: a drift must not count for either.
@@ -37,9 +39,9 @@ def _time_step(training: Training, step: int, save: bool) -> float:
     start = time.perf_counter()
     if save:
         training.checkpointer.save(Progress(step - 1))
-    training.take_step(step)
+    take_step(training, step)
     if save:
-        failure = training.publish(NoLog(), step, wait=True)
+        failure = publish(training, NoLog(), step, wait=True)
         assert failure is None, failure
     return time.perf_counter() - start
 

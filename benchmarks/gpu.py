@@ -28,7 +28,9 @@ from turn import peak_bytes
 from tunesmith.atomic_files import write_json
 from tunesmith.config import TrainConfig
 from tunesmith.planning.devices import peak_flops
-from tunesmith.train.training import Training
+from tunesmith.train.set_up import tear_down
+from tunesmith.train.state import Training
+from tunesmith.train.step import take_step
 
 _FOLDER = Path(__file__).parent
 _LLAMA_3: dict[str, Any] = {
@@ -103,8 +105,8 @@ def check_parity(folder: Path, device: torch.device) -> float:
             gradient_accumulation_steps=2,
         )
         training = set_up_alone(make_job(config), where)
-        losses.append([training.take_step(step).loss for step in range(1, _PARITY_STEPS + 1)])
-        training.close()
+        losses.append([take_step(training, step).loss for step in range(1, _PARITY_STEPS + 1)])
+        tear_down(training)
     difference = max(abs(theirs / ours - 1) for theirs, ours in zip(*reversed(losses), strict=True))
     if difference > PARITY_TOLERANCE:
         raise SystemExit(f"error: losses in bfloat16 on {device} and in float32 on the CPU differ: {losses}")
@@ -144,7 +146,7 @@ def measure(words: argparse.Namespace, folder: Path, device: torch.device) -> di
         "peak_bytes": _peak_bytes(device),
         "planned_bytes": plan_bytes(config, device),
     }
-    training.close()
+    tear_down(training)
     return figures
 
 
@@ -153,13 +155,13 @@ def _time_steps(training: Training, num_steps: int, device: torch.device) -> dic
     seconds, losses, tokens_per_s, flops_per_s = [], [], [], []
     for step in range(1, num_steps + 1):
         start = time.perf_counter()
-        result = training.take_step(step)
+        result = take_step(training, step)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
         losses.append(result.loss)
-        tokens_per_s.append(result.tokens / seconds[-1])
-        work = count_flops(shape, lengths_of(training, step), result.trained_tokens)
+        tokens_per_s.append(result.counts.tokens / seconds[-1])
+        work = count_flops(shape, lengths_of(training, step), result.counts.trained_tokens)
         flops_per_s.append(work / seconds[-1])
         print(f"step {step}: {tokens_per_s[-1]:,.0f} tokens/s, loss {result.loss:.4f}", file=sys.stderr)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

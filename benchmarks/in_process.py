@@ -12,8 +12,9 @@ from tunesmith.planning.fitting import make_plan
 from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.workers import find_workers
 from tunesmith.runs.identity import locate_run
+from tunesmith.train.set_up import set_up
 from tunesmith.train.start import record_params
-from tunesmith.train.training import Training, set_up
+from tunesmith.train.state import Training
 from tunesmith.train.worker import ProcessWorker, TrainJob
 
 

@@ -24,8 +24,10 @@ from tunesmith.data.batches import Sequences
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model.kernels import install
 from tunesmith.planning import memory
-from tunesmith.train import build, training
-from tunesmith.train.training import Training
+from tunesmith.train import build, set_up, validation
+from tunesmith.train.state import Training
+from tunesmith.train.step import take_step
+from tunesmith.train.validation import evaluate
 
 _PRODUCTS = 3
 
@@ -44,16 +46,19 @@ LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
         {},
         [(install, "CPU", replace(install.CPU, fuses_elementwise=False))],
     ),
-    "several sequences at a time": ({}, [(training, "sequences_per_forward", lambda *_: 1)]),
+    "several sequences at a time": (
+        {},
+        [(module, "sequences_per_forward", lambda *_: 1) for module in (set_up, validation)],
+    ),
     "at most 1,024 tokens at a time": (
         {},
-        [(training, "sequences_per_forward", lambda size, *_: size)],
+        [(module, "sequences_per_forward", lambda size, *_: size) for module in (set_up, validation)],
     ),
     "cheap results computed again": (
         {},
         [(install, "CPU", replace(install.CPU, keeps_cheap_results=True))],
     ),
-    "freed memory kept": ({}, [(training, "keep_freed_memory", lambda: None)]),
+    "freed memory kept": ({}, [(set_up, "keep_freed_memory", lambda: None)]),
     "rows of few lengths": ({}, [(batches, "FLAT_MULTIPLE", 1)]),
     "no activation checkpointing": ({"gradient_checkpointing": True}, []),
     "no compiled blocks": ({"torch_compile": True}, []),
@@ -96,8 +101,8 @@ def main() -> None:
         job = make_job(config, num_threads=task.num_threads)
         held_out = make_job(make_config(task, task.held_out, home, "held-out"))
         ours = set_up_alone(job, torch.device("cpu"))
-        ours.validation = swap_tokens(ours.sequences, held_out.prepared_path)
-        figures = _run(ours, task)
+        held_out_rows = swap_tokens(ours.sequences, held_out.prepared_path)
+        figures = _run(ours, held_out_rows, task)
         figures.planned_bytes = plan_bytes(config, torch.device("cpu"))
         figures.answer()
 
@@ -117,26 +122,25 @@ def swap_tokens(sequences: Sequences, prepared_path: Path) -> Sequences:
     return other
 
 
-def _run(ours: Training, task: Task) -> Figures:
-    assert ours.validation is not None
+def _run(ours: Training, held_out: Sequences, task: Task) -> Figures:
     figures = Figures(start_s=age_s())
-    figures.held_out_trained_tokens = int(ours.validation.tokens.num_trained.sum())
-    figures.loss_before = ours.evaluate()["eval_loss"]
+    figures.held_out_trained_tokens = int(held_out.tokens.num_trained.sum())
+    figures.loss_before = evaluate(ours, held_out)["eval_loss"]
     print(ours.describe(), file=sys.stderr)
     shape = measure_shape(ours.model)
     figures.product_flops_per_s += time_products()
     for number in range(1, task.num_steps + 1):
         start = time.perf_counter()
-        result = ours.take_step(number)
+        result = take_step(ours, number)
         figures.step_s.append(time.perf_counter() - start)
         lengths = lengths_of(ours, number)
-        figures.tokens.append(result.tokens)
-        figures.trained_tokens.append(result.trained_tokens)
+        figures.tokens.append(result.counts.tokens)
+        figures.trained_tokens.append(result.counts.trained_tokens)
         figures.examples.append(len(lengths))
         figures.losses.append(result.loss)
-        figures.flops.append(count_flops(shape, lengths, result.trained_tokens))
+        figures.flops.append(count_flops(shape, lengths, result.counts.trained_tokens))
         if figures.is_halfway(task):
-            figures.loss_after = ours.evaluate()["eval_loss"]
+            figures.loss_after = evaluate(ours, held_out)["eval_loss"]
         figures.product_flops_per_s += time_products()
     return figures
 

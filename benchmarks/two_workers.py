@@ -15,7 +15,8 @@ from in_process import make_job
 from ours import make_config
 from turn import Task, answer, read_task
 
-from tunesmith.train.training import set_up
+from tunesmith.train.set_up import set_up, tear_down
+from tunesmith.train.step import take_step
 from tunesmith.train.worker import ProcessWorker, TrainJob
 
 _MICROBATCHES = 4
@@ -56,11 +57,11 @@ def _work(rank: int, num_workers: int, folder: Path, job: TrainJob) -> None:
     speeds = []
     for step in range(1, _STEPS + 1):
         start = time.perf_counter()
-        result = training.take_step(step)
+        result = take_step(training, step)
         speeds.append(result.tokens / (time.perf_counter() - start))
     if rank == 0:
         (folder / "speed").write_text(str(statistics.median(speeds[1:])))
-    training.close()
+    tear_down(training)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tunesmith.model.adapters import choose_targets
 from tunesmith.model.load import build_meta_model
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.model.state import read_weights
+from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
 from tunesmith.train.build import build_model
 from tunesmith.train.start import check_model
@@ -155,7 +156,7 @@ def test_default_targets_are_every_linear_layer_but_the_head(
     assert all("." not in name for name in modules)
     chosen = {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in modules}
     assert chosen == {n for n, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
-    adapted = build_model(config, CPU, 1)
+    adapted = build_model(config, CPU, build_mesh(0, 1))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(chosen)
     assert not any(part in name for name in trained for part in ("lm_head", "experts", ".gate.", "router"))
@@ -241,7 +242,7 @@ def test_the_probe_passes_families_that_keep_packed_examples_apart(
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         config = small_config(model_of(family), rows, tmp_path, dtype=str(dtype).removeprefix("torch."))
-        model = build_model(config, CPU, 1)
+        model = build_model(config, CPU, build_mesh(0, 1))
         assert keeps_examples_apart(model, CPU, dtype)
         assert model.training
 

@@ -23,6 +23,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.load import load_model_config
 from tunesmith.model.state import read_weights
 from tunesmith.parallel.activation_checkpointing import count_recomputed, recompute_first
+from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning import layout
 from tunesmith.planning.dry_run import measure_microbatch, planned_kernels, run_microbatch
 from tunesmith.planning.layout import SHARE_FOR_ALL, choose_layout, plan_layout
@@ -143,7 +144,7 @@ def test_blocks_stay_gathered_until_the_backward_pass_if_the_layout_says_so(
 ) -> None:
     monkeypatch.setattr(layout, "available_memory", lambda: room)
     config = small_config(deep, rows, tmp_path, full_ft=True, gradient_checkpointing=False)
-    model: Any = build_model(config, CPU, 1)
+    model: Any = build_model(config, CPU, build_mesh(0, 1))
     weights = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(NUM_BLOCKS)]
     loss = model(input_ids=torch.arange(8).unsqueeze(0), use_cache=False).logits.sum()
     assert [isinstance(model.get_parameter(name), DTensor) for name in weights] == [not is_kept] * NUM_BLOCKS
@@ -202,7 +203,7 @@ def test_a_run_recomputes_what_its_plan_says_and_trains_alike(
     kept = gradient_of_step(config, sequences, microbatches)
     room = room_for(config, 2)
     monkeypatch.setattr(layout, "available_memory", lambda: room)
-    assert count_recomputed(build_model(config, CPU, 1)) == (2, NUM_BLOCKS)
+    assert count_recomputed(build_model(config, CPU, build_mesh(0, 1))) == (2, NUM_BLOCKS)
     assert_close(kept, gradient_of_step(config, sequences, microbatches))
 
 
@@ -234,7 +235,7 @@ def test_workers_with_unequal_memory_recompute_as_the_smallest_asks_for(
 def count_with_room(rank: int, world_size: int, config: TrainConfig, rooms: list[int]) -> tuple[int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "available_memory", lambda: world_size * rooms[rank])
-        return count_recomputed(build_model(config, CPU, world_size))
+        return count_recomputed(build_model(config, CPU, build_mesh(rank, world_size)))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from support.runs import small_config
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
+from tunesmith.parallel.mesh import build_mesh
 from tunesmith.train.build import build_model
 
 pytestmark = [
@@ -110,4 +111,4 @@ def process_id(rank: int, world_size: int) -> int:
 
 def build(rank: int, world_size: int, folder: Path) -> None:
     config = small_config(folder, folder, folder, dtype="bfloat16", fsdp="full_shard")
-    _built[:] = [build_model(config, torch.device("cpu"), world_size)]
+    _built[:] = [build_model(config, torch.device("cpu"), build_mesh(rank, world_size))]

@@ -25,6 +25,7 @@ from tunesmith.model.frozen_weights import Dense, FrozenLinear, FrozenWeight
 from tunesmith.model.load import load_model_config
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.parallel.fsdp import check_shardable
+from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning.layout import plan_layout
 from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.throughput import count_flops_per_token
@@ -92,7 +93,9 @@ def test_two_workers_hold_half_of_the_bytes_each_and_train_as_one(
 ) -> None:
     dense = small_config(dequantized, rows, tmp_path / "dense", max_steps=2, fsdp="full_shard")
     stored = small_config(model_of("llama"), rows, tmp_path / "stored", max_steps=2, fsdp="full_shard")
-    whole = sum(parameter.nbytes for parameter in stored_in(build_model(stored, CPU, 1, Int8Rows)))
+    whole = sum(
+        parameter.nbytes for parameter in stored_in(build_model(stored, CPU, build_mesh(0, 1), Int8Rows))
+    )
     local = two_workers.run(count_local_bytes, stored)
     assert local == [whole // 2] * 2
     job = replace(start(stored, num_workers=2), frozen_weight=Int8Rows)
@@ -108,7 +111,7 @@ def stored_in(model: nn.Module) -> list[nn.Parameter]:
 
 
 def count_local_bytes(rank: int, world_size: int, config: TrainConfig) -> int:
-    stored = stored_in(build_model(config, CPU, world_size, Int8Rows))
+    stored = stored_in(build_model(config, CPU, build_mesh(rank, world_size), Int8Rows))
     assert {parameter.dtype for parameter in stored} == {torch.uint8}
     return sum(parameter.to_local().nbytes for parameter in stored if isinstance(parameter, DTensor))
 
@@ -120,7 +123,7 @@ def test_the_plan_counts_the_bytes_that_are_stored(
     config = small_config(model_of("llama"), rows, tmp_path, fsdp="no_shard")
     planned = build_planned_model(config, load_model_config(config.model), torch.float32, kind)
     _, memory = plan_layout(planned, config, "cpu", 1, 1 << 40)
-    built = build_model(config, CPU, 1, kind)
+    built = build_model(config, CPU, build_mesh(0, 1), kind)
     assert memory.weights == sum(p.nbytes for p in built.parameters() if not p.requires_grad)
     dense = build_planned_model(config, load_model_config(config.model), torch.float32)
     assert count_flops_per_token(planned.model, False) == count_flops_per_token(dense.model, False)

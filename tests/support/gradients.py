@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.runs import start
 from tunesmith.config import TrainConfig
@@ -18,10 +18,12 @@ from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels
 from tunesmith.model.load import attention_of
 from tunesmith.model.policy import Policy
+from tunesmith.objectives.base import LOSS
 from tunesmith.objectives.sft import SFT
+from tunesmith.parallel.mesh import Mesh, build_mesh
 from tunesmith.train.build import build_model, choose_ways
+from tunesmith.train.learner import Learner
 from tunesmith.train.step import accumulate_gradients
-from tunesmith.train.worker import ProcessWorker
 
 CPU = torch.device("cpu")
 
@@ -38,11 +40,15 @@ def gradient_of_step(
     step: int = 1,
     num_sequences: int = 2,
     kernels: Kernels | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Tensor]:
-    """Return loss and gradients of one step, so many sequences at a time, from adapters that do something already."""
-    job = start(config)
-    model = build_model(config, CPU, world_size=1, kernels=kernels)
-    policy = Policy(model, choose_ways(config, model, CPU))
+    """Return loss and gradients of one step, so many sequences at a time, from adapters that do something already.
+
+    Without a `mesh`, this process is alone. The loss is the sum over all ranks.
+    """
+    mesh = mesh or build_mesh(0, 1)
+    model = build_model(config, CPU, mesh, kernels=kernels)
+    policy = Policy(model, fused_loss=choose_ways(config, model, CPU))
     if config.torch_compile:
         compile_blocks(model)
     generator = torch.Generator().manual_seed(0)
@@ -50,16 +56,17 @@ def gradient_of_step(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 # A fresh adapter's B is zero, and so would be the gradient of its A.
-                slice_of_it = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                slice_of_it.add_(0.1 * torch.randn(slice_of_it.shape, generator=generator))
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                if isinstance(parameter, DTensor):
+                    noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+                parameter.add_(noise)
     flatten = attention_of(model) == VARLEN
     sequences = Sequences(sequences.tokens, sequences.packing, sequences.pad_token_id, flatten)
-    worker = ProcessWorker(0, 1, CPU, job.run)
-    result = accumulate_gradients(
-        policy, SFT(), sequences, microbatches, step, config.seed, worker, num_sequences
-    )
+    learner = Learner(policy, SFT(), mesh, CPU)
+    result = accumulate_gradients(learner, sequences, microbatches, step, config.seed, num_sequences)
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return {**result.sums, **gradients}
+    (loss,) = mesh.sum([result.tally.sums[LOSS].item()])
+    return {"loss": torch.tensor(loss), **gradients}
 
 
 def whole(tensor: Tensor) -> Tensor:

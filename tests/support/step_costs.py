@@ -24,7 +24,8 @@ from support.runs import small_config, start
 from tunesmith.model.kernels import attention
 from tunesmith.model.kernels.install import GPU, install_kernels
 from tunesmith.train.optimizer import build_optimizer
-from tunesmith.train.training import Training, set_up
+from tunesmith.train.set_up import set_up
+from tunesmith.train.state import Training
 from tunesmith.train.worker import ProcessWorker
 
 META = torch.device("meta")
@@ -44,7 +45,7 @@ def set_up_training(
 @contextmanager
 def on_meta(training: Training) -> Iterator[Training]:
     """Yield the training with its model on the meta device, where it goes the way of GPUs."""
-    model = training.model.to(META)
+    learner, model = training.learner, training.model.to(META)
     # torch's own norms go another way without data.
     install_kernels(model, replace(GPU, torch_norms=False))
     fused_devices = torch_optimizer._get_fused_kernels_supported_devices()
@@ -56,7 +57,7 @@ def on_meta(training: Training) -> Iterator[Training]:
         )
         yield replace(
             training,
-            model=model,
+            learner=replace(learner, policy=replace(learner.policy, model=model), device=META),
             optimizer=build_optimizer(model.parameters(), training.config),
             worker=replace(training.worker, device=META),
         )

@@ -22,6 +22,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.model.kernels.install import CPU
 from tunesmith.model.load import attention_of, narrowest_window
 from tunesmith.model.state import read_weights
+from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
 from tunesmith.train import build
 
@@ -111,7 +112,7 @@ def test_rows_are_cut_into_their_examples_where_no_window_is_narrower(
 ) -> None:
     for length in (16, 17):
         config = small_config(model_of(family), rows, tmp_path, max_seq_length=length)
-        model = build.build_model(config, torch.device("cpu"), 1)
+        model = build.build_model(config, torch.device("cpu"), build_mesh(0, 1))
         assert build.choose_ways(config, model, torch.device("cpu"))
         window = narrowest_window(model)
         assert (attention_of(model) == "varlen") == (length <= window)

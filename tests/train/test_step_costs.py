@@ -22,7 +22,9 @@ from support.step_costs import BytesMoved, CollectiveBytes, HostWaits, on_meta, 
 from support.workers import WorkerGroup
 from tunesmith.model.kernels.attention import compute_logits
 from tunesmith.parallel.blocks import find_blocks
-from tunesmith.train.training import Training
+from tunesmith.train.state import Training
+from tunesmith.train.step import take_step
+from tunesmith.train.validation import evaluate
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
@@ -92,7 +94,7 @@ def test_a_step_computes_what_its_shapes_ask_for(training: Training) -> None:
     aten = torch.ops.aten
     in_place = {aten.addmm_: count_added_product, aten.baddbmm_: count_added_product}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        training.take_step(1)
+        take_step(training, 1)
     counts = counter.get_flop_counts()["Global"]
     of_matrices = sum(counts[func] for func in counts if func.__name__.rstrip("_") in ("mm", "addmm"))
     assert_costs("linear FLOP", of_matrices / linear)
@@ -101,12 +103,12 @@ def test_a_step_computes_what_its_shapes_ask_for(training: Training) -> None:
 
 def count_bytes_per_token(training: Training, step: int) -> float:
     with BytesMoved() as moved:
-        result = training.take_step(step)
-    return moved.total / result.tokens
+        result = take_step(training, step)
+    return moved.total / result.counts.tokens
 
 
 def test_a_step_moves_no_more_bytes_than_recorded(training: Training) -> None:
-    training.take_step(1)  # what is made once and kept
+    take_step(training, 1)  # what is made once and kept
     on_cpu = count_bytes_per_token(training, 1)
     assert on_cpu == count_bytes_per_token(training, 1)
     assert_costs("bytes on the CPU", on_cpu)
@@ -126,14 +128,15 @@ def test_a_step_waits_for_a_gpu_once_however_many_microbatches_it_has(
     training = set_up_training(model_of("llama"), rows, tmp_path, gradient_checkpointing=recompute)
     assert len(training.plan.microbatches(1)) == 3
     with on_meta(training) as remote, HostWaits() as waits:
-        result = remote.take_step(1)
+        result = take_step(remote, 1)
     assert result.is_finite
     assert (waits.reads, waits.blocking_copies) == (1, 0)
 
 
 def test_an_evaluation_waits_for_a_gpu_once(training: Training) -> None:
     with on_meta(training) as remote, HostWaits() as waits:
-        remote.evaluate()
+        assert remote.validation is not None
+        evaluate(remote, remote.validation)
     assert (waits.reads, waits.blocking_copies) == (1, 0)
 
 
@@ -163,7 +166,7 @@ def count_collectives(
     """Return the collectives of a step by name and bytes, and the number of trained weights."""
     training = set_up_training(model, rows, folder / str(rank), rank, world_size)
     with CollectiveBytes() as collectives:
-        training.take_step(1)
+        take_step(training, 1)
     return collectives.counts, sum(p.numel() for p in training.model.parameters() if p.requires_grad)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunesmith.parallel.casting import cast_weights
+from tunesmith.parallel.mesh import Mesh
 
 
 def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -15,16 +15,16 @@ def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     model.to(device)
 
 
-def sum_gradients(model: nn.Module) -> None:
+def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
     """Add up the gradients of a replicated model over all ranks, in float32. Collective."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:  # this rank had no rows
             parameter.grad = torch.zeros_like(parameter)
-    if dist.get_world_size() == 1:
+    if mesh.size == 1:
         return
     gradients: list[Tensor] = [parameter.grad for parameter in trained if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    mesh.sum_in_place(flat)
     for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))

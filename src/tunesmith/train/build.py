@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
@@ -27,6 +26,7 @@ from tunesmith.parallel.activation_checkpointing import (
     recompute_first,
 )
 from tunesmith.parallel.fsdp import shard_model
+from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.replicate import replicate_model
 from tunesmith.planning.layout import choose_layout, find_room
 from tunesmith.planning.memory import build_planned_model
@@ -35,7 +35,7 @@ from tunesmith.planning.memory import build_planned_model
 def build_model(
     config: TrainConfig,
     device: torch.device,
-    world_size: int,
+    mesh: Mesh,
     frozen_weight: type[FrozenWeight] = Dense,
     kernels: Kernels | None = None,
 ) -> nn.Module:
@@ -45,7 +45,7 @@ def build_model(
     """
     dtype = resolve_dtype(config.dtype, device)
     planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
-    layout = choose_layout(planned, config, device.type, world_size, find_room(device, world_size))
+    layout = choose_layout(planned, config, device.type, mesh.size, find_room(device, mesh.size))
     model: nn.Module = load_model(config.model, device, dtype, config.attn_implementation)
     for parameter in model.parameters():
         parameter.requires_grad_(config.full_ft)
@@ -58,8 +58,8 @@ def build_model(
     if layout.replicated:
         replicate_model(model, device, dtype)
     else:
-        mesh = init_device_mesh(device.type, (world_size,))
-        shard_model(model, mesh, dtype, config.cpu_offload, layout.reshard_after_forward)
+        ranks = mesh.lay_out_weights(device)
+        shard_model(model, ranks, dtype, config.cpu_offload, layout.reshard_after_forward)
     return model.train()
 
 

@@ -1,49 +1,93 @@
-"""What one step and one evaluation compute, over all workers."""
+"""One step: the forward and backward passes of its microbatches, and the update of the weights."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tunesmith.data.batches import Batch, Sequences, empty_batch, microbatch_seed, microbatches_for_rank
-from tunesmith.model.policy import Policy
-from tunesmith.objectives.base import LOSS, LossOutput, Objective
-from tunesmith.parallel.collectives import sum_over_ranks
-from tunesmith.parallel.fsdp import release_gathered
+from tunesmith.data.batches import Counts, Sequences, microbatch_seed
+from tunesmith.objectives.base import LOSS
 from tunesmith.parallel.replicate import sum_gradients
-from tunesmith.train.worker import Worker
+from tunesmith.train.learner import Learner, Tally, read_scalars
+from tunesmith.train.schedule import learning_rate, set_learning_rate
+from tunesmith.train.state import StepResult, Training
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The result of a step's forward and backward passes.
+    """The result of a step's forward and backward passes, besides the gradient on the weights.
 
     Attributes:
-        sums: this rank's share of the objective's sums by name; float32 scalars.
+        counts: of the global batch.
+        tally: this rank's share of the objective's sums.
         data_wait_s: seconds that this rank waited for batches.
     """
 
-    sums: dict[str, Tensor]
+    counts: Counts
+    tally: Tally
     data_wait_s: float
 
 
+def take_step(training: Training, step: int) -> StepResult:
+    """Train one step; one whose loss or gradient isn't finite leaves the weights as they are. Collective."""
+    config, optimizer = training.config, training.optimizer
+    training.meter.start()
+    gradients = accumulate_gradients(
+        training.learner,
+        training.sequences,
+        training.plan.microbatches(step),
+        step,
+        config.seed,
+        training.sequences_per_forward,
+    )
+    norm = clip_gradients(training.model, config.max_grad_norm)
+    # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
+    stop_requested = training.worker.rank == 0 and training.job.run.stop_path.exists()
+    counts, tally = gradients.counts, gradients.tally
+    *shares, grad_norm = read_scalars(*tally.sums.values(), norm)
+    *totals, num_stops = training.mesh.sum([*shares, float(stop_requested)])
+    result = StepResult(tally.divide(totals), grad_norm, counts, stop_requested=num_stops > 0)
+    if result.is_finite:
+        set_learning_rate(optimizer, learning_rate(step, training.num_steps, config))
+        optimizer.step()
+    optimizer.zero_grad()
+    training.meter.stop(counts.tokens, gradients.data_wait_s)
+    return result
+
+
+def measure(training: Training, step: int, result: StepResult) -> dict[str, float]:
+    """Return the step's line of metrics; the rates are means since the line before."""
+    return {
+        "epoch": training.plan.epoch(step),
+        **result.metrics,
+        "learning_rate": learning_rate(step, training.num_steps, training.config),
+        "grad_norm": result.grad_norm,
+        "tokens": result.counts.tokens,
+        "trained_tokens": result.counts.trained_tokens,
+        "max_steps": training.num_steps,
+        **training.meter.read(),
+    }
+
+
+def find_rows(training: Training, step: int) -> list[int]:
+    """Return the lines of the `.jsonl` (from 0) that a step trains on."""
+    return training.sequences.source_rows(np.concatenate(training.plan.microbatches(step)))
+
+
 def accumulate_gradients(
-    policy: Policy,
-    objective: Objective,
+    learner: Learner,
     sequences: Sequences,
     microbatches: Sequence[np.ndarray],
     step: int,
     seed: int,
-    worker: Worker,
     sequences_per_forward: int,
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
@@ -53,15 +97,14 @@ def accumulate_gradients(
     The gradient is that of the objective's mean over the whole global batch. Nothing here waits for a GPU: while it
     computes one microbatch, the host collates the next. Collective.
     """
-    model = policy.model
+    model = learner.policy.model
     counts = sequences.count(np.concatenate(microbatches))
-    denominators = objective.denominators(counts)
-    numbers = microbatches_for_rank(len(microbatches), worker.rank, worker.world_size)
+    tally = learner.start_tally(counts)
+    numbers = learner.share(len(microbatches))
     is_sharded = isinstance(model, FSDPModule)
     # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
     # they would cost every worker more memory than the model.
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
-    sums = {name: torch.zeros((), device=worker.device) for name in denominators}
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
         torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
@@ -72,29 +115,16 @@ def accumulate_gradients(
                 is_last = i == len(numbers) - 1 and j == len(parts) - 1
                 model.set_requires_gradient_sync(trains_all or is_last)
             start = time.perf_counter()
-            batch = collate_rows(sequences, rows).to(worker.device)
+            batch = learner.collate(sequences, rows)
             data_wait_s += time.perf_counter() - start
-            output = objective.loss(batch, counts, policy)
-            (output.loss_sum / max(1, denominators[LOSS])).backward()
-            add_up(sums, output)
+            output = learner.loss(batch, counts)
+            (output.loss_sum / max(1, tally.denominators[LOSS])).backward()
+            tally.add(output)
             # Or its graph, spread over the heap, would break up the room that the next one's activations need.
             del output
     if not is_sharded:
-        sum_gradients(model)
-    return Gradients(sums, data_wait_s)
-
-
-def add_up(sums: dict[str, Tensor], output: LossOutput) -> None:
-    """Add what a batch has added, in place."""
-    for name, value in output.sums.items():
-        sums[name] += value.detach()
-
-
-def divide(sums: Mapping[str, float], denominators: Mapping[str, int]) -> dict[str, float]:
-    """Return the mean of each sum; NaN where there is nothing to divide by."""
-    return {
-        name: value / denominators[name] if denominators[name] else math.nan for name, value in sums.items()
-    }
+        sum_gradients(model, learner.mesh)
+    return Gradients(counts, tally, data_wait_s)
 
 
 def split_microbatch(
@@ -115,11 +145,6 @@ def split_microbatch(
     return parts + [None] * (num_parts - len(parts))
 
 
-def collate_rows(sequences: Sequences, rows: np.ndarray | None) -> Batch:
-    """Return the batch of these rows, or one without a trained token."""
-    return empty_batch(sequences.pad_token_id) if rows is None else sequences.collate(rows)
-
-
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients of all ranks down to `max_norm` (0: leave them) and return their norm before, a scalar."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -130,37 +155,3 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
-
-
-def read_scalars(*scalars: Tensor) -> list[float]:
-    """Return the values of scalars in one transfer, so that the host waits once for a GPU."""
-    first = scalars[0]
-    values: list[float] = torch.stack([scalar.to(first) for scalar in scalars]).tolist()
-    return values
-
-
-@torch.no_grad()
-def evaluate(
-    policy: Policy,
-    objective: Objective,
-    sequences: Sequences,
-    microbatches: Sequence[np.ndarray],
-    worker: Worker,
-    group: dist.ProcessGroup,
-) -> dict[str, float]:
-    """Return the objective's loss and metrics by name over all ranks; NaN where there is nothing to divide by.
-
-    Collective: every rank must call it. Leaves the model in training mode.
-    """
-    model = policy.model.eval()
-    counts = sequences.count(np.concatenate(microbatches))
-    denominators = objective.denominators(counts)
-    sums = {name: torch.zeros((), device=worker.device) for name in denominators}
-    for number in microbatches_for_rank(len(microbatches), worker.rank, worker.world_size):
-        rows = None if number is None else microbatches[number]
-        batch = collate_rows(sequences, rows).to(worker.device)
-        add_up(sums, objective.loss(batch, counts, policy))
-    model.train()
-    release_gathered(model)
-    totals = sum_over_ranks(read_scalars(*sums.values()), group)
-    return divide(dict(zip(sums, totals, strict=True)), denominators)

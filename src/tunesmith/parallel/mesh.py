@@ -1,0 +1,75 @@
+"""Where a rank stands among the others: which data it takes, with whom it adds up, what it holds of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tunesmith.parallel.collectives import sum_over_ranks
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches import Batch
+
+REPLICATE, SHARD = "dp_replicate", "dp_shard"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks along named axes, the last of which varies fastest.
+
+    Along `dp_replicate` and `dp_shard`, which come first, each rank takes microbatches of its own. Ranks that differ
+    along other axes only share a data rank: they take the same microbatches, and each its part of every sequence.
+
+    Attributes:
+        axes: the ranks along each axis.
+        rank: this one, in the whole group.
+        group: all ranks; it works on the CPU, whatever the model's device: for values and decisions that all must share.
+    """
+
+    axes: Mapping[str, int]
+    rank: int
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.axes.values())
+
+    @property
+    def data_size(self) -> int:
+        return self.axes.get(REPLICATE, 1) * self.axes.get(SHARD, 1)
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.size // self.data_size)
+
+    def shard_sequence(self, batch: Batch) -> Batch:
+        """Return this rank's part of a batch that its data rank takes: all of it where nobody shares that rank."""
+        return batch
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return the sums of the values over all ranks, in float64. Collective."""
+        return sum_over_ranks(values, self.group)
+
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Add up a tensor on the model's device over all ranks. Collective."""
+        dist.all_reduce(tensor)
+
+    def lay_out_weights(self, device: torch.device) -> DeviceMesh:
+        """Return the ranks as FSDP takes them: those that share a data rank hold slices as all others do. Collective."""
+        replicas = self.axes.get(REPLICATE, 1)
+        if replicas == 1:
+            return init_device_mesh(device.type, (self.size,), mesh_dim_names=(SHARD,))
+        shape = (replicas, self.size // replicas)
+        return init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
+
+
+def build_mesh(rank: int, world_size: int) -> Mesh:
+    """Return the mesh of a run: one axis, along which the weights are sharded where they are. Collective."""
+    return Mesh({SHARD: world_size}, rank, dist.new_group(backend="gloo"))

@@ -1,0 +1,87 @@
+"""What is chosen where the settings leave a choice: found here, and recorded, so that a resumed run keeps it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from tunesmith.config import TrainConfig
+from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.load import attention_of, resolve_dtype
+from tunesmith.model.probe import keeps_examples_apart
+from tunesmith.parallel.activation_checkpointing import count_recomputed, describe_recomputation
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.runs.folder import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How an attempt computes, as `params.json` says it under `resolved`."""
+
+    dtype: str
+    attn_implementation: str
+    gradient_checkpointing: str
+    fsdp: str
+    num_workers: int
+    use_gpu: bool
+
+
+def keep_recorded(config: TrainConfig, recorded: dict[str, Any] | None, num_workers: int) -> TrainConfig:
+    """Return the settings with the dtype that the run was started in, where they leave it open.
+
+    And with where the weights lay, if the number of workers is the same: how gradients are added up follows.
+    `recorded` are the choices of the attempt before, None at a run's first.
+    """
+    if recorded is None:
+        return config
+    kept = {"dtype": recorded["dtype"]}
+    if recorded["num_workers"] == num_workers:
+        kept["fsdp"] = recorded["fsdp"]
+    return config.model_copy(update={name: c for name, c in kept.items() if getattr(config, name) == "auto"})
+
+
+def choose_packing(
+    config: TrainConfig, recorded: bool | None, model: nn.Module, mesh: Mesh, device: torch.device
+) -> bool:
+    """Return whether sequences are packed: as the run recorded, else if asked for and the model is fit for it.
+
+    Collective.
+    """
+    if recorded is not None:
+        return recorded
+    if not config.packing:
+        return False
+    is_fit = attention_of(model) == VARLEN or keeps_examples_apart(
+        model, device, resolve_dtype(config.dtype, device)
+    )
+    (num_unfit,) = mesh.sum([float(not is_fit)])
+    if num_unfit:
+        logger.warning(
+            "`%s` lets packed examples see one another, so it is trained padded: one example a sequence",
+            config.model.source,
+        )
+    return num_unfit == 0
+
+
+def find_choices(config: TrainConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> Choices:
+    """Return how the model that was built computes."""
+    return Choices(
+        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        attn_implementation=attention_of(model),
+        gradient_checkpointing=describe_recomputation(*count_recomputed(model)),
+        fsdp="full_shard" if isinstance(model, FSDPModule) else "no_shard",
+        num_workers=mesh.size,
+        use_gpu=device.type == "cuda",
+    )
+
+
+def record_choices(run: RunDir, packing: bool, choices: Choices) -> None:
+    """Write them into the run's `params.json`. Rank 0 only."""
+    run.write_params({**run.read_params(), "packing": packing, "resolved": asdict(choices)})

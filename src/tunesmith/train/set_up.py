@@ -1,0 +1,89 @@
+"""From a job to a training that can take its first step: a list of visible calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
+from tunesmith.data.prepare import open_prepared
+from tunesmith.machine import keep_freed_memory
+from tunesmith.model.compilation import check_compiler, compile_blocks
+from tunesmith.model.frozen_weights import Dense
+from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.load import attention_of, load_tokenizer
+from tunesmith.model.policy import Policy
+from tunesmith.parallel.collectives import broadcast_objects
+from tunesmith.parallel.mesh import build_mesh
+from tunesmith.planning.memory import sequences_per_forward
+from tunesmith.train.build import build_model, choose_ways
+from tunesmith.train.checkpoint import Checkpointer
+from tunesmith.train.choices import choose_packing, find_choices, keep_recorded, record_choices
+from tunesmith.train.learner import Learner
+from tunesmith.train.meter import Meter
+from tunesmith.train.optimizer import build_optimizer
+from tunesmith.train.state import Training
+from tunesmith.train.worker import TrainJob, Worker
+
+
+def set_up(job: TrainJob, worker: Worker) -> Training:
+    """Load, adapt and shard the model, and plan the steps. Collective."""
+    device = worker.device
+    prepare_process(job.num_threads, device)
+    mesh = build_mesh(worker.rank, worker.world_size)
+    (params,) = broadcast_objects([job.run.read_params()], mesh.group)
+    config = keep_recorded(job.config, params["resolved"], mesh.size)
+    job = replace(job, config=config)
+    if config.torch_compile:
+        check_compiler(device)
+    prepared = open_prepared(job.prepared_path)
+    tokenizer = load_tokenizer(config.model)
+    model = build_model(config, device, mesh, job.frozen_weight or Dense)
+    policy = Policy(model, fused_loss=choose_ways(config, model, device))
+    packing = choose_packing(config, params["packing"], model, mesh, device)
+    if worker.rank == 0:
+        record_choices(job.run, packing, find_choices(config, model, mesh, device))
+    if config.torch_compile:
+        compile_blocks(model)
+    attention = attention_of(model)
+    flatten = attention == VARLEN or (packing and attention.startswith("flash"))
+    pad_token_id = int(tokenizer.eos_token_id)
+    sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
+    validation = None
+    if prepared.validation is not None:
+        validation = Sequences(prepared.validation, packing, pad_token_id, flatten)
+    plan = BatchPlan(len(sequences), GlobalBatch(**params["global_batch"]), config.seed)
+    optimizer = build_optimizer(model.parameters(), config)
+    return Training(
+        job=job,
+        worker=worker,
+        learner=Learner(policy, job.objective, mesh, device),
+        optimizer=optimizer,
+        checkpointer=Checkpointer(job, worker.rank, model, optimizer, tokenizer),
+        sequences=sequences,
+        sequences_per_forward=sequences_per_forward(
+            config.per_device_train_batch_size, config.max_seq_length, device.type
+        ),
+        plan=plan,
+        num_steps=plan.total_steps(config.max_steps, config.num_train_epochs),
+        validation=validation,
+        meter=Meter(model, config.full_ft, device, mesh.size),
+    )
+
+
+def tear_down(training: Training) -> None:
+    """Give back the process groups, once nothing is being written any more. Collective."""
+    training.checkpointer.close()
+    dist.destroy_process_group(training.mesh.group)
+
+
+def prepare_process(num_threads: int | None, device: torch.device) -> None:
+    """Let this process compute on `device`, with so many threads (None: torch's choice)."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
