@@ -16,8 +16,8 @@ from tunesmith.export.proof import Proof
 from tunesmith.export.source import PickledFile, find_adapter_weights
 from tunesmith.model.fit import check_adapter_fits, read_adapter_shapes
 from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
-from tunesmith.runs.tuned import read_adapter_config
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tunesmith.errors import ModelError
 from tunesmith.export.source import PickledFile, find_adapter_weights
 from tunesmith.export.tensors import TensorFile
 from tunesmith.model.fit import check_state_fits
-from tunesmith.runs.tuned import read_adapter_config
+from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

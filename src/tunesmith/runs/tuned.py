@@ -1,20 +1,18 @@
-"""Which tuned model: a run's checkpoint, a PEFT adapter or a Hugging Face folder, and what it was tuned from."""
+"""Which tuned model: a run's checkpoint, a PEFT adapter or a Hugging Face folder."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.config import HFDatasetConfig, ModelRef, TrainConfig, TunedModelConfig
-from tunesmith.config.layers import settings_from_dump
-from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.config import HFDatasetConfig, ModelRef, TunedModelConfig
+from tunesmith.errors import ConfigError, RunError
 from tunesmith.logs import log_to_file
+from tunesmith.runs.base_model import exported_dataset, named_base, recorded_base, recorded_settings
 from tunesmith.runs.folder import (
     ADAPTER_CONFIG,
     ORIGIN_FILE,
@@ -33,7 +31,6 @@ logger = logging.getLogger(__name__)
 Kind = Literal["adapter", "state", "model"]
 
 _DEFAULT_HOME = Path("runs")
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,11 @@ def _from_run(config: TunedModelConfig, folder: Path | None) -> TunedModel:
     else:
         checkpoint, why = _choose_checkpoint(config, run)
     params = run.read_params()
-    recorded = _recorded_settings(params)
+    recorded = recorded_settings(params)
     return TunedModel(
         "state" if recorded.full_ft else "adapter",
         checkpoint.path,
-        _recorded_base(config, recorded, params, checkpoint.path, trusts=True),
+        recorded_base(config, recorded, params, checkpoint.path, trusts=True),
         run,
         params,
         checkpoint.step,
@@ -207,44 +204,6 @@ def _named_checkpoint(config: TunedModelConfig, run: RunDir, folder: Path) -> Ch
     return found
 
 
-def _recorded_settings(params: dict[str, Any]) -> TrainConfig:
-    return settings_from_dump(TrainConfig, params["settings"], params["given"])
-
-
-def _recorded_base(
-    config: TunedModelConfig, recorded: TrainConfig, params: dict[str, Any], folder: Path, trusts: bool
-) -> ModelRef:
-    """Return the run's base model; `trusts`: the run's own word on foreign code counts."""
-    trusted = config.trust_remote_code or (trusts and recorded.trust_remote_code)
-    changes: dict[str, Any] = {"trust_remote_code": trusted}
-    same_name = config.base_model.rsplit("/", 1)[-1] == params["model_name"]
-    means_recorded = same_name and (
-        recorded.model_path is not None or config.base_model == recorded.hf_model_id
-    )
-    if config.model_path is not None:
-        changes["model_path"] = config.model_path.expanduser().absolute()
-    elif "base_model" in config.model_fields_set and not means_recorded:
-        changes |= {"model_path": None, "hf_model_id": config.base_model, "model_revision": None}
-    elif recorded.model_path is not None:
-        changes["model_path"] = _recorded_path(params["model"], folder)
-    elif _COMMIT.fullmatch(params["model"]["fingerprint"]):
-        changes["model_revision"] = params["model"]["fingerprint"]
-    return recorded.model_copy(update=changes).model
-
-
-def _recorded_path(model: dict[str, Any], folder: Path) -> Path:
-    """Return where the run's local base model lies now: it was recorded from the folder the run was started in."""
-    candidates = [Path(model.get("path") or model["source"]), Path(model["source"]).expanduser()]
-    if (folder / ADAPTER_CONFIG).is_file():
-        candidates.append(Path(read_adapter_config(folder)["base_model_name_or_path"] or ""))
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None:
-        raise ModelError(
-            f"the base model of this run, `{model['source']}`, is not there any more", "give its --model_path"
-        )
-    return found.absolute()
-
-
 def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
     if "checkpoint" in config.model_fields_set:
         raise ConfigError(
@@ -257,11 +216,11 @@ def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
         kind = "state"
     dataset: HFDatasetConfig
     if params:
-        dataset = recorded = _recorded_settings(params)
-        base: ModelRef | None = _recorded_base(config, recorded, params, folder, trusts=run is not None)
+        dataset = recorded = recorded_settings(params)
+        base: ModelRef | None = recorded_base(config, recorded, params, folder, trusts=run is not None)
     else:
-        dataset = _exported_dataset(origin)
-        base = _named_base(folder, kind, config, origin)
+        dataset = exported_dataset(origin)
+        base = named_base(folder, config, origin)
     step, loss = origin.get("step"), origin.get("eval_loss")
     return TunedModel(kind, folder, base, run, params, step, loss, dataset=dataset)
 
@@ -281,53 +240,3 @@ def _origin_of(folder: Path) -> tuple[RunDir | None, dict[str, Any] | None, dict
         return None, None, origin
     run = open_run(run_path)
     return run, run.read_params(), origin
-
-
-def _named_base(
-    folder: Path, kind: Kind, config: TunedModelConfig, origin: dict[str, Any]
-) -> ModelRef | None:
-    """Return the base model of what no run is known for: as given, else as recorded beside the weights."""
-    trusts = config.trust_remote_code
-    if config.model_path is not None:
-        return ModelRef(config.model_path.expanduser().absolute(), None, trusts)
-    if "base_model" in config.model_fields_set:
-        return ModelRef(config.base_model, None, trusts)
-    source, revision = origin.get("base"), None
-    if source is not None and "/" not in source:  # the name of a local folder: where that lies isn't recorded
-        source = None
-    if kind == "adapter":
-        adapter = read_adapter_config(folder)
-        source, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-        if not source:
-            raise ModelError(
-                f"the adapter `{folder}` doesn't record its base model", "give --model_path or --base_model"
-            )
-    if not source:
-        return None
-    if Path(source).expanduser().is_dir():
-        return ModelRef(Path(source).expanduser().absolute(), None, trusts)
-    if source.startswith(("/", ".", "~")):
-        raise ModelError(f"the base model of `{folder}`, `{source}`, is not there", "give its --model_path")
-    return ModelRef(source, revision, trusts)
-
-
-def _exported_dataset(origin: dict[str, Any]) -> HFDatasetConfig:
-    """Return the settings that rendered the rows of the run that an export came from."""
-    templates = dict(origin.get("templates", {}))
-    return HFDatasetConfig(**templates if templates.pop("row_format", None) == "template" else {})
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return `adapter_config.json`.
-
-    Raises:
-        ModelError: it isn't valid JSON.
-    """
-    path = folder / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"`{path}` is not valid JSON: {error}", "get the adapter again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"`{path}` holds no settings of an adapter", "get the adapter again")
-    return content

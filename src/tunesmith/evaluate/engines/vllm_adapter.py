@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from tunesmith.model.adapters import ADAPTER_WEIGHTS
-from tunesmith.runs.tuned import read_adapter_config
+from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
