@@ -37,10 +37,10 @@ class ChatRenderer:
         """
         messages, tools = row["messages"], row.get("tools")
         turns = [i for i in range(1, len(messages)) if messages[i]["role"] == "assistant"]
-        rendered = (self._render_turn(messages, i, tools) for i in turns)
+        rendered = [self._render_turn(messages, i, tools) for i in turns]
         examples = [example for example in rendered if example is not None]
         if _continue_each_other(examples):
-            spans = tuple(span for example in examples for span in example.spans)
+            spans = tuple([span for example in examples for span in example.spans])
             return [MarkedText(examples[-1].text, spans, examples[-1].ends)]
         return examples
 
