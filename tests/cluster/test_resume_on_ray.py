@@ -16,7 +16,9 @@ from support.commands import Command
 from support.runs import losses, small_config, write_rows
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
+from tunesmith.api import fine_tune
 from tunesmith.config import TrainConfig
+from tunesmith.errors import RunError
 from tunesmith.model.adapters import ADAPTER_WEIGHTS
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import iterate_metrics, newest_attempt
@@ -136,9 +138,8 @@ def test_a_finished_run_is_refused_until_max_steps_is_raised(
 
 
 def test_the_run_of_other_settings_is_refused_by_name(config: TrainConfig, uninterrupted: RunDir) -> None:
-    command = Command(config, "--lora_rank", "8")
-    assert command.wait() == 2
-    assert "`lora_rank` (4 → 8)" in command.output()
+    with pytest.raises(RunError, match=r"`lora_rank` \(4 → 8\)"):
+        fine_tune(config.model_copy(update={"lora_rank": 8}))
 
 
 def test_a_failed_training_shows_its_cause_first(config: TrainConfig, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_commands_run_in_order(clone: Path) -> None:
     assert "⟦" in marked
     assert "packing" in marked
     assert "finished" in run(COMMANDS[3], clone)
-    assert "finished: step 44 of 44" in run(COMMANDS[4], clone, TUNESMITH_EVAL_STEPS="2")
+    assert "finished: step 44 of 44" in run(COMMANDS[4], clone, TUNESMITH_EVAL_STEPS="22")
     again = run("make --no-print-directory -n demo", clone).splitlines()[-1]
     assert "finished already" in run(again, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="2")
     assert "report.html" in run(COMMANDS[5], clone)

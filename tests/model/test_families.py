@@ -51,7 +51,12 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 NAMED = {"phi3": ["qkv_proj", "down_proj"], "mixtral": ["v_proj", "layers.1.self_attn.q_proj"]}
-FAR: dict[str, Any] = {"max_steps": 8, "input_template": "{instruction}\n", "eval_steps": 0}
+FAR: dict[str, Any] = {
+    "max_steps": 8,
+    "input_template": "{instruction}\n",
+    "eval_steps": 0,
+    "gradient_checkpointing": None,  # every family is looked at for what it may recompute
+}
 
 
 def targets_of(family: str) -> list[str]:

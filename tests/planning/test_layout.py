@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,8 @@ from tunesmith.train.build import build_model
 CPU = torch.device("cpu")
 NUM_BLOCKS = 3
 ModelOf = Callable[[str], Path]
+# What is recomputed is left to the program.
+OPEN: dict[str, Any] = {"gradient_checkpointing": None}
 
 
 def plan_tiny(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> PlannedModel:
@@ -176,6 +179,18 @@ def test_a_model_that_is_not_run_without_data_recomputes_all_blocks_on_gpus() ->
         assert found.replicated
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_layout_that_the_settings_decide_is_not_measured_for(
+    asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned, config = plan_tiny(), TrainConfig(lora_rank=4, gradient_checkpointing=asked)
+    measured, _ = plan_layout(planned, config, "cpu", 1, 1 << 40)
+    planned.model.get_submodule("base_model.model.model.norm").register_forward_hook(lambda *_: 1 / 0)
+    with caplog.at_level(logging.INFO, "tunesmith"):
+        assert choose_layout(planned, config, "cpu", 1, 1 << 40) == measured
+    assert caplog.text == ""
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of `NUM_BLOCKS` blocks."""
@@ -197,7 +212,7 @@ def room_for(config: TrainConfig, num_recomputed: int) -> int:
 def test_a_run_recomputes_what_its_plan_says_and_trains_alike(
     changes: dict[str, Any], deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(deep, rows, tmp_path, lora_dropout=0.2, **changes)
+    config = small_config(deep, rows, tmp_path, lora_dropout=0.2, **OPEN, **changes)
     sequences = open_sequences(config, packing=True)
     microbatches = [np.array([0, 1]), np.array([2, 3])]
     kept = gradient_of_step(config, sequences, microbatches)
@@ -211,7 +226,7 @@ def test_a_run_recomputes_what_its_plan_says_and_trains_alike(
 def test_a_run_tells_what_it_runs_at_once_and_records_how_many_blocks_it_recomputes(
     deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(deep, rows, tmp_path, max_steps=1, per_device_train_batch_size=2)
+    config = small_config(deep, rows, tmp_path, max_steps=1, per_device_train_batch_size=2, **OPEN)
     room = room_for(config, 1)
     monkeypatch.setattr(layout, "available_memory", lambda: room)
     run = train_here(start(config))
@@ -228,7 +243,7 @@ def test_a_run_tells_what_it_runs_at_once_and_records_how_many_blocks_it_recompu
 def test_workers_with_unequal_memory_recompute_as_the_smallest_asks_for(
     deep: Path, rows: Path, tmp_path: Path, two_workers: WorkerGroup
 ) -> None:
-    config = small_config(deep, rows, tmp_path)
+    config = small_config(deep, rows, tmp_path, **OPEN)
     assert two_workers.run(count_with_room, config, [1 << 40, room_for(config, 1)]) == [(1, NUM_BLOCKS)] * 2
 
 

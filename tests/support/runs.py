@@ -53,6 +53,7 @@ def small_config(model_path: Path, data: Path, home: Path, **changes: Any) -> Tr
         "lora_rank": 4,
         "max_seq_length": 96,
         "dtype": "float32",
+        "gradient_checkpointing": False,  # left open, a third of such a run's time goes into its choice
         "logging_steps": 1,
         "eval_steps": 2,
         "save_steps": 2,

@@ -45,18 +45,22 @@ def find_room(device: torch.device, world_size: int) -> int:
 def choose_layout(
     planned: PlannedModel, config: TrainConfig, device_type: str, num_workers: int, room: int
 ) -> Layout:
-    """Return the layout of a run whose workers have `room` bytes each.
+    """Return the layout of a run whose workers have `room` bytes each; where the settings leave but one, at once.
 
     A model that can't be run without data recomputes all its blocks on GPUs, where memory is what runs out.
     """
+    num_blocks = len(find_decoder_blocks(planned.model)) or 1
+    replicated = is_replicated(planned, config, device_type, room)
+    only, *others = _list_layouts(planned, config, device_type, replicated, num_blocks)
+    if not others:
+        return only
     try:
         layout, _ = plan_layout(planned, config, device_type, num_workers, room)
     except ModelError as error:
         logger.info("%s", error.message)
         asked = config.gradient_checkpointing
-        num_blocks = len(find_decoder_blocks(planned.model)) or 1
         num_recomputed = num_blocks if (device_type == "cuda" if asked is None else asked) else 0
-        return Layout(is_replicated(planned, config, device_type, room), True, num_recomputed, num_blocks)
+        return Layout(replicated, True, num_recomputed, num_blocks)
     return layout
 
 
