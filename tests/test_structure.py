@@ -1,8 +1,13 @@
-"""The house: which way imports run, and which module alone imports a heavy library."""
+"""The house: which way imports run, which module alone imports a heavy library, and how docs/architecture.md shows it.
+
+`WRITE_ARCHITECTURE=1 pytest tests/test_structure.py` writes the page's table and its picture anew.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -10,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from support.house import Room, draw, tabulate
+from support.paths import REPOSITORY
 
 PACKAGE = Path(tunesmith.__file__).parent
 
@@ -128,3 +135,30 @@ def test_a_heavy_library_is_imported_in_one_place(library: str) -> None:
     allowed = ONLY_IN[library]
     assert importing, f"nothing imports {library}"
     assert all(path in allowed or path.split("/")[0] in allowed for path in importing), importing
+
+
+def test_the_page_shows_the_house_as_it_is() -> None:
+    rooms = [Room(name, floor, _purpose_of(name)) for name, floor in FLOORS.items()]
+    imports = {
+        (room_of(module_name(path)), there)
+        for path in MODULES
+        for there in map(room_of, imports_of(path))
+        if FLOORS.get(there, 99) < FLOORS[room_of(module_name(path))]
+    }
+    page, picture = REPOSITORY / "docs/architecture.md", REPOSITORY / "docs/architecture.svg"
+    table = f"<!-- rooms -->\n{tabulate(rooms, imports)}\n<!-- end of rooms -->"
+    shown = re.sub(
+        "<!-- rooms -->.*<!-- end of rooms -->", lambda _: table, page.read_text(), flags=re.DOTALL
+    )
+    if os.environ.get("WRITE_ARCHITECTURE"):
+        page.write_text(shown)
+        picture.write_text(draw(rooms, imports))
+    assert page.read_text() == shown, "write it anew, as said above"
+    assert picture.read_text() == draw(rooms, imports), "write it anew, as said above"
+
+
+def _purpose_of(room: str) -> str:
+    """Return the first line of a room's docstring."""
+    path = PACKAGE.joinpath(*room.split("."))
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
