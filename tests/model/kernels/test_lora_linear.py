@@ -62,6 +62,17 @@ def test_outputs_and_gradients_are_those_of_peft(shape: tuple[int, ...], use_rsl
         torch.testing.assert_close(mine, its)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_inputs_without_rows_give_gradients_of_zero(dropout: float) -> None:
+    # An output layer has some where a rank has no trained token.
+    model = adapted(lora_dropout=dropout)
+    install_kernels(model, CPU)
+    outputs, of_inputs, *of_weights = outputs_and_gradients(model, torch.empty(1, 0, 12))
+    assert (outputs.shape, of_inputs.shape) == ((1, 0, 6), (1, 0, 12))
+    assert len(of_weights) == 4
+    assert all(bool((gradient == 0).all()) for gradient in of_weights)
+
+
 def test_frozen_weights_get_no_gradient() -> None:
     model = adapted()
     install_kernels(model, CPU)

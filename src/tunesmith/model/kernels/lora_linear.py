@@ -109,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
             scaling,
             a_RD.dtype,
         )
-        return outputs_NO.view(*inputs.shape[:-1], -1)
+        return outputs_NO.view(*inputs.shape[:-1], len(b))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
