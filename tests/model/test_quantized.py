@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 from support.runs import losses, small_config, start, train_here
 from tunesmith.cli import main
+from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
+from tunesmith.model.load import load_model
 from tunesmith.train.start import check_model
 
 ModelOf = Callable[[str], Path]
@@ -75,5 +77,7 @@ def test_other_ways_to_quantize_are_refused_by_name(
     folder = write_model(tmp_path / "model", like, weights, quantization_config={"quant_method": method})
     with pytest.raises(ModelError, match=method):
         check_model(small_config(folder, rows, tmp_path))
+    with pytest.raises(ModelError, match=method):
+        load_model(ModelRef(folder), torch.device("cpu"), torch.float32)
     assert main(["plan", f"--model_path={folder}", "--gpu=H100"]) == 2
     assert method in capsys.readouterr().err

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.cluster.local_ray import ray_at_hand
 from tunesmith.cluster.remote import first_cause
 from tunesmith.cluster.resources import Allocation, is_elastic
+from tunesmith.compat import trainer_without_cleaner
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.failures import explain_training
@@ -103,18 +104,7 @@ def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:
 def _trainer_class(is_own_ray: bool) -> Any:
     from ray.train.torch import TorchTrainer
 
-    class OwnRayTrainer(TorchTrainer):
-        """Without the process that gives back the workers' places when the controller dies.
-
-        A Ray of our own ends with its driver anyway. That process asks the dashboard of the cluster last started
-        on this machine whether our controller lives: no answer holds up the run's end, a false one ends the run.
-        """
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [it for it in callbacks if type(it).__name__ != "PlacementGroupCleanerCallback"]
-
-    return OwnRayTrainer if is_own_ray else TorchTrainer
+    return trainer_without_cleaner() if is_own_ray else TorchTrainer
 
 
 def _fit(trainer: Any, poll: Callable[[], None]) -> BaseException | None:
