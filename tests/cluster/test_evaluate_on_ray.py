@@ -152,7 +152,7 @@ def test_the_work_of_a_lost_node_is_done_by_the_others(
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": "/absent"}, ModelError, "/absent"),
+        ({"model": ModelRef(Path("/absent"))}, ModelError, "/absent"),
         ({"dtype": "float31"}, EvaluationError, "the evaluation failed: AttributeError: .*float31"),
     ],
 )
@@ -173,7 +173,7 @@ def test_replicas_that_keep_dying_while_they_load_end_the_evaluation(
 ) -> None:
     """The model's own code ends the process, as a lack of memory does."""
     folder = deadly_model(model_of("llama"), tmp_path / "deadly")
-    spec = spec_of(folder, trust_remote_code=True)
+    spec = replace(spec_of(folder), model=ModelRef(folder, trust_remote_code=True))
     with (
         pytest.raises(EvaluationError, match=r"4 times a process on Ray has died: .*worker") as caught,
         replicas_of_one_cpu(1).load("transformers", spec),
@@ -219,22 +219,21 @@ def idle_replicas() -> list[psutil.Process]:
     return [child for child in children if " ".join(child.cmdline()).strip() == "ray::Replica"]
 
 
-def spec_of(model: Path, **changes: Any) -> EngineSpec:
-    fixed: dict[str, Any] = {
-        "model": ModelRef(model),
-        "adapter": None,
-        "dtype": "float32",
-        "max_model_len": 128,
-        "max_tokens": 40,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "stop_token_ids": (0,),
-        "seed": 0,
-        "batch_size": 1,
-        "num_threads": 1,
-    }
-    return EngineSpec(**{**fixed, **changes})
+def spec_of(model: Path) -> EngineSpec:
+    return EngineSpec(
+        model=ModelRef(model),
+        adapter=None,
+        dtype="float32",
+        max_model_len=128,
+        max_tokens=40,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        stop_token_ids=(0,),
+        seed=0,
+        batch_size=1,
+        num_threads=1,
+    )
 
 
 def by_sample(generations: list[Generation]) -> list[Generation]:

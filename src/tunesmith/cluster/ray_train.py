@@ -72,10 +72,11 @@ def train_on_ray(
 
 def _make_trainer(job: TrainJob, allocation: Allocation, is_own_ray: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
+    trainer = trainer_without_cleaner() if is_own_ray else TorchTrainer
     backend = "cpu:gloo,cuda:nccl" if allocation.use_gpu else "gloo"
-    return _trainer_class(is_own_ray)(
+    return trainer(
         _train_on_worker,
         train_loop_config={"job": replace(job, config=_for_every_node(job.config, job.run))},
         scaling_config=ScalingConfig(
@@ -99,12 +100,6 @@ def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:
         return config.model_copy(update={"model_path": folder.absolute()})
     commit = run.read_params()["model"]["fingerprint"]
     return config.model_copy(update={"model_revision": commit}) if _COMMIT.fullmatch(commit) else config
-
-
-def _trainer_class(is_own_ray: bool) -> Any:
-    from ray.train.torch import TorchTrainer
-
-    return trainer_without_cleaner() if is_own_ray else TorchTrainer
 
 
 def _fit(trainer: Any, poll: Callable[[], None]) -> BaseException | None:
