@@ -31,6 +31,8 @@ from tunesmith.model.compilation import check_compiler
 
 REPOSITORY = FOLDER.parent
 _QUICKSTART = REPOSITORY / "examples" / "quickstart" / "build"
+MODEL = _QUICKSTART / "SmolLM2-135M-Instruct"
+QUESTIONS = _QUICKSTART / "python_questions.jsonl"
 _OURS = Path(sys.executable)
 _LIBRARIES = ("torch", "transformers", "peft", "ray", "datasets")
 
@@ -217,10 +219,11 @@ def write_task_rows(data: Path, folder: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def _prepare(words: argparse.Namespace, folder: Path) -> Setting:
-    train, held_out = write_task_rows(words.data, folder)
-    task = Task(
-        model=str(words.model.absolute()),
+def make_task(model: Path, data: Path, folder: Path, num_steps: int) -> Task:
+    """Return what every way trains, with its rows written to `folder`."""
+    train, held_out = write_task_rows(data, folder)
+    return Task(
+        model=str(model.absolute()),
         train=str(train),
         held_out=str(held_out),
         batch_size=4,
@@ -228,20 +231,24 @@ def _prepare(words: argparse.Namespace, folder: Path) -> Setting:
         lora_rank=16,
         lora_alpha=32,
         learning_rate=1e-3,
-        num_steps=words.steps,
+        num_steps=num_steps,
         num_examples=NUM_HELD_OUT,
         num_threads=usable_cpus(),
     )
+
+
+def _prepare(words: argparse.Namespace, folder: Path) -> Setting:
+    task = make_task(words.model, words.data, folder, words.steps)
     return Setting(task, words.data, words.peers, words.turns, words.rows)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=_QUICKSTART / "SmolLM2-135M-Instruct")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument(
         "--data",
         type=Path,
-        default=_QUICKSTART / "python_questions.jsonl",
+        default=QUESTIONS,
         help="JSON lines of `question` and `answer`",
     )
     parser.add_argument(

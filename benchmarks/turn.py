@@ -99,8 +99,10 @@ def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run_process(python: Path, script: str, *arguments: str, num_threads: int | None = None) -> Any:
-    """Run a script of this folder and return what it answers.
+def run_process(
+    python: Path, script: str, *arguments: str, num_threads: int | None = None, folder: Path = FOLDER
+) -> Any:
+    """Run a script of `folder`, this one or another version's, and return what it answers.
 
     Raises:
         SystemExit: it failed; with the end of what it said.
@@ -108,14 +110,14 @@ def run_process(python: Path, script: str, *arguments: str, num_threads: int | N
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent / "src")]),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent / "src")]),
     }
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     # A file rather than a pipe, and not this process's: progress bars fill a terminal.
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(
-            [str(python), str(FOLDER / script), *arguments],
+            [str(python), str(folder / script), *arguments],
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
@@ -129,9 +131,11 @@ def run_process(python: Path, script: str, *arguments: str, num_threads: int | N
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_turn(python: Path, script: str, way: str, task: Task) -> Figures:
+def run_turn(python: Path, script: str, way: str, task: Task, folder: Path = FOLDER) -> Figures:
     """Run one way's turn in a process of its own."""
-    told = run_process(python, script, way, json.dumps(asdict(task)), num_threads=task.num_threads)
+    told = run_process(
+        python, script, way, json.dumps(asdict(task)), num_threads=task.num_threads, folder=folder
+    )
     return Figures(**told)
 
 
