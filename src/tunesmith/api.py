@@ -1,4 +1,4 @@
-"""What people call: `fine_tune`, `evaluate` and `convert`, each from its checks over its place to its end."""
+"""What people call: `fine_tune`, `evaluate` and `convert`. Each checks its input, finds its workers, and runs."""
 
 from __future__ import annotations
 
