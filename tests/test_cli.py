@@ -23,6 +23,7 @@ from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import CheckpointError, DataError, TrainingError
 from tunesmith.logs import configure_logging
 from tunesmith.options import Verb
+from tunesmith.verbs import VERBS
 
 HEAVY = ("torch", "transformers", "ray", "datasets", "peft", "numpy", "pandas", "rich", "wandb", "matplotlib")
 
@@ -54,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
 
 
 def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[Verb, list[str]], int]) -> None:
-    monkeypatch.setitem(cli.VERBS, "try", Verb("try", "a verb of the test's own", run))
+    monkeypatch.setitem(VERBS, "try", Verb("try", "a verb of the test's own", run))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_the_bare_command_prints_every_verb(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == short
 
 
-@pytest.mark.parametrize("verb", list(cli.VERBS))
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out

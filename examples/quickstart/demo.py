@@ -12,7 +12,7 @@ from tunesmith import TrainConfig
 from tunesmith.cli import main
 from tunesmith.config.layers import load_settings
 from tunesmith.runs.folder import ORIGIN_FILE, RunDir, read_versioned_json
-from tunesmith.train.start import is_finished, locate_run
+from tunesmith.runs.identity import is_finished, locate_run
 from tunesmith.view.summary import format_summary
 
 RUN_FILE = Path(__file__).parent / "run.yaml"

@@ -1,4 +1,4 @@
-"""The command `tunesmith`: finds the verb, turns errors into messages and exit codes. `verbs` holds what verbs do."""
+"""The command `tunesmith`: finds the verb, turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tunesmith import __version__, verbs
-from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
-from tunesmith.errors import ConfigError, TunesmithError
-from tunesmith.options import Option, Verb, did_you_mean
+from tunesmith import __version__
+from tunesmith.errors import TunesmithError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -37,119 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(_short_help(), end="")
-    elif words[0] == "--version":
+    if words[:1] == ["--version"]:
         print(f"tunesmith {__version__}")
-    elif words[0] in VERBS:
-        return _run(VERBS[words[0]], words[1:])
-    else:
-        raise _unknown_verb(words)
-    return 0
+        return 0
+    # Settings are imported with the verbs: an installation can tell its version without the packages they need.
+    from tunesmith.verbs import VERBS, format_verbs, refuse_verb
 
-
-def _run(verb: Verb, words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(format_verbs(), end="")
+        return 0
+    if words[0] not in VERBS:
+        raise refuse_verb(words)
+    verb, rest = VERBS[words[0]], words[1:]
+    if "--help" in rest or "-h" in rest:
         print(verb.describe(), end="")
         return 0
-    return verb.run(verb, words)
-
-
-_CLUSTER_OPTIONS = (
-    Option(
-        "--release",
-        "Helm's release, or how a Ray job's id begins; run_name, else the YAML file's or the model's name",
-        "NAME",
-    ),
-    Option("--namespace", "Kubernetes' namespace; kubectl's by default", "NAME", "-n"),
-    Option("--values", "values of the chart: image, resources, claims, …; may be repeated", "YAML", "-f"),
-    Option("--set", "one value, as image=my-registry/tunesmith:0.1.0; may be repeated", "KEY=VALUE"),
-)
-_WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
-_ONCE = Option("--once", "print the run's state and end")
-_GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
-_FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
-
-_RUN = "run"  # what inspect and plan read of a file of the chart's values
-
-VERBS = {
-    verb.name: verb
-    for verb in (
-        Verb(
-            "train [run.yaml] [flags]",
-            "fine-tune a model; the same command again resumes it",
-            verbs.run_train,
-            TrainConfig,
-        ),
-        Verb(
-            "evaluate [RUN] [flags]",
-            "score a tuned model beside its base model; a report page",
-            verbs.run_evaluate,
-            EvaluateConfig,
-        ),
-        Verb(
-            "convert [RUN] [flags]",
-            "export a tuned model as a Hugging Face folder, proven equal",
-            verbs.run_convert,
-            ConvertConfig,
-        ),
-        Verb(
-            "inspect [run.yaml] [flags]",
-            "show the examples a run would train on",
-            verbs.run_inspect,
-            TrainConfig,
-            values_section=_RUN,
-        ),
-        Verb(
-            "plan [run.yaml] [flags]",
-            "tell a run's memory, speed and hours before it starts, and what makes it fit",
-            verbs.run_plan,
-            TrainConfig,
-            (_GPU,),
-            values_section=_RUN,
-        ),
-        Verb(
-            "watch RUN [--once]", "draw a run's progress from its folder", verbs.run_watch, options=(_ONCE,)
-        ),
-        Verb(
-            "submit [run.yaml] [flags]",
-            "train on Kubernetes, with Helm, or on the Ray cluster of RAY_ADDRESS",
-            verbs.run_submit,
-            TrainConfig,
-            (*_CLUSTER_OPTIONS, _WAIT),
-        ),
-        Verb(
-            "render [run.yaml] [flags]",
-            "print what submit would install on Kubernetes",
-            verbs.run_render,
-            TrainConfig,
-            _CLUSTER_OPTIONS,
-        ),
-        Verb(
-            "schema VERB [--format json|markdown]",
-            "print the settings' schema or reference page",
-            verbs.run_schema,
-            options=(_FORMAT,),
-        ),
-    )
-}
-
-
-def _unknown_verb(words: list[str]) -> ConfigError:
-    word = words[0]
-    rest = " ".join(words)
-    if word.startswith("-") or word.endswith((".yaml", ".yml")):
-        return ConfigError(f"`{word}` stands before the verb", f"write `tunesmith train {rest}`")
-    hint = did_you_mean(word, VERBS, "tunesmith ")
-    return ConfigError(f"unknown verb `{word}`", hint or f"the verbs are {', '.join(VERBS)}")
-
-
-def _short_help() -> str:
-    width = max(len(verb.usage) for verb in VERBS.values())
-    lines = ["Fine-tune any Hugging Face causal language model on Ray.", ""]
-    lines += [f"  tunesmith {verb.usage.ljust(width)}  {verb.summary}" for verb in VERBS.values()]
-    lines += ["", "`tunesmith train --help` lists the settings; `tunesmith --version` prints the version."]
-    return "\n".join(lines) + "\n"
+    return verb.run(verb, rest)
 
 
 def _print_error(error: TunesmithError) -> None:

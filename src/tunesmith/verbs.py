@@ -1,4 +1,4 @@
-"""What each verb of the command does with its words: it reads them, calls what does the work, prints what came of it."""
+"""The verbs of the command. Each reads its words, calls what does the work, and prints what came of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.config.layers import load_settings
 from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import ConfigError, ResourceError
 from tunesmith.logs import configure_logging
-from tunesmith.options import Verb
+from tunesmith.options import Option, Verb, did_you_mean
 
 if TYPE_CHECKING:
     from tunesmith.chart.release import Release
@@ -193,3 +193,100 @@ def _same_command(words: list[str]) -> str:
         start = ["tunesmith"]
     settings = [f"{k}={shlex.quote(v)}" for k, v in os.environ.items() if k.startswith("TUNESMITH_")]
     return " ".join([*settings, shlex.join([*start, *words])])
+
+
+_CLUSTER_OPTIONS = (
+    Option(
+        "--release",
+        "Helm's release, or how a Ray job's id begins; run_name, else the YAML file's or the model's name",
+        "NAME",
+    ),
+    Option("--namespace", "Kubernetes' namespace; kubectl's by default", "NAME", "-n"),
+    Option("--values", "values of the chart: image, resources, claims, …; may be repeated", "YAML", "-f"),
+    Option("--set", "one value, as image=my-registry/tunesmith:0.1.0; may be repeated", "KEY=VALUE"),
+)
+_WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
+_ONCE = Option("--once", "print the run's state and end")
+_GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
+_FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
+
+_RUN = "run"  # what inspect and plan read of a file of the chart's values
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "train [run.yaml] [flags]",
+            "fine-tune a model; the same command again resumes it",
+            run_train,
+            TrainConfig,
+        ),
+        Verb(
+            "evaluate [RUN] [flags]",
+            "score a tuned model beside its base model; a report page",
+            run_evaluate,
+            EvaluateConfig,
+        ),
+        Verb(
+            "convert [RUN] [flags]",
+            "export a tuned model as a Hugging Face folder, proven equal",
+            run_convert,
+            ConvertConfig,
+        ),
+        Verb(
+            "inspect [run.yaml] [flags]",
+            "show the examples a run would train on",
+            run_inspect,
+            TrainConfig,
+            values_section=_RUN,
+        ),
+        Verb(
+            "plan [run.yaml] [flags]",
+            "tell a run's memory, speed and hours before it starts, and what makes it fit",
+            run_plan,
+            TrainConfig,
+            (_GPU,),
+            values_section=_RUN,
+        ),
+        Verb("watch RUN [--once]", "draw a run's progress from its folder", run_watch, options=(_ONCE,)),
+        Verb(
+            "submit [run.yaml] [flags]",
+            "train on Kubernetes, with Helm, or on the Ray cluster of RAY_ADDRESS",
+            run_submit,
+            TrainConfig,
+            (*_CLUSTER_OPTIONS, _WAIT),
+        ),
+        Verb(
+            "render [run.yaml] [flags]",
+            "print what submit would install on Kubernetes",
+            run_render,
+            TrainConfig,
+            _CLUSTER_OPTIONS,
+        ),
+        Verb(
+            "schema VERB [--format json|markdown]",
+            "print the settings' schema or reference page",
+            run_schema,
+            options=(_FORMAT,),
+        ),
+    )
+}
+
+
+def refuse_verb(words: list[str]) -> ConfigError:
+    """Return the error for words that begin with no verb."""
+    word = words[0]
+    rest = " ".join(words)
+    if word.startswith("-") or word.endswith((".yaml", ".yml")):
+        return ConfigError(f"`{word}` stands before the verb", f"write `tunesmith train {rest}`")
+    hint = did_you_mean(word, VERBS, "tunesmith ")
+    return ConfigError(f"unknown verb `{word}`", hint or f"the verbs are {', '.join(VERBS)}")
+
+
+def format_verbs() -> str:
+    """Return a line for each verb."""
+    width = max(len(verb.usage) for verb in VERBS.values())
+    lines = ["Fine-tune any Hugging Face causal language model on Ray.", ""]
+    lines += [f"  tunesmith {verb.usage.ljust(width)}  {verb.summary}" for verb in VERBS.values()]
+    lines += ["", "`tunesmith train --help` lists the settings; `tunesmith --version` prints the version."]
+    return "\n".join(lines) + "\n"

@@ -36,6 +36,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.config.flags import find_field
 from tunesmith.config.layers import load_settings
 from tunesmith.config.yaml_file import write_yaml
+from tunesmith.verbs import VERBS
 
 CLUSTER: Values = {
     "image": "registry.example/tunesmith:1",
@@ -129,7 +130,7 @@ def test_the_pods_load_the_very_config_that_train_would(
         monkeypatch.setenv(name, value)
     exit_code, out, err = tunesmith("render", "run.yaml", *flags)
     assert exit_code == 0, err
-    config = verbs._read_settings(cli.VERBS["train"], TrainConfig, [str(path), *flags])
+    config = verbs._read_settings(VERBS["train"], TrainConfig, [str(path), *flags])
     assert config is not None
     rendered = read_rendered(out, tmp_path)
     assert rendered == config
@@ -297,7 +298,7 @@ def test_a_release_is_named_after_the_run_its_file_or_its_model(
 
 @pytest.mark.parametrize("verb", ["render", "submit"])
 def test_options_and_settings_have_different_names(verb: str) -> None:
-    for option in cli.VERBS[verb].options:
+    for option in VERBS[verb].options:
         assert find_field(TrainConfig, option.name[2:]) is None
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,13 @@ class _KillingPool(RayPool):
 
 
 def _replicas() -> list[int]:
-    children = psutil.Process().children(recursive=True)
-    return [child.pid for child in children if "Replica" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # One may have ended since it was listed.
+        with suppress(psutil.NoSuchProcess):
+            if "Replica" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 def test_rows_of_another_file_go_through_the_runs_templates(fresh: RunDir, tmp_path: Path) -> None:

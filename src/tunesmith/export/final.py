@@ -14,6 +14,7 @@ from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
 from tunesmith.export.shards import write_shards
 from tunesmith.model.state import STATE_FOLDER
+from tunesmith.runs.base_model import recorded_settings
 from tunesmith.runs.folder import STATE_FILE, Checkpoint, RunDir
 from tunesmith.runs.tuned import Kind, TunedModel
 
@@ -30,11 +31,11 @@ def write_final(run: RunDir, base: ModelRef) -> Checkpoint:
     best = run.best_checkpoint()
     assert best is not None, "a finished run has a checkpoint"
     params = run.read_params()
-    is_full = params["settings"]["full_ft"]
-    kind: Kind = "state" if is_full else "adapter"
-    tuned = TunedModel(kind, best.path, base, run, params, best.step, best.eval_loss)
+    recorded = recorded_settings(params)
+    kind: Kind = "state" if recorded.full_ft else "adapter"
+    tuned = TunedModel(kind, best.path, base, run, params, best.step, best.eval_loss, dataset=recorded)
     with replace_folder(run.final_path) as folder:
-        if is_full:
+        if recorded.full_ft:
             dtype: torch.dtype = getattr(torch, params["resolved"]["dtype"])
             merge = open_merge(tuned, base, dtype)
             write_shards(merge, folder, _MAX_SHARD_SIZE)
