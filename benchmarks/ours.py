@@ -18,6 +18,7 @@ from flops import MATRIX_SIZE, count_flops, count_product_flops, measure_shape
 from in_process import lengths_of, make_job, plan_bytes, set_up_alone
 from turn import Figures, Task, age_s, read_task
 
+from tunesmith.compat import has_bfloat16_instructions
 from tunesmith.config import TrainConfig
 from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
@@ -30,8 +31,6 @@ from tunesmith.train.step import take_step
 from tunesmith.train.validation import evaluate
 
 _PRODUCTS = 3
-# A processor without instructions for bfloat16 takes that long and longer.
-_SLOW_PRODUCT_S = 2.0
 
 # What makes training fast, by name: the settings and the replaced parts that leave it out.
 LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
@@ -148,20 +147,17 @@ def _run(ours: Training, held_out: Sequences, task: Task) -> Figures:
 
 
 def time_products() -> list[float]:
-    """Return the FLOP/s of some bfloat16 products of square matrices; of one where a processor is slow at them."""
-    a, b = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=torch.bfloat16).normal_()
-    product = torch.empty_like(a)
-    speeds: list[float] = []
-    start = time.perf_counter()
-    # The first one warms up.
-    for _ in range(1 + _PRODUCTS):
+    """Return the FLOP/s of some bfloat16 products of square matrices."""
+    # A processor without instructions for bfloat16 takes a minute for a large one.
+    size = MATRIX_SIZE if has_bfloat16_instructions() else 256
+    a, b = torch.ones(2, size, size, dtype=torch.bfloat16).normal_()
+    product = a @ b
+    speeds = []
+    for _ in range(_PRODUCTS):
+        start = time.perf_counter()
         torch.mm(a, b, out=product)
-        end = time.perf_counter()
-        speeds.append(count_product_flops() / (end - start))
-        if end - start > _SLOW_PRODUCT_S:
-            return speeds[-1:]
-        start = end
-    return speeds[1:]
+        speeds.append(count_product_flops(size) / (time.perf_counter() - start))
+    return speeds
 
 
 if __name__ == "__main__":
