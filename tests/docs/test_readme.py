@@ -88,7 +88,7 @@ def test_the_commands_run_in_order(clone: Path) -> None:
     ]
     assert len(make_demo) == 2
     for line in make_demo:
-        printed = run(line, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="2")
+        printed = run(line, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="22")
     assert "finished: step 2 of 2" in printed
     assert "adapter" in printed
     assert "BERTScore F1" in printed
@@ -102,7 +102,7 @@ def test_the_commands_run_in_order(clone: Path) -> None:
     assert "finished" in run(COMMANDS[3], clone)
     assert "finished: step 44 of 44" in run(COMMANDS[4], clone, TUNESMITH_EVAL_STEPS="22")
     again = run("make --no-print-directory -n demo", clone).splitlines()[-1]
-    assert "finished already" in run(again, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="2")
+    assert "finished already" in run(again, clone, TUNESMITH_MAX_STEPS="2", TUNESMITH_EVAL_STEPS="22")
     assert "report.html" in run(COMMANDS[5], clone)
     assert "equal an independent merge" in run(COMMANDS[6], clone)
     assert (clone / "runs/my_model/model.safetensors").exists()
