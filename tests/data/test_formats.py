@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from support.labels import spell, with_template
 from support.tokenizers import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import HFDatasetConfig, TrainConfig
 from tunesmith.data.encode import RowError
@@ -26,7 +27,7 @@ ASCII = st.text(st.sampled_from("abc XYZ.,19-"), min_size=1, max_size=40)
 
 def choose(columns: list[str], **given_settings: Any) -> RowFormat:
     config = TrainConfig(dataset_name="rows.jsonl", **given_settings)
-    return choose_format(config, columns, "`rows.jsonl` (train)")
+    return choose_format(config, dict.fromkeys(columns, ""), "`rows.jsonl` (train)")
 
 
 def encode_as(name: str, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> list[Segment]:
@@ -61,18 +62,32 @@ def test_a_malformed_template_is_refused(text: str) -> None:
 
 @given(TEXT)
 def test_a_value_is_never_read_as_a_template(value: str) -> None:
-    row_format = choose(["text2"], input_template="{text2}", output_template="x")
+    row_format = choose(["text2"], input_template="{text2}", output_template="{text2}")
     assert row_format.render({"text2": value}, "row 1")["input"] == value
 
 
 def test_default_templates_are_chosen_when_the_columns_fill_them() -> None:
-    row_format = choose(["instruction", "input", "output", "messages", "text"])
+    row_format = choose(["instruction", "input", "output", "text"])
     assert row_format.name == "template"
     row = {"instruction": "Add.", "input": None, "output": "3"}
     assert row_format.render(row, "row 1") == {
         "input": "### Instruction:\nAdd.\n ### Input:\n\n",
         "output": "### Response:\n3",
     }
+
+
+def test_the_formats_have_an_order() -> None:
+    columns = ["text", "instruction", "output", "prompt", "completion", "conversations", "messages"]
+    template = {"input_template": "{text}", "output_template": "{output}"}
+    assert choose(columns, **template).name == "template"
+    found = [(chosen.name, chosen.why) for chosen in (choose(columns[:end]) for end in (7, 6, 5, 3, 1))]
+    assert found == [
+        ("messages", "there is a column `messages`"),
+        ("messages", "there is a column `conversations`"),
+        ("prompt_completion", "there are columns `prompt` and `completion`"),
+        ("template", "the columns fill the default templates"),
+        ("text", "there is a column `text`, and none for templates or chat"),
+    ]
 
 
 def test_messages_come_before_text_and_templates_before_both() -> None:
@@ -93,6 +108,34 @@ def test_a_mapping_to_an_absent_column_is_refused_with_the_columns() -> None:
 def test_an_unknown_placeholder_is_refused_with_the_columns() -> None:
     with pytest.raises(DataError, match=r"`input_template` has the placeholder `\{question\}`"):
         choose(["q", "output"], input_template="{question}")
+
+
+@pytest.mark.parametrize("setting", ["input_template", "output_template"])
+@pytest.mark.parametrize("spelling", ["{{q}}", "{{ q }}", "{{mapped}}"])
+def test_a_column_in_doubled_braces_is_refused_with_the_right_spelling(setting: str, spelling: str) -> None:
+    templates = {"input_template": "{q}", "output_template": "{a}", "field_mapping": {"mapped": "q"}}
+    templates[setting] = f"### {spelling} {templates[setting]}"
+    with pytest.raises(ConfigError, match=f"`{setting}` has") as caught:
+        choose(["q", "a"], **templates)
+    assert "single braces: write {" + spelling.strip("{ }") + "}" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("braces", ["{{x}}", "{{{q}}}", "{{}}", '{{"q": 1}}'])
+def test_other_braces_are_text(braces: str) -> None:
+    assert choose(["q", "a"], input_template=braces, output_template="{a}").name == "template"
+
+
+def test_an_output_template_without_a_placeholder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="`output_template` has no placeholder") as caught:
+        choose(["q", "a"], input_template="{q}", output_template="the answer")
+    assert "`q`, `a`" in str(caught.value.hint)
+
+
+def test_jinja_is_told_from_a_column() -> None:
+    for template in ("{% if q %}{q}{% endif %}", "{q|trim}"):
+        with pytest.raises(DataError, match="no such column") as caught:
+            choose(["q", "a"], input_template=template, output_template="{a}")
+        assert "no Jinja" in str(caught.value.hint)
 
 
 def test_columns_that_fit_no_format_are_refused() -> None:
@@ -246,23 +289,6 @@ USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-def with_template(template: str) -> PreTrainedTokenizerFast:
-    tokenizer = pickle.loads(pickle.dumps(build_tokenizer("chatml")))
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def spell(tokenizer: PreTrainedTokenizerFast, example: Segment) -> str:
-    """Return the example's text with ⟦ and ⟧ around its trained stretches."""
-    text, inside, ids = "", False, []
-    for token, trained in zip([*example.input_ids, None], [*example.trained, None], strict=True):
-        if trained is not inside:
-            text += tokenizer.decode(ids) + ("" if trained is None and not inside else "⟧" if inside else "⟦")
-            ids, inside = [], bool(trained)
-        ids.append(token)
-    return text
 
 
 def test_every_assistant_turn_of_a_conversation_is_trained_to_its_end_token() -> None:

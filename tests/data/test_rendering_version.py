@@ -22,6 +22,7 @@ def config(model_of: Callable[[str], Path], rows: Path, tmp_path: Path) -> Train
 def test_a_run_keeps_the_tokens_that_it_began_with(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prepare, "RENDERING_VERSION", 1)
     begun = start(config)
     recorded = begun.run.read_params()["data"]
     assert "rendering_version" not in recorded

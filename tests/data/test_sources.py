@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tunesmith.config import TrainConfig
+from tunesmith.data.formats import choose_format
 from tunesmith.data.sources import read_rows, source_fingerprint
 from tunesmith.errors import DataError
 
@@ -85,6 +86,24 @@ def test_a_json_array_of_any_layout_is_read(
             read(path)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_whatever_the_file_is_called(
+    tmp_path: Path, suffix: str, indent: int | None
+) -> None:
+    (tmp_path / f"rows{suffix}").write_text(json.dumps(ROWS, indent=indent))
+    assert read(tmp_path / f"rows{suffix}") == ROWS
+
+
+def test_a_number_keeps_its_text_and_a_missing_one_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    written = ["1.50", "1e5", "-0.0", "12345678901234567890", "3"]
+    path.write_text("".join(f'{{"text": {text}}}\n' for text in [*written, "NaN", "null"]))
+    row_format = choose_format(TrainConfig(dataset_name=str(path)), {"text": ""}, "rows")
+    texts = [row_format.render(row, "row")["output"] for row in read(path)]
+    assert texts == [*written, "", ""]
+
+
 def test_a_json_array_longer_than_a_chunk_is_read(tmp_path: Path) -> None:
     rows = [{"a": "x" * 700_000, "n": i} for i in range(5)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
@@ -145,6 +164,19 @@ def test_a_saved_data_set_gives_its_rows(tmp_path: Path) -> None:
         ("a.csv", b'a,b\n1,"2\n', "is not valid CSV"),
         ("a.csv", b"a,b\n1,\xff\n", "line 2 is not UTF-8"),
         ("a.csv", b"a,b\n", "holds no rows"),
+        ("a.csv", b"q,a,a\n1,2,3\n", "line 1 names the column `a` twice"),
+        ("a.csv", b"q;a\n1,5;2\n", "line 1 is separated by `;`"),
+        ("a.jsonl", b'{"a": 1, "a": 2}\n', "line 1 has the key `a` twice in one object"),
+        ("a.jsonl", b'{"a": {"b": 1, "b": 2}}\n', "line 1 has the key `b` twice in one object"),
+        ("a.json", b'[{"a": 1},\n {"a": 1, "a": 2}]', r"item 2 \(line 2\) has the key `a` twice"),
+        ("a.jsonl", b'{"a": 1' + b"0" * 5000 + b"}\n", "line 1 holds a whole number of 5,001 digits"),
+        (
+            "a.json",
+            b'[{"a": -1' + b"0" * 5000 + b"}]",
+            r"item 1 \(line 1\) holds a whole number of 5,001 digits",
+        ),
+        ("a.jsonl", b'{"a": 1e400}\n', "line 1 holds the number 1e400, which is too large"),
+        ("a.jsonl", b'{"a": -Infinity}\n', "line 1 holds -Infinity, which is no number"),
         ("a.parquet", b"PAR1 no", "is not a valid Parquet file"),
         ("a.txt", b"hello", "unknown suffix"),
     ],

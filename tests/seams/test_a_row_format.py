@@ -37,8 +37,8 @@ class PairFormat:
     encoder: TextEncoder | None = None
 
     @classmethod
-    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
-        return cls() if set(SIDES) <= set(columns) else None
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        return cls() if set(SIDES) <= set(first) else None
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tunesmith.data.arrow_rows import Row, iterate_rows
+from tunesmith.data.json_text import ROW_DECODER, RefusedJSONError
 from tunesmith.errors import DataError
 
-Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
 
 BATCH_ROWS = 1000
@@ -78,13 +79,20 @@ def _decoded_lines(file: Path) -> Iterator[str]:
                 ) from error
 
 
+def _read_json(file: Path) -> Rows:
+    first = next((line.lstrip() for line in _decoded_lines(file) if line.strip()), "")
+    return _read_json_array(file) if first.startswith("[") else _read_jsonl(file)
+
+
 def _read_jsonl(file: Path) -> Rows:
     for number, line in enumerate(_decoded_lines(file), start=1):
         if line.isspace():
             continue
         where = f"`{file}`, line {number}"
         try:
-            row = json.loads(line)
+            row = ROW_DECODER.decode(line)
+        except RefusedJSONError as error:
+            raise DataError(f"{where} {error}", error.hint) from error
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(
                 f"{where} is not valid JSON: {error}", "each line must be one JSON object"
@@ -100,13 +108,7 @@ def _check_object(row: Any, where: str) -> Row:
     return row
 
 
-def _read_json(file: Path) -> Rows:
-    first = next((line.lstrip() for line in _decoded_lines(file) if line.strip()), "")
-    return _read_json_array(file) if first.startswith("[") else _read_jsonl(file)
-
-
 def _read_json_array(file: Path) -> Rows:
-    decoder = json.JSONDecoder()
     reader = _ArrayText(file)
     reader.expect("[")
     count = 0
@@ -116,7 +118,7 @@ def _read_json_array(file: Path) -> Rows:
         count += 1
         reader.peek()
         where = f"`{file}`, item {count} (line {reader.line})"
-        yield where, _check_object(reader.decode(decoder, where), where)
+        yield where, _check_object(reader.decode(where), where)
     reader.expect("]")
     if rest := reader.peek():
         raise DataError(f"`{file}`, line {reader.line}: `{rest}` after the end of the array", "remove it")
@@ -167,11 +169,13 @@ class _ArrayText:
             )
         self._skip(self._at + 1)
 
-    def decode(self, decoder: json.JSONDecoder, where: str) -> Any:
+    def decode(self, where: str) -> Any:
         """Return the next JSON value."""
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self._at)
+                value, end = ROW_DECODER.raw_decode(self._text, self._at)
+            except RefusedJSONError as error:
+                raise DataError(f"{where} {error}", error.hint) from error
             except (json.JSONDecodeError, RecursionError) as error:
                 # The value may go on after this chunk.
                 if len(self._text) - self._at < _LONGEST_OBJECT_CHARS and self._extend():
@@ -200,7 +204,7 @@ def _read_csv(file: Path) -> Rows:
         if not fields:
             continue
         if header is None:
-            header = fields
+            header = _check_header(fields, where)
             continue
         if len(fields) != len(header):
             raise DataError(
@@ -208,6 +212,14 @@ def _read_csv(file: Path) -> Rows:
                 "put fields that hold commas or newlines in double quotes",
             )
         yield where, dict(zip(header, fields, strict=True))
+
+
+def _check_header(names: list[str], where: str) -> list[str]:
+    if len(names) == 1 and ";" in names[0]:
+        raise DataError(f"{where} is separated by `;`", "write the file with commas between its fields")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{where} names the column `{twice[0]}` twice", "give each column a name of its own")
+    return names
 
 
 def _read_parquet(file: Path) -> Rows:
@@ -218,7 +230,7 @@ def _read_parquet(file: Path) -> Rows:
     try:
         with open_rows(file) as stream, parquet.ParquetFile(stream) as reader:
             for batch in reader.iter_batches(BATCH_ROWS):
-                for row in batch.to_pylist():
+                for row in iterate_rows(batch):
                     count += 1
                     yield f"`{file}`, row {count}", row
     except pyarrow.ArrowException as error:
@@ -228,8 +240,8 @@ def _read_parquet(file: Path) -> Rows:
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import HFDatasetConfig
-from tunesmith.data.files import BATCH_ROWS, READERS, Row, Rows, list_files, open_rows
+from tunesmith.data.arrow_rows import Row, iterate_rows
+from tunesmith.data.files import BATCH_ROWS, READERS, Rows, list_files, open_rows
 from tunesmith.errors import DataError
 
 
@@ -144,7 +145,7 @@ def _read_hub(config: HFDatasetConfig) -> Iterator[Row]:
 
 def _read_arrow(loaded: Any) -> Iterator[Row]:
     for table in loaded.with_format("arrow").iter(BATCH_ROWS):
-        yield from table.to_pylist()
+        yield from iterate_rows(table)
 
 
 def _is_saved_dataset(path: Path) -> bool:

@@ -135,7 +135,7 @@ def with_progress(items: Iterable[T], verb: str) -> Iterator[T]:
 
 def _dump(rendered: dict[str, Any], where: str, sort_keys: bool) -> bytes:
     try:
-        return json.dumps(rendered, ensure_ascii=False, sort_keys=sort_keys).encode()
+        return json.dumps(rendered, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys).encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} holds half a surrogate pair, which is no character", "mend the row's text"

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.formats.base import Prompt, RenderedRow, RowFormat, list_columns
 from tunesmith.data.formats.messages import MessagesFormat
-from tunesmith.data.formats.template import TemplateFormat
+from tunesmith.data.formats.prompt_completion import PromptCompletionFormat, PromptCompletionMessagesFormat
+from tunesmith.data.formats.template import AlpacaFormat, TemplateFormat
 from tunesmith.data.formats.text import TextFormat
 from tunesmith.errors import DataError
 
 __all__ = ["ROW_FORMATS", "Prompt", "RenderedRow", "RowFormat", "choose_format", "format_named"]
 
-ROW_FORMATS: list[type[RowFormat]] = [TemplateFormat, MessagesFormat, TextFormat]
+ROW_FORMATS: list[type[RowFormat]] = [
+    TemplateFormat,
+    MessagesFormat,
+    PromptCompletionFormat,
+    PromptCompletionMessagesFormat,
+    AlpacaFormat,
+    TextFormat,
+]
 
 
-def choose_format(settings: HFDatasetConfig, columns: Iterable[str], source: str) -> RowFormat:
-    """Return the first format that fits the columns.
+def choose_format(settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> RowFormat:
+    """Return the first format that fits the first row.
 
     Raises:
         ConfigError: a malformed template.
         DataError: a placeholder without its column, or columns that fit no format.
     """
-    present = list(columns)
     for candidate in ROW_FORMATS:
-        if (chosen := candidate.choose(settings, present, source)) is not None:
+        if (chosen := candidate.choose(settings, first, source)) is not None:
             return chosen
     raise DataError(
-        f"no way to read the rows of {source}: no templates were given, "
-        "and there is neither a column `messages` nor `text`",
-        f"{list_columns(present)}; set input_template and output_template with {{placeholders}} for them, "
+        f"no way to read the rows of {source}: no templates were given, and there are neither "
+        "`messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, nor `text`",
+        f"{list_columns(first)}; set input_template and output_template with {{placeholders}} for them, "
         "or field_mapping",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
@@ -46,8 +47,8 @@ class RowFormat(Protocol):
     def num_segments(self) -> int: ...
 
     @classmethod
-    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
-        """Return the format if it fits the columns, or was asked for; `source` names the data set in errors.
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        """Return the format if it fits the first row, or was asked for; `source` names the data set in errors.
 
         Raises:
             ConfigError: a malformed setting.
@@ -103,13 +104,23 @@ def column_of(row: Mapping[str, Any], column: str, where: str) -> Any:
     return row[column]
 
 
+def is_missing(value: Any) -> bool:
+    """Tell whether a row has no value there: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    """Return a column's value as text: a number as it is written, nothing as an empty text."""
+    """Return a column's value as text: a number as it is written, a missing value as an empty text."""
     value = column_of(row, column, where)
     if isinstance(value, str):
         return value
-    if value is None:
+    if is_missing(value):
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise DataError(
+            f"column `{column}` of {where} holds a number beyond all floats",
+            "write it as text, or leave it out",
+        )
     if isinstance(value, Number):
         return str(value)
     raise DataError(

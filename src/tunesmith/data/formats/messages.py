@@ -1,4 +1,4 @@
-"""Conversations: a column `messages`, and `tools` beside it. Rendered as `{"messages"}`, with `tools` where there are."""
+"""Conversations, through the tokenizer's chat template. Rendered as `{"messages", "trained", "tools"}`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.encode import MarkedText, RowError, TextEncoder, name_of
 from tunesmith.data.examples import Example
-from tunesmith.data.formats.base import Prompt, RenderedRow, column_of
+from tunesmith.data.formats.base import Prompt, RenderedRow
 from tunesmith.data.formats.chat import ChatRenderer
+from tunesmith.data.formats.conversation import read_conversation
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,27 +26,31 @@ _SAID = ("role", "content", "tool_calls")
 
 @dataclass(frozen=True)
 class MessagesFormat:
-    """Rows that are conversations."""
+    """Rows that are conversations, which lie in `columns`, one after the other."""
 
     name: ClassVar[str] = "messages"
     num_segments: ClassVar[int] = 1
     why: str
+    columns: tuple[str, ...] = ("messages",)
     encoder: TextEncoder | None = None
     chat: ChatRenderer | None = None
 
     @classmethod
-    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
-        return cls("there is a column `messages`") if "messages" in columns else None
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        for column in ("messages", "conversations"):
+            if column in first:
+                return cls(f"there is a column `{column}`", (column,))
+        return None
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         return cls("it was recorded")
 
     def identity(self) -> str:
-        return json.dumps([self.name, []])
+        return json.dumps([self.name, [] if self.columns == ("messages",) else self.columns])
 
     def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
-        return _render_messages(row, where)
+        return read_conversation(row, self.columns, where)
 
     def split_key(self, row: RenderedRow) -> RenderedRow:
         """Return what is said, without the ids and dates that may come with it."""
@@ -67,17 +72,14 @@ class MessagesFormat:
         return self.encoder.encode_rows([self._mark(row, index) for index, row in enumerate(rows)])
 
     def prompt(self, row: RenderedRow) -> Prompt | None:
-        """Return everything before the last assistant message, which is the reference."""
+        """Return everything before the last assistant message that is trained, which is the reference."""
         assert self.encoder is not None and self.chat is not None
-        messages = row["messages"]
-        turns = [i for i in range(1, len(messages)) if messages[i]["role"] == "assistant"]
-        if not turns:
-            return None
-        text = self.chat.render_prompt(messages[: turns[-1]], row.get("tools"))
-        reference = messages[turns[-1]]["content"]
-        if not text or not reference.strip():
-            return None
-        return Prompt(text, self.encoder.encode_prompt(text), reference)
+        asked = self.chat.last_question(row)
+        return (
+            None
+            if asked is None
+            else Prompt(asked.text, self.encoder.encode_prompt(asked.text), asked.reference)
+        )
 
     def _mark(self, row: RenderedRow, index: int) -> list[MarkedText]:
         assert self.chat is not None
@@ -85,43 +87,3 @@ class MessagesFormat:
             return self.chat.render(row)
         except DataError as error:
             raise RowError(error.message, error.hint, index) from error
-
-
-def _render_messages(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    messages = column_of(row, "messages", where)
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"`messages` of {where} is not a list of messages", _MESSAGE_HINT)
-    rendered: dict[str, Any] = {"messages": [_check_message(m, i, where) for i, m in enumerate(messages)]}
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"`tools` of {where} is not valid JSON: {error}", "give a list of tools"
-            ) from error
-    if tools:
-        if not isinstance(tools, list):
-            raise DataError(f"`tools` of {where} is a {type(tools).__name__}", "give a list of tools")
-        rendered["tools"] = tools
-    return rendered
-
-
-_MESSAGE_HINT = 'a conversation is a list such as [{"role": "user", "content": "…"}, …]'
-
-
-def _check_message(message: Any, index: int, where: str) -> dict[str, Any]:
-    place = f"message {index + 1} of {where}"
-    if not isinstance(message, Mapping):
-        raise DataError(f"{place} is a {type(message).__name__}, not an object", _MESSAGE_HINT)
-    if not isinstance(message.get("role"), str):
-        raise DataError(f"{place} has no `role`", _MESSAGE_HINT)
-    # Arrow gives every message every key of any message, as null: a template may test for their presence.
-    kept = {key: value for key, value in message.items() if value is not None}
-    if not isinstance(kept.setdefault("content", ""), str):
-        raise DataError(
-            f"`content` of {place} is a {type(kept['content']).__name__}, not text", _MESSAGE_HINT
-        )
-    if "content" not in message and "tool_calls" not in message:
-        raise DataError(f"{place} has no `content`", _MESSAGE_HINT)
-    return kept

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # One step of a template: a doubled brace, a placeholder, a stray brace, or text without braces.
 _PIECE = re.compile(r"(?P<escape>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])|(?P<literal>[^{}]+)")
+_DOUBLED = re.compile(r"(?<!\{)\{\{(?!\{)\s*(?P<name>[^{}]*?)\s*\}\}(?!\})")
 _NAME = re.compile(r"[^{}\[\].!:\s](?:[^{}\[\].!:]*[^{}\[\].!:\s])?")
 
 
@@ -88,17 +89,14 @@ class TemplateFormat:
     encoder: TextEncoder | None = None
 
     @classmethod
-    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
-        chosen = cls.from_settings(settings)
-        absent = chosen.absent_from(columns)
-        if absent and settings.gives_template:
-            raise _absent_column(chosen, absent[0], settings.field_mapping, columns, source)
-        if absent:
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        if not settings.gives_template:
             return None
-        given = settings.gives_template
-        return replace(
-            chosen, why="templates were given" if given else "the columns fill the default templates"
-        )
+        chosen = cls.from_settings(settings)
+        if absent := chosen.absent_from(first):
+            raise _absent_column(chosen, absent[0], settings.field_mapping, first, source)
+        chosen._check_placeholders(settings, first)
+        return replace(chosen, why="templates were given")
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
@@ -107,6 +105,25 @@ class TemplateFormat:
         names = dict.fromkeys([*output_template.names, *input_template.names])
         columns = sorted((name, settings.field_mapping.get(name, name)) for name in names)
         return cls("it was recorded", input_template, output_template, tuple(columns))
+
+    def _check_placeholders(self, settings: HFDatasetConfig, columns: Iterable[str]) -> None:
+        """Refuse a template that means a column and doesn't name it: every row would teach the same text."""
+        known = {*columns, *settings.field_mapping}
+        for template, text in (
+            (self.input_template, settings.input_template),
+            (self.output_template, settings.output_template),
+        ):
+            doubled = [match for match in _DOUBLED.finditer(text) if match["name"] in known]
+            if doubled:
+                raise ConfigError(
+                    f"`{template.setting}` has `{doubled[0][0]}`, which is the text `{{{doubled[0]['name']}}}` and no column",
+                    f"a placeholder has single braces: write {{{doubled[0]['name']}}}",
+                )
+        if not self.output_template.names:
+            raise ConfigError(
+                "`output_template` has no placeholder: every row would train the same answer",
+                f"{list_columns(columns)}; write one as {{column}}",
+            )
 
     def absent_from(self, columns: Iterable[str]) -> list[str]:
         """Return the placeholders whose columns aren't among `columns`, the output template's first."""
@@ -151,6 +168,21 @@ class TemplateFormat:
         return Prompt(text, self.encoder.encode_prompt(text), reference)
 
 
+@dataclass(frozen=True)
+class AlpacaFormat(TemplateFormat):
+    """Rows of `instruction` and `output` that fill the default templates; an absent `input` is empty."""
+
+    @classmethod
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        chosen = cls.from_settings(settings)
+        if settings.gives_template or set(chosen.absent_from(first)) - {"input"}:
+            return None
+        return replace(chosen, why="the columns fill the default templates")
+
+    def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
+        return super().render({"input": None, **row}, where)
+
+
 def mark_completion(row: RenderedRow) -> list[MarkedText]:
     """Return the text of a row of prompt and completion, trained after the prompt's end."""
     prompt, completion = row["input"], row["output"]
@@ -170,4 +202,7 @@ def _absent_column(
         is_of_input = name in chosen.input_template.names
         setting = (chosen.input_template if is_of_input else chosen.output_template).setting
         message = f"`{setting}` has the placeholder `{{{name}}}`, and {source} has no such column"
-    return DataError(message, list_columns(columns))
+    hint = list_columns(columns)
+    if re.search(r"%|\|", name):
+        hint += "; templates are no Jinja: a placeholder is a column's plain name"
+    return DataError(message, hint)

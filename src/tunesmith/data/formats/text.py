@@ -29,8 +29,8 @@ class TextFormat:
     encoder: TextEncoder | None = None
 
     @classmethod
-    def choose(cls, settings: HFDatasetConfig, columns: Sequence[str], source: str) -> Self | None:
-        return cls("there is a column `text`, and none for templates or chat") if "text" in columns else None
+    def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
+        return cls("there is a column `text`, and none for templates or chat") if "text" in first else None
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:

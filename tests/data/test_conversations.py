@@ -1,0 +1,195 @@
+"""Conversations in the forms that people have: what is trained is what their owner meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+from transformers import PreTrainedTokenizerFast
+
+from support.labels import spell, with_template
+from support.tokenizers import build_tokenizer
+from tunesmith.config import TrainConfig
+from tunesmith.data.formats import RenderedRow, RowFormat, choose_format
+from tunesmith.data.sources import read_rows
+from tunesmith.errors import DataError
+
+USER, ASSISTANT = "user", "assistant"
+GREETING = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧"
+
+TOOLS_TEMPLATE = """{%- if tools %}{{- 'TOOLS ' + (tools | tojson) + '\\n' }}{%- endif %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for c in m.tool_calls or [] %}{{- '<call>{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson) + '}</call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def read(row: dict[str, Any]) -> tuple[RowFormat, RenderedRow]:
+    chosen = choose_format(TrainConfig(dataset_name="rows.jsonl"), row, "`rows.jsonl` (train)")
+    return chosen, chosen.render(row, "line 1")
+
+
+def spelled(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
+    tokenizer = tokenizer or build_tokenizer("chatml")
+    chosen, rendered = read(row)
+    (examples,) = chosen.with_tokenizer(tokenizer).encode([rendered])
+    return [spell(tokenizer, segment) for example in examples for segment in example.segments]
+
+
+def say(role: str, content: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **keys}
+
+
+def call(arguments: Any, name: str = "weather") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(name: str, **properties: str) -> dict[str, Any]:
+    typed = {key: {"type": kind} for key, kind in properties.items()}
+    parameters = {"type": "object", "properties": typed}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello")]},
+        {"messages": [say("human", "Hi"), say("gpt", "Hello")]},
+        {"messages": [say(USER, [{"type": "text", "text": "Hi"}]), say(ASSISTANT, [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}])]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"conversations": [say(USER, "Hi"), say(ASSISTANT, "Hello")]},
+        {"prompt": [say(USER, "Hi")], "completion": [say(ASSISTANT, "Hello")]},
+    ],
+    ids=["messages", "other roles", "parts", "sharegpt", "conversations", "prompt and completion"],
+)  # fmt: skip
+def test_one_conversation_in_its_forms(row: dict[str, Any]) -> None:
+    assert spelled(row) == [GREETING]
+
+
+def test_a_prompt_and_a_completion_of_text_are_one_text() -> None:
+    row = {"prompt": "The sky is", "completion": " blue"}
+    assert spelled(row) == ["The sky is⟦ blue<|im_end|>⟧"]
+
+
+def test_of_a_prompt_of_messages_nothing_is_trained() -> None:
+    prompt = [say(USER, "Hi"), say(ASSISTANT, "Yes?"), say(USER, "Bye")]
+    (text,) = spelled({"prompt": prompt, "completion": [say(ASSISTANT, "So long")]})
+    assert text.count("⟦") == 1
+    assert text.endswith("⟦So long<|im_end|>⟧")
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss"])
+def test_a_message_says_whether_it_is_trained(key: str) -> None:
+    no, yes = (0, 1) if key == "weight" else (False, True)
+    row = {"messages": [say(USER, "2+2?"), say(ASSISTANT, "5", **{key: no}), say(USER, "Sure?"), say(ASSISTANT, "No, 4", **{key: yes})]}  # fmt: skip
+    (text,) = spelled(row)
+    assert text.count("⟦") == 1
+    assert text.endswith("⟦No, 4<|im_end|>⟧")
+    row["messages"][0][key] = yes
+    (text,) = spelled(row)
+    assert text.startswith("<|im_start|>user\n⟦2+2?<|im_end|>⟧\n")
+    del row["messages"][0][key], row["messages"][3][key]
+    assert spelled(row)[0].count("⟦") == 1
+    row["messages"][3][key] = no
+    assert spelled(row) == []
+
+
+@pytest.mark.parametrize("marks", [{"weight": 0.5}, {"weight": 0, "train": True}, {"train": "no"}])
+def test_a_message_that_is_half_trained_is_refused(marks: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="message 2 of line 1"):
+        read({"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello", **marks)]})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_call_is_trained_as_an_object_and_is_what_is_expected(as_text: bool) -> None:
+    arguments: Any = json.dumps({"city": "Ulm"}) if as_text else {"city": "Ulm"}
+    calls: Any = [call(arguments)]
+    row = {
+        "messages": [
+            say(USER, "Weather?"),
+            say(ASSISTANT, None, tool_calls=json.dumps(calls) if as_text else calls),
+        ]
+    }
+    tokenizer = with_template(TOOLS_TEMPLATE)
+    expected = '<call>{"name": "weather", "arguments": {"city": "Ulm"}}</call>'
+    assert spelled(row, tokenizer)[0].endswith(f"⟦{expected}<|im_end|>⟧")
+    chosen, rendered = read(row)
+    prompt = chosen.with_tokenizer(tokenizer).prompt(rendered)
+    assert prompt is not None
+    assert prompt.reference == expected
+    with pytest.raises(DataError, match="doesn't render the call of `weather`"):
+        spelled(row)
+
+
+def test_sharegpts_calls_and_system_become_a_conversation() -> None:
+    value = json.dumps({"name": "weather", "arguments": {"city": "Ulm"}})
+    turns = [("human", "Weather?"), ("function_call", value), ("observation", "Rain"), ("gpt", "It rains")]
+    row: dict[str, Any] = {
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+        "system": "Be brief.",
+        "tools": json.dumps([tool("weather", city="string")]),
+    }
+    (text,) = spelled(row, with_template(TOOLS_TEMPLATE))
+    assert text.startswith("TOOLS [{")
+    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user" in text
+    assert "<|im_start|>tool\nRain<|im_end|>" in text
+    assert text.count("⟦") == 2
+    assert text.endswith("⟦It rains<|im_end|>⟧")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (say(USER, [{"type": "image_url", "image_url": {"url": "x"}}]), "part of type `image_url`"),
+        (say(ASSISTANT, "", tool_calls=[call("{city}")]), "`arguments` of a call"),
+        (say(ASSISTANT, "", tool_calls="weather()"), "`tool_calls` of message 1 of line 1 is not valid JSON"),
+        (
+            {"from": "function_call", "value": "weather()"},
+            "the call of message 1 of line 1 is not valid JSON",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_its_row(message: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read({"messages": [message]})
+
+
+def write_parquet(rows: list[dict[str, Any]], folder: Path) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def save(rows: list[dict[str, Any]], folder: Path) -> Path:
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("write", [write_parquet, save])
+def test_arrows_nulls_are_not_trained(
+    write: Callable[[list[dict[str, Any]], Path], Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [say(USER, "Weather?"), say(ASSISTANT, None, tool_calls=[call({"city": "Ulm"})])], "tools": [tool("weather", city="string")]},
+        {"messages": [say(USER, "2 and 2?"), say(ASSISTANT, None, tool_calls=[call({"a": 2, "b": 2}, "add")])], "tools": [tool("add", a="number", b="number")]},
+    ]  # fmt: skip
+    tokenizer = with_template(TOOLS_TEMPLATE)
+    stored = [row for _, row in read_rows(TrainConfig(dataset_name=str(write(rows, tmp_path))))]
+    assert [spelled(row, tokenizer) for row in stored] == [spelled(row, tokenizer) for row in rows]
+
+
+def test_uneven_objects_that_datasets_keeps_as_json_come_back(tmp_path: Path) -> None:
+    features = datasets.Features({"answer": datasets.Json(), "score": datasets.Value("float32")})
+    rows = [
+        {"answer": "two", "score": 0.1},
+        {"answer": {"a": None}, "score": 2.0},
+        {"answer": None, "score": None},
+    ]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    stored = [row for _, row in read_rows(TrainConfig(dataset_name=str(tmp_path / "saved")))]
+    assert stored == rows
