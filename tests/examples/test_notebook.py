@@ -304,7 +304,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = read_notebook()
     with serve(namespace, tmp_path / "commands") as environ:
         client = NotebookClient(
-            notebook, timeout=300, record_timing=False, resources={"metadata": {"path": EXAMPLE}}
+            notebook, timeout=500, record_timing=False, resources={"metadata": {"path": EXAMPLE}}
         )
         client.execute(
             env={
