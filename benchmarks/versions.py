@@ -41,6 +41,8 @@ def main() -> None:
     speed = median(map(_tokens_per_second, now)) / median(map(_tokens_per_second, older))
     memory = median(one.peak_bytes for one in now) / median(one.peak_bytes for one in older)
     print(f"tokens/s: {speed:.3f} × those of {words.commit}; peak memory: {memory:.3f} ×")
+    fastest = min(map(_fastest_step, now)) / min(map(_fastest_step, older))
+    print(f"fastest step: {fastest:.3f} × as long, which a busy machine changes least")
     same = all(one.losses == older[0].losses for one in [*older, *now])
     print(f"losses of {words.steps} steps: {'equal to the last digit' if same else 'they differ'}")
 
@@ -55,6 +57,11 @@ def _extract(commit: str, folder: Path) -> Path:
 
 def _tokens_per_second(figures: Figures) -> float:
     return sum(figures.tokens[1:]) / sum(figures.step_s[1:])
+
+
+def _fastest_step(figures: Figures) -> float:
+    """Return the seconds per token of the turn's fastest step."""
+    return min(s / tokens for s, tokens in zip(figures.step_s[1:], figures.tokens[1:], strict=True))
 
 
 def _parse() -> argparse.Namespace:
