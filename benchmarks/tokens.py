@@ -66,7 +66,8 @@ def _time_stage(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, max_leng
     rows = prepared.data_dir / "training.jsonl"
     start = time.perf_counter()
     (row_format,) = recorded_formats(prepared.row_format, [HFDatasetConfig()])
-    write_tokens(rows, path, [row_format.with_tokenizer(tokenizer)], max_length, num_proc=1)
+    with_tokenizer = row_format.with_tokenizer(tokenizer, "2026-01-01")
+    write_tokens(rows, path, [with_tokenizer], max_length, num_proc=1)
     pack_examples(np.asarray(prepared.train.lengths), max_length, seed=0)
     return time.perf_counter() - start
 

@@ -81,7 +81,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     check_resumable(run, config)
     check_sources(config)
     check_weights(config.model)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     check_model(config)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)

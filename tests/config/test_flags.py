@@ -44,7 +44,7 @@ def test_every_flag_is_spelt_with_dashes_or_underscores(name: str, dashes: bool)
 
 @pytest.mark.parametrize("name", HFDatasetConfig.model_fields)
 def test_flags_of_the_data_set_take_the_prefix_hfdc(name: str) -> None:
-    assert parse(f"--hfdc_{name}", "5", f"--hfdc-{name}=7") == (None, {name: "7"})
+    assert parse(f"--hfdc_{name}=5", f"--hfdc-{name}=7") == (None, {name: "7"})
 
 
 def test_the_prefix_hfdc_is_for_the_data_set_alone() -> None:

@@ -21,13 +21,19 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "split": ("test", "test", "test"),
     "train_split_ratio": ("0.75", 0.75, 0.75),
     "val_test_split_ratio": ("0", 0, 0.0),
-    "input_template": (r"Q: {q}\n", r"Q: {q}\n", "Q: {q}\n"),
+    "input_template": (r"Q: {q}\n", "Q: {q}\n", "Q: {q}\n"),
     "output_template": (r"A:\t{a}", "A:\t{a}", "A:\t{a}"),
     "field_mapping": (
         "q=question, a=answer",
         {"q": "question", "a": "answer"},
         {"q": "question", "a": "answer"},
     ),
+    "message_keys": ("role=speaker", {"role": "speaker"}, {"role": "speaker"}),
+    "role_names": ("assistant=bot", {"assistant": "bot"}, {"assistant": "bot"}),
+    "system_prompt": (r"Be\nbrief.", "Be\nbrief.", "Be\nbrief."),
+    "train_on": ("user, assistant", ["user", "assistant"], "user,assistant"),
+    "train_on_reasoning": ("false", False, False),
+    "unrendered": ("count", "count", "count"),
     "num_proc": ("3", 3, 3),
     "hf_model_id": ("org/model", "org/model", "org/model"),
     "model_path": ("models/tiny", "models/tiny", Path("models/tiny")),
@@ -48,6 +54,7 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "lora_dropout": ("0", 0, 0.0),
     "lora_target_modules": ("q_proj, v_proj", ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
     "use_rslora": ("1", True, True),
+    "chat_template": ("chatml.jinja", "chatml.jinja", "chatml.jinja"),
     "max_seq_length": ("512", 512, 512),
     "packing": ("no", False, False),
     "data_dir": ("prepared", "prepared", Path("prepared")),
@@ -123,7 +130,9 @@ def test_every_setting_arrives_by_every_way(name: str, way: str, tmp_path: Path)
         config = load(yaml.safe_dump({"hf_dataset_config": {name: yaml_value}}), tmp_path)
     else:
         key = name.replace("_", "-") if way == "dashed_yaml" else name
-        config = load(yaml.safe_dump({key: text if way == "yaml_text" else yaml_value}), tmp_path)
+        # In YAML a newline is a newline: only flags and variables write it as backslash-n.
+        written = text.replace(r"\n", "\n").replace(r"\t", "\t") if way == "yaml_text" else yaml_value
+        config = load(yaml.safe_dump({key: written}), tmp_path)
     value = getattr(config, name)
     assert value == expected
     assert type(value) is type(expected) or isinstance(expected, Path)
@@ -199,7 +208,9 @@ def test_flags_win_over_the_environment_and_that_over_yaml_and_that_over_default
 
 def test_a_template_given_anywhere_counts_as_given(tmp_path: Path) -> None:
     assert load("hf_dataset_config:\n  input_template: 'Q: {q}'", tmp_path).gives_template
-    assert load(environ={"TUNESMITH_HFDC_FIELD_MAPPING": "a=b"}).gives_template
+    assert load(environ={"TUNESMITH_HFDC_OUTPUT_TEMPLATE": "{a}"}).gives_template
+    # A mapping may name the columns of any format.
+    assert not load(environ={"TUNESMITH_HFDC_FIELD_MAPPING": "messages=b"}).gives_template
 
 
 def test_defaults_of_the_seed_data_set_do_not_follow_to_another() -> None:

@@ -13,15 +13,23 @@ import pytest
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
+from support.conversations import (
+    ASSISTANT,
+    DATE,
+    GREETING,
+    USER,
+    call,
+    encode,
+    say,
+    settings_of,
+    tool,
+)
 from support.labels import spell, with_template
 from support.tokenizers import build_tokenizer
 from tunesmith.config import TrainConfig
-from tunesmith.data.formats import RenderedRow, RowFormat, choose_format
+from tunesmith.data.formats import Findings, RenderedRow, RowFormat, choose_format
 from tunesmith.data.sources import read_rows
-from tunesmith.errors import DataError
-
-USER, ASSISTANT = "user", "assistant"
-GREETING = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧"
+from tunesmith.errors import ConfigError, DataError
 
 TOOLS_TEMPLATE = """{%- if tools %}{{- 'TOOLS ' + (tools | tojson) + '\\n' }}{%- endif %}
 {%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}
@@ -38,22 +46,8 @@ def read(row: dict[str, Any]) -> tuple[RowFormat, RenderedRow]:
 def spelled(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
     tokenizer = tokenizer or build_tokenizer("chatml")
     chosen, rendered = read(row)
-    (examples,) = chosen.with_tokenizer(tokenizer).encode([rendered])
+    (examples,) = chosen.with_tokenizer(tokenizer, DATE).encode([rendered], Findings())
     return [spell(tokenizer, segment) for example in examples for segment in example.segments]
-
-
-def say(role: str, content: Any, **keys: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **keys}
-
-
-def call(arguments: Any, name: str = "weather") -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def tool(name: str, **properties: str) -> dict[str, Any]:
-    typed = {key: {"type": kind} for key, kind in properties.items()}
-    parameters = {"type": "object", "properties": typed}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 @pytest.mark.parametrize(
@@ -120,10 +114,10 @@ def test_a_call_is_trained_as_an_object_and_is_what_is_expected(as_text: bool) -
     expected = '<call>{"name": "weather", "arguments": {"city": "Ulm"}}</call>'
     assert spelled(row, tokenizer)[0].endswith(f"⟦{expected}<|im_end|>⟧")
     chosen, rendered = read(row)
-    prompt = chosen.with_tokenizer(tokenizer).prompt(rendered)
+    prompt = chosen.with_tokenizer(tokenizer, DATE).prompt(rendered)
     assert prompt is not None
     assert prompt.reference == expected
-    with pytest.raises(DataError, match="doesn't render the call of `weather`"):
+    with pytest.raises(DataError, match="doesn't render a tool call"):
         spelled(row)
 
 
@@ -193,3 +187,74 @@ def test_uneven_objects_that_datasets_keeps_as_json_come_back(tmp_path: Path) ->
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
     stored = [row for _, row in read_rows(TrainConfig(dataset_name=str(tmp_path / "saved")))]
     assert stored == rows
+
+
+# Columns, keys and roles of other names.
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [
+        ({"dialogue": [say(USER, "Hi"), say(ASSISTANT, "Hello")]}, {"field_mapping": "messages=dialogue"}),
+        (
+            {"q": [say(USER, "Hi")], "a": [say(ASSISTANT, "Hello")]},
+            {"field_mapping": "prompt=q,completion=a"},
+        ),
+        (
+            {"messages": [{"speaker": "person", "text": "Hi"}, {"speaker": "bot", "text": "Hello"}]},
+            {"message_keys": "role=speaker,content=text", "role_names": "user=person,assistant=bot"},
+        ),
+        (
+            {"conversations": [{"from": "person", "value": "Hi"}, {"from": "agent", "value": "Hello"}]},
+            {"role_names": {"person": "user", "bot": "assistant", "agent": "assistant"}},
+        ),
+    ],
+    ids=["a column", "two columns", "keys and roles", "roles in the other order"],
+)
+def test_other_names_are_named_rather_than_rewritten(row: dict[str, Any], given: dict[str, Any]) -> None:
+    assert encode(row, build_tokenizer("chatml"), **given)[0] == [GREETING]
+
+
+def test_a_column_that_is_named_comes_before_those_of_usual_names() -> None:
+    row = {"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello")], "body": "So it is.", "question": "Why?"}
+    assert encode(row, build_tokenizer("chatml"), field_mapping="text=body")[0] == ["S⟦o it is.<|im_end|>⟧"]
+    chosen = choose_format(settings_of(field_mapping="instruction=question,output=body"), row, "rows")
+    assert chosen.render(row, "line 1")["output"] == "### Response:\nSo it is."
+
+
+def test_the_reason_tells_what_else_fitted() -> None:
+    row = {"messages": [say(USER, "Hi")], "prompt": "a", "completion": "b", "text": "c"}
+    why = choose_format(settings_of(), row, "rows").why
+    assert why == "there is a column `messages`; as prompt_completion and text they could be read too"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"field_mapping": "messages=talk"}, DataError, "column `talk`, absent from rows"),
+        ({"field_mapping": "question=q"}, ConfigError, "no format's column"),
+        ({"message_keys": "content=words"}, DataError, "`words`, which message_keys names"),
+    ],
+)
+def test_a_name_that_is_not_there_is_refused(
+    given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    row = {"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello")]}
+    with pytest.raises(error, match=said):
+        choose_format(settings_of(**given), row, "rows").render(row, "line 1")
+
+
+@pytest.mark.parametrize("name", ["train_on", "system_prompt", "message_keys"])
+def test_what_is_said_of_conversations_is_refused_of_other_rows(name: str) -> None:
+    value = {"train_on": "all_turns", "system_prompt": "Be brief.", "message_keys": "role=speaker"}[name]
+    with pytest.raises(ConfigError, match=f"`{name}` is for conversations"):
+        choose_format(settings_of(**{name: value}), {"text": "a"}, "rows")
+
+
+def test_the_system_prompt_goes_before_conversations_without_one() -> None:
+    tokenizer = build_tokenizer("chatml")
+    turns = [say(USER, "Hi"), say(ASSISTANT, "Hello")]
+    (text,), _ = encode({"messages": turns}, tokenizer, system_prompt="Be brief.")
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n" + GREETING
+    own = {"messages": [say("system", "Sing."), *turns]}
+    assert encode(own, tokenizer, system_prompt="Be brief.") == encode(own, tokenizer)

@@ -175,7 +175,7 @@ def test_the_chat_asks_with_the_prompt_of_the_evaluation(
     }
     row = {"instruction": "Add {x}.", "context": "1 and 2", "column": "a b", "output": "3"}
     chosen = choose_format(HFDatasetConfig(dataset_name="rows", **settings), row, "rows")
-    row_format = chosen.with_tokenizer(build_tokenizer("byte_bpe"))
+    row_format = chosen.with_tokenizer(build_tokenizer("byte_bpe"), "2026-01-01")
     prompt = row_format.prompt(row_format.render(row, "the row"))
     assert prompt is not None
     assert defined["render_prompt"](settings, row) == prompt.text

@@ -20,7 +20,8 @@ from tunesmith.data import formats
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.encode import MarkedText, TextEncoder
 from tunesmith.data.examples import Example
-from tunesmith.data.formats import Prompt, RenderedRow
+from tunesmith.data.formats import Findings, Prompt, RenderedRow
+from tunesmith.data.formats.base import ColumnsFormat
 from tunesmith.data.prepare import open_prepared
 from tunesmith.data.token_set import TokenSet
 from tunesmith.train.worker import TrainJob
@@ -30,7 +31,7 @@ MAX_SEQ_LENGTH = 24
 
 
 @dataclass(frozen=True)
-class PairFormat:
+class PairFormat(ColumnsFormat):
     name = "pair"
     num_segments = 2
     why: str = "there are columns `good` and `bad`"
@@ -53,10 +54,10 @@ class PairFormat:
     def split_key(self, row: RenderedRow) -> RenderedRow:
         return {"ask": row["ask"]}
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, date: str) -> Self:
         return replace(self, encoder=TextEncoder(tokenizer))
 
-    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+    def encode(self, rows: Sequence[RenderedRow], findings: Findings) -> Iterator[list[Example]]:
         assert self.encoder is not None
         texts = [(row["ask"], row["ask"] + row[side]) for row in rows for side in SIDES]
         marked = [MarkedText(text, ((len(ask), len(text)),), ends=False) for ask, text in texts]
@@ -65,7 +66,8 @@ class PairFormat:
 
     def prompt(self, row: RenderedRow) -> Prompt | None:
         assert self.encoder is not None
-        return Prompt(row["ask"], self.encoder.encode_prompt(row["ask"]), row["good"])
+        text = row["ask"] + row["good"]
+        return Prompt(*self.encoder.split_prompt(text, len(row["ask"])), row["good"])
 
 
 @pytest.fixture

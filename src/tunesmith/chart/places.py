@@ -54,6 +54,8 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
     if config.model_path is None and config.hf_model_id.startswith((".", "/", "~")):
         paths["hf_model_id"] = Path(config.hf_model_id)
     paths |= {"home": config.home, "data_dir": config.data_dir}
+    if (template := config.chat_template) is not None and Path(template).suffix in (".jinja", ".json"):
+        paths["chat_template"] = Path(template)
     return {name: path for name, path in paths.items() if path is not None}
 
 

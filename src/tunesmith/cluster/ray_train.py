@@ -20,6 +20,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.failures import explain_training
 from tunesmith.logs import log_to_file
+from tunesmith.model.chat_template import read_if_file
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending, newest_attempt
 from tunesmith.train.worker import TrainJob
@@ -94,7 +95,9 @@ def _make_trainer(job: TrainJob, allocation: Allocation, is_own_ray: bool) -> An
 
 
 def _for_every_node(config: TrainConfig, run: RunDir) -> TrainConfig:
-    """Return the settings such that every worker loads the same model: its absolute path, or its commit."""
+    """Return the settings such that every worker loads the same model, by absolute path or commit, and tokenizer."""
+    if config.chat_template is not None:
+        config = config.model_copy(update={"chat_template": read_if_file(config.chat_template)})
     if (folder := config.model.folder) is not None:
         # Ray starts workers in another folder.
         return config.model_copy(update={"model_path": folder.absolute()})

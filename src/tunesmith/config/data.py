@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from tunesmith.config.declare import Mapping, OptionalStr, Settings, Template, parse_auto, parse_json, setting
+from tunesmith.config.declare import Mapping, OptionalStr, Settings, parse_auto, parse_json, setting
 
 SEED_DATASET = "cognitivecomputations/dolphin"
 SEED_DATASET_CONFIG = "flan1m-alpaca-uncensored"
+ALL_ASSISTANT_TURNS, LAST_ASSISTANT_TURN, ALL_TURNS = (
+    "all_assistant_turns",
+    "last_assistant_turn",
+    "all_turns",
+)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# The keys of a message that mean something here.
+MESSAGE_KEYS = (
+    "role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "thinking", "weight"
+)  # fmt: skip
+
 SEED_FIELD_MAPPING = {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+# What a setting of turns takes: one of the words, or roles.
+TURNS = f"{ALL_ASSISTANT_TURNS}, {LAST_ASSISTANT_TURN}, {ALL_TURNS}, or roles as user,assistant"
+TURNS_PATTERN = "^({0}|{1}|{2}|({3})(,({3}))*)$".format(
+    ALL_ASSISTANT_TURNS, LAST_ASSISTANT_TURN, ALL_TURNS, "|".join(ROLES)
+)
+
+
+def _join(value: Any) -> Any:
+    names = value.split(",") if isinstance(value, str) else value
+    return (
+        ",".join(map(str.strip, names))
+        if isinstance(names, list) and all(isinstance(it, str) for it in names)
+        else value
+    )
+
+
+def _check_keys(keys: dict[str, str]) -> dict[str, str]:
+    for usual, own in keys.items():
+        if usual not in MESSAGE_KEYS:
+            swapped = f"; did you mean {own}={usual}?" if own in MESSAGE_KEYS else ""
+            raise ValueError(f"`{usual}` isn't a key that messages have: {', '.join(MESSAGE_KEYS)}{swapped}")
+    return keys
+
+
+def _check_roles(names: dict[str, str]) -> dict[str, str]:
+    for one, other in names.items():
+        if not {one, other} & set(ROLES):
+            raise ValueError(f"neither `{one}` nor `{other}` is a role: the roles are {', '.join(ROLES)}")
+    return names
 
 
 class HFDatasetConfig(Settings):
@@ -52,25 +94,68 @@ class HFDatasetConfig(Settings):
         ge=0,
         le=1,
     )
-    input_template: Template = setting(
+    input_template: str = setting(
         "### Instruction:\n{instruction}\n ### Input:\n{input}\n",
         "Text of the prompt, with {placeholders} for columns; not trained.",
         group="data",
         scope="data",
+        escapes=True,
     )
-    output_template: Template = setting(
+    output_template: str = setting(
         "### Response:\n{output}",
         "Text of the completion, with {placeholders} for columns; trained, and the end token after it.",
         group="data",
         scope="data",
+        escapes=True,
         min_length=1,
     )
     field_mapping: Mapping = setting(
         lambda data: dict(SEED_FIELD_MAPPING) if data.get("dataset_name") == SEED_DATASET else {},
-        'Placeholder → column, as {"instruction": "question"} or instruction=question,output=answer; '
-        "a placeholder that is not named means the column of its own name.",
+        "Placeholder, or column of a format (messages, prompt, completion, text, system, tools), → the column that holds "
+        'it, as {"instruction": "question"} or messages=dialogue; what is not named is in the column of its own name.',
         group="data",
         scope="data",
+    )
+    message_keys: Annotated[Mapping, AfterValidator(_check_keys)] = setting(
+        {},
+        "Key of a message → what the rows call it, as role=speaker,content=text; a key that is not named has its own name.",
+        group="data",
+        scope="data",
+    )
+    role_names: Annotated[Mapping, AfterValidator(_check_roles)] = setting(
+        {},
+        "Role → what the rows call it, as assistant=bot, or bot=assistant,agent=assistant where several names mean one; "
+        "ShareGPT's names are known.",
+        group="data",
+        scope="data",
+    )
+    system_prompt: OptionalStr = setting(
+        None,
+        "System message for conversations without one; unset: none.",
+        group="data",
+        scope="data",
+        escapes=True,
+    )
+    train_on: Annotated[str, BeforeValidator(_join)] = setting(
+        ALL_ASSISTANT_TURNS,
+        "What of a conversation is trained: all_assistant_turns; last_assistant_turn; all_turns: every token; or the "
+        "turns of some roles, as user,assistant. What a message says of itself (weight, train) comes first.",
+        group="data",
+        scope="data",
+        pattern=TURNS_PATTERN,
+    )
+    train_on_reasoning: bool = setting(
+        True,
+        "Train the reasoning of an answer (reasoning_content, thinking or a <think> block) too.",
+        group="data",
+        scope="data",
+    )
+    unrendered: Literal["refuse", "count"] = setting(
+        "refuse",
+        "What to do about a message, a call or a tool that the chat template leaves out: refuse the data set, or train "
+        "the rest and count it.",
+        group="data",
+        scope="run",
     )
     num_proc: int = setting(
         8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1
@@ -78,8 +163,13 @@ class HFDatasetConfig(Settings):
 
     @property
     def gives_template(self) -> bool:
-        """True if the user chose a template or a field mapping, so that rows must fill it."""
-        return bool({"input_template", "output_template", "field_mapping"} & self.model_fields_set)
+        """True if the user chose a template, so that rows must fill it."""
+        return bool({"input_template", "output_template"} & self.model_fields_set)
+
+    @property
+    def roles_by_name(self) -> dict[str, str]:
+        """What the rows call the roles → the roles, from pairs that may be written in either order."""
+        return dict((other, one) if one in ROLES else (one, other) for one, other in self.role_names.items())
 
     @property
     def data_sets(self) -> list[HFDatasetConfig]:

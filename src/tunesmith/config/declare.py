@@ -18,19 +18,24 @@ RECORDED = {"recorded": True}
 """Context of a validation: the settings are all those that a run has recorded, not what a person gives."""
 
 
-def setting(default: Any, help: str, *, group: str, scope: Scope, **checks: Any) -> Any:
-    """Declare one setting; `help` is one sentence with the unit and what the extremes mean."""
+def setting(
+    default: Any, help: str, *, group: str, scope: Scope, escapes: bool = False, **checks: Any
+) -> Any:
+    """Declare one setting; `help` is one sentence with the unit and what the extremes mean.
+
+    One that `escapes` is a text in which flags and variables write a newline as backslash-n.
+    """
     extra: dict[str, JsonValue] = {"group": group, "scope": scope}
+    if escapes:
+        extra["escapes"] = True
     if callable(default):
         return Field(default_factory=default, description=help, json_schema_extra=extra, **checks)
     return Field(default=default, description=help, json_schema_extra=extra, **checks)
 
 
-def _unescape(value: Any) -> Any:
-    # A shell or an unquoted YAML scalar can't hold a newline, so people write backslash-n.
-    if isinstance(value, str):
-        return value.replace("\\n", "\n").replace("\\t", "\t")
-    return value
+def unescape(text: str) -> str:
+    """Return the text with a newline and a tab where backslash-n and backslash-t stand for them, as shells make people write."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _parse_mapping(value: Any) -> Any:
@@ -79,7 +84,6 @@ def parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
 
 
-Template = Annotated[str, BeforeValidator(_unescape)]
 Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
 Names = Annotated[
     Annotated[list[str], Field(min_length=1)] | None,

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from tunesmith.config import HFDatasetConfig, Settings
+from tunesmith.config.data import TURNS, TURNS_PATTERN
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
 DATASET_KEY = "hf_dataset_config"
@@ -42,7 +43,8 @@ class SettingField:
 
     `value_schema` is the JSON schema of a value that is set. A `nullable` setting can also be unset:
     `unset_word` is what a person writes then. `default_follows` tells that the default depends on
-    other settings; `default` is the one that goes with their defaults.
+    other settings; `default` is the one that goes with their defaults. `escapes`: flags and variables write a
+    newline as backslash-n.
     """
 
     name: str
@@ -53,6 +55,7 @@ class SettingField:
     default_follows: bool
     group: str
     help: str
+    escapes: bool = False
 
     @property
     def unset_word(self) -> str:
@@ -92,6 +95,7 @@ def read_fields(model: type[Settings]) -> dict[str, SettingField]:
             default_follows=bool(info.default_factory_takes_validated_data),
             group=str(extra["group"]),
             help=info.description or "",
+            escapes=bool(extra.get("escapes")),
         )
     return fields
 
@@ -151,6 +155,8 @@ def _describe_value(field: SettingField) -> str:
     if field.kind in ("int", "float"):
         bounds = _describe_bounds(field.value_schema)
         return ("a whole number" if field.kind == "int" else "a number") + (f" {bounds}" if bounds else "")
+    if field.value_schema.get("pattern") == TURNS_PATTERN:
+        return TURNS
     if "pattern" in field.value_schema:
         return "a plain folder name, without a slash or a dot in front"
     if field.kind == "text":

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.config import HFDatasetConfig, Settings
-from tunesmith.config.declare import RECORDED, parse_json
+from tunesmith.config.declare import RECORDED, parse_json, unescape
 from tunesmith.config.fields import (
     DATASET_KEY,
     DATASETS,
@@ -67,9 +67,9 @@ def load_settings(
     if yaml_path is not None:
         given.update(_read_yaml(model, yaml_path, section))
     given.update(_read_environ(model, environ))
-    given.update({name: _Given(text, f"--{name}") for name, text in flags.items()})
-    given = _spread_single_dataset(model, given)
     fields = read_fields(model)
+    given.update({name: _from_words(fields[name], text, f"--{name}") for name, text in flags.items()})
+    given = _spread_single_dataset(model, given)
     values = {name: _plain_value(fields[name], item.value) for name, item in given.items()}
     try:
         return model.model_validate(values)
@@ -192,10 +192,14 @@ def _read_environ(model: type[Settings], environ: Mapping[str, str]) -> dict[str
             text = f"`{given[field.name].origin}` and `{variable}` give the same setting"
             problems.append(_Problem(text, "unset one of them"))
         else:
-            given[field.name] = _Given(environ[variable], variable)
+            given[field.name] = _from_words(field, environ[variable], variable)
     if problems:
         raise _one_error(problems)
     return given
+
+
+def _from_words(field: SettingField, text: str, origin: str) -> _Given:
+    return _Given(unescape(text) if field.escapes else text, origin)
 
 
 def _names_of_all_settings() -> set[str]:

@@ -96,6 +96,12 @@ class TrainConfig(HFDatasetConfig):
         group="data",
         scope="data",
     )
+    chat_template: OptionalStr = setting(
+        None,
+        "Jinja file, or name among the tokenizer's chat templates, in place of its own; the tuned model keeps it.",
+        group="data",
+        scope="data",
+    )
     max_seq_length: int = setting(
         2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2
     )

@@ -63,10 +63,16 @@ class Aligner:
             for of_text, encoding in zip(spans, encodings, strict=True):
                 yield _align_offsets(of_text, encoding)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids [P] of a prompt: with what the tokenizer puts before a text, not after it."""
+    def split(self, text: str, start: int) -> tuple[list[int], int]:
+        """Return the ids of a text's tokens before the first that ends after character `start`, and where that begins.
+
+        What the tokenizer puts before a text is among them.
+        """
+        (aligned,) = self.align([text], [((start, len(text)),)])
         encoding = self._backend.encode(text, add_special_tokens=self._adds)
-        return encoding.ids[: _find_text(encoding)[1]]
+        first = aligned.spans[0][0] if aligned.spans else _find_text(encoding)[1]
+        chars = encoding.token_to_chars(first) if aligned.spans else None
+        return aligned.input_ids[:first], chars[0] if chars else start
 
     def _align_bytes(self, text: str, spans: Sequence[Span], ids: list[int]) -> Aligned:
         pieces = self._spelling.spell(ids)

@@ -57,6 +57,9 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._adds = add_special_tokens
         self._eos_id = int(tokenizer.eos_token_id)
+        bos_id = tokenizer.bos_token_id
+        # What a text brings may be what is added to it: a beginning or an end stands once.
+        self._twice_bos, self._twice_eos = [bos_id] * 2, [self._eos_id] * 2
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The aligner is made anew where it is needed: it is far larger than what it is made of.
@@ -76,18 +79,30 @@ class TextEncoder:
         segments = self.encode([marked for row in rows for marked in row])
         return ([Example((next(segments),)) for _ in row] for row in rows)
 
-    def encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Return the token ids [P] of a prompt: with what the tokenizer puts before a text, not after it."""
-        return tuple(self._aligner.encode_prompt(text))
+    def split_prompt(self, text: str, start: int) -> tuple[str, tuple[int, ...]]:
+        """Return the beginning of a text that is trained from character `start` on, and its token ids [P].
+
+        They are the text's own ids before the first trained one: a token that reaches beyond `start` is trained.
+        """
+        ids, end = self._aligner.split(text, start)
+        while ids[:2] == self._twice_bos:
+            del ids[0]
+        return text[:end], tuple(ids)
 
     def _label(self, marked: MarkedText, aligned: Aligned) -> Segment:
         ids, spans = aligned.input_ids, aligned.spans
+        while ids[:2] == self._twice_bos:
+            del ids[0]
+            spans = [(max(begin - 1, 0), stop - 1) for begin, stop in spans]
         if not marked.ends:
             # The end token may be there already: the tokenizer adds it, or the text ends in it.
             is_last_trained = bool(spans) and spans[-1][1] == len(ids)
             if ids[-1:] != [self._eos_id] or not (aligned.is_last_added or is_last_trained):
                 ids.append(self._eos_id)
             spans.append((len(ids) - 1, len(ids)))
+        while ids[-2:] == self._twice_eos and any(begin <= len(ids) - 2 < stop for begin, stop in spans):
+            ids.pop()
+            spans = [(begin, min(stop, len(ids))) for begin, stop in spans if begin < len(ids)]
         return Segment(ids, [(max(begin, 1), stop) for begin, stop in spans if stop > 1])
 
 

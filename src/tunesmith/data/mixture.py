@@ -12,7 +12,7 @@ from typing import Any
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.encode import RowError
 from tunesmith.data.examples import Example
-from tunesmith.data.formats import Prompt, RenderedRow, RowFormat, format_named
+from tunesmith.data.formats import Findings, Prompt, RenderedRow, RowFormat, format_named
 
 _DATASET_ID = "dataset_id"
 
@@ -32,21 +32,27 @@ def without_tag(row: dict[str, Any]) -> RenderedRow:
     return {name: value for name, value in row.items() if name != _DATASET_ID}
 
 
-def encode_rows(formats: Sequence[RowFormat], rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
-    """Yield the examples of each row; `formats` are those of the data sets.
+def encode_rows(
+    formats: Sequence[RowFormat], rows: Sequence[RenderedRow], findings: Findings
+) -> Iterator[list[Example]]:
+    """Yield the examples of each row; `formats` are those of the data sets. `findings` gets what is found in the rows.
 
     Raises:
         RowError: a row can't be encoded.
     """
-    return formats[0].encode(rows) if len(formats) == 1 else _encode_mixed(formats, rows)
+    if len(formats) == 1:
+        return formats[0].encode(rows, findings)
+    return _encode_mixed(formats, rows, findings)
 
 
-def _encode_mixed(formats: Sequence[RowFormat], rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+def _encode_mixed(
+    formats: Sequence[RowFormat], rows: Sequence[RenderedRow], findings: Findings
+) -> Iterator[list[Example]]:
     first = 0
     for dataset_id, group in groupby(rows, key=dataset_of):
         own = list(group)
         try:
-            for examples in formats[dataset_id].encode(own):
+            for examples in formats[dataset_id].encode(own, findings):
                 yield [example._replace(dataset_id=dataset_id) for example in examples]
         except RowError as error:
             raise RowError(error.message, error.hint, first + error.index) from error

@@ -26,6 +26,7 @@ from tunesmith.data.token_files import write_tokens
 from tunesmith.data.token_set import TokenSet, open_set
 from tunesmith.errors import DataError
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.identity import recorded_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,8 @@ class Prepared:
     """A prepared data set.
 
     `source` is a digest of the rows' origin, `fingerprint` (16 hex digits) of everything that shapes the set.
-    `row_format` is the name of the rows' format, of several data sets a list of them.
+    `row_format` is the name of the rows' format, of several data sets a list of them. `date` (ISO) is the day that
+    the texts name, None where they name none.
     """
 
     folder: Path
@@ -63,13 +65,18 @@ class Prepared:
     fingerprint: str
     row_format: str | list[str]
     rendering_version: int
+    date: str | None
     train: TokenSet
     validation: TokenSet | None
     stats: PrepareStats
 
 
-def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_dir: Path) -> Prepared:
+def prepare(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_dir: Path, date: str | None = None
+) -> Prepared:
     """Prepare the data of `config`, or find it prepared, under `config.data_dir` or else `datasets_dir`.
+
+    `date` (ISO) is the day on which conversations are held, where the chat template asks for it; None: today.
 
     Atomic: another process sees the whole or nothing, an error leaves nothing behind, and of two that
     prepare at once the second waits for the first.
@@ -82,10 +89,14 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, datasets_di
     formats = check_sources(config)
     for line in describe_formats(config, formats):
         logger.info(line)
-    formats = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+    for line in [line for row_format in formats for line in row_format.warnings()]:
+        logger.warning(line)
+    date = date or recorded_date(None)
+    formats = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
     settings = _split_settings(config, formats)
     split_fingerprint = _digest(settings)
-    fingerprint = _digest([split_fingerprint, tokenizer_content(tokenizer), config.max_seq_length])
+    shaping = [split_fingerprint, tokenizer_content(tokenizer), config.max_seq_length]
+    fingerprint = _digest([*shaping, *_date_of(formats).values()])
     path = config.data_dir or datasets_dir / split_fingerprint
     with open_folder(path.expanduser().absolute(), settings) as folder:
         tokens = folder.path / f"tokens-{fingerprint}"
@@ -108,7 +119,7 @@ def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Ru
     recorded = run.read_params()["data"] if run.params_path.exists() else {}
     version = recorded.get("rendering_version", 1)
     if not recorded or version == RENDERING_VERSION:
-        return prepare(config, tokenizer, run.datasets_path)
+        return prepare(config, tokenizer, run.datasets_path, recorded.get("date"))
     tokens = Path(recorded["folder"])
     # The home may be mounted elsewhere by now.
     for folder in (tokens, run.datasets_path / tokens.parent.name / tokens.name):
@@ -128,6 +139,12 @@ def describe_formats(config: TrainConfig, formats: Sequence[RowFormat]) -> list[
         f"{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
         for settings, row_format in zip(config.data_sets, formats, strict=True)
     ]
+
+
+def _date_of(formats: Sequence[RowFormat]) -> dict[str, str]:
+    """Return the day that the texts name, by the name it is recorded under, if they name one."""
+    dates = [row_format.date for row_format in formats if row_format.date is not None]
+    return {"date": dates[0]} if dates else {}
 
 
 def _split_settings(config: TrainConfig, formats: Sequence[RowFormat]) -> dict[str, Any]:
@@ -190,6 +207,7 @@ def _fill(
         "fingerprint": fingerprint,
         **_rendering(),
         "row_format": _one_or_all([row_format.name for row_format in formats]),
+        **_date_of(formats),
         "test_rows": row_counts["test"],
         "stats": {name: asdict(value) for name, value in stats.items()},
     }
@@ -251,6 +269,7 @@ def open_prepared(folder: Path) -> Prepared:
         fingerprint=manifest["fingerprint"],
         row_format=manifest["row_format"],
         rendering_version=manifest.get("rendering_version", 1),
+        date=manifest.get("date"),
         train=open_set(folder, "training"),
         validation=open_set(folder, "validation") if held_out else None,
         stats=PrepareStats(
@@ -278,6 +297,8 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
         f"{train.truncated:,}",
         f"{train.dropped:,}",
     )
+    for what, count in train.findings.items():
+        logger.warning("%s of the training set: %s", what, f"{count:,}")
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
             "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ class SetStats:
     """What became of one set's rows. Lengths and totals are in tokens.
 
     `truncated` examples were cut at the right; `dropped` rows or examples don't train, of them `untrained`
-    because they hold no completion at all. `packing_efficiency` is the share of the packs that is filled.
+    because they hold no completion at all; `findings` are what else their owner should know. `packing_efficiency` is the share of the packs that is filled.
     """
 
     rows: int
@@ -32,6 +32,7 @@ class SetStats:
     packs: int
     packing_efficiency: float
     longest: int
+    findings: dict[str, int] = field(default_factory=dict)
 
 
 def write_arrays(
@@ -54,6 +55,7 @@ def write_arrays(
         packs=len(bounds),
         packing_efficiency=total / (len(bounds) * pack_tokens) if len(bounds) else 0.0,
         longest=int(lengths.max(initial=0)),
+        findings=dict(counts.findings),
     )
 
 

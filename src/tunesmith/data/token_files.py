@@ -16,7 +16,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from tunesmith.data.encode import RowError
 from tunesmith.data.examples import Example, Segment
-from tunesmith.data.formats import RowFormat
+from tunesmith.data.formats import Findings, RowFormat
 from tunesmith.data.mixture import encode_rows
 from tunesmith.data.split import with_progress
 from tunesmith.errors import TrainingError
@@ -45,17 +45,20 @@ _MIXED_SCHEMA = pa.schema([*_COLUMNS, ("dataset_id", pa.int32())])
 class Counts:
     """What became of the rows: examples cut at the right, and rows or examples dropped.
 
-    Of the `dropped`, the `untrained` had nothing to train whatever their length.
+    Of the `dropped`, the `untrained` had nothing to train whatever their length. `findings` are what else the rows'
+    owner should know.
     """
 
     truncated: int = 0
     dropped: int = 0
     untrained: int = 0
+    findings: Findings = field(default_factory=Findings)
 
     def __iadd__(self, other: Counts) -> Counts:
         self.truncated += other.truncated
         self.dropped += other.dropped
         self.untrained += other.untrained
+        self.findings.update(other.findings)
         return self
 
 
@@ -137,7 +140,9 @@ def encode_shard(
     ):
         for batch in _read_batches(stream, shard.start, shard.end):
             try:
-                examples = _to_arrow(encode_rows(formats, batch), schema, row, max_seq_length, counts)
+                examples = _to_arrow(
+                    encode_rows(formats, batch, counts.findings), schema, row, max_seq_length, counts
+                )
             except RowError as error:
                 raise RowError(error.message, error.hint, row + error.index) from error
             if examples.num_rows:
@@ -248,7 +253,7 @@ def _run_processes(shards: list[Shard], pickled: Path, max_seq_length: int) -> C
     for answer in answers:
         if "error" in answer:
             raise RowError(answer["error"], answer["hint"], answer["row"])
-        counts += Counts(**answer)
+        counts += Counts(**{**answer, "findings": Findings(answer["findings"])})
     return counts
 
 
@@ -292,7 +297,7 @@ def main(job_text: str) -> None:
     except RowError as error:
         _answer({"error": error.message, "hint": error.hint, "row": error.index})
         return
-    _answer(asdict(counts))
+    _answer(vars(counts))
 
 
 if __name__ == "__main__":

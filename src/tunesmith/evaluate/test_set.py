@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import HFDatasetConfig
-from tunesmith.data.formats import Prompt, RenderedRow, RowFormat, choose_format
+from tunesmith.data.formats import Findings, Prompt, RenderedRow, RowFormat, choose_format
 from tunesmith.data.formats.template import TemplateFormat
 from tunesmith.data.mixture import encode_rows, prompt_of, recorded_formats, without_tag
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.errors import DataError
+from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def read_test_set(
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
     rows, formats = _rendered_rows(tuned, path)
-    formats = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+    date = recorded_date(tuned.params)
+    formats = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
     taken: list[RenderedRow] = list(islice(rows, max_samples))
     _check_characters(path, taken)
     prompts = {number: prompt_of(formats, row) for number, row in enumerate(taken)}
@@ -75,7 +77,7 @@ def read_test_set(
             "plain text has no answers to compare; the run's validation loss tells how well it was learned",
         )
     # What the model has learned to stop with.
-    encoded = encode_rows(formats, taken[:_ROWS_FOR_END_TOKENS])
+    encoded = encode_rows(formats, taken[:_ROWS_FOR_END_TOKENS], Findings())
     ends = frozenset(example.segments[0].input_ids[-1] for examples in encoded for example in examples)
     return TestSet(path, samples, len(taken) - len(samples), ends, source_fingerprint(_file_settings(path)))
 

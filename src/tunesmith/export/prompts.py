@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def choose_prompts(tuned: TunedModel, tokenizer_folder: Path) -> list[torch.Tens
 
 
 def _encode_rows(tuned: TunedModel, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    from tunesmith.data.formats import Findings
     from tunesmith.data.mixture import encode_rows, recorded_formats
 
     if tuned.params is None or tuned.data_dir is None:
@@ -56,9 +58,11 @@ def _encode_rows(tuned: TunedModel, tokenizer: PreTrainedTokenizerFast) -> list[
             with path.open(encoding="utf-8") as file:
                 rows = [json.loads(line) for line in islice(file, _NUM_TEXTS)]
             names = tuned.params["data"]["row_format"]
+            date = recorded_date(tuned.params)
             formats = [
-                it.with_tokenizer(tokenizer) for it in recorded_formats(names, tuned.dataset.data_sets)
+                it.with_tokenizer(tokenizer, date) for it in recorded_formats(names, tuned.dataset.data_sets)
             ]
-            return [examples[0].segments[0].input_ids for examples in encode_rows(formats, rows) if examples]
+            encoded = encode_rows(formats, rows, Findings())
+            return [examples[0].segments[0].input_ids for examples in encoded if examples]
     logger.info("the run's data set is gone, so fixed texts stand in for its prompts")
     return []

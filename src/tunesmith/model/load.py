@@ -16,6 +16,7 @@ from tunesmith.compat import (
 )
 from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
+from tunesmith.model.chat_template import use_chat_template
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
 
 if TYPE_CHECKING:
@@ -28,11 +29,16 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-def load_tokenizer(ref: ModelRef, folder: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    ref: ModelRef, folder: Path | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer that lies in `folder`, as beside a checkpoint, else the model's.
+
+    A `chat_template` takes the place of its own: a file, the name of another of its own, or the text itself.
 
     Raises:
         ModelError: it is absent.
+        ConfigError: there is no such chat template.
     """
     from transformers import AutoTokenizer
 
@@ -43,6 +49,8 @@ def load_tokenizer(ref: ModelRef, folder: Path | None = None) -> PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(folder or ref.source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded("tokenizer", ref, error) from error
+    if chat_template is not None:
+        use_chat_template(tokenizer, chat_template)
     return tokenizer
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ class ModelRecord:
 class DataRecord:
     """The data of a run: as they were given, what tells them from others, and where they lie prepared.
 
-    `row_format` is a list where there are several data sets.
+    `row_format` is a list where there are several data sets. `date` (ISO) is the day that the chat template has
+    written into the texts, None where it writes none.
     """
 
     source: str
@@ -91,13 +93,22 @@ class DataRecord:
     data_dir: str
     row_format: str | list[str]
     rendering_version: int = 1
+    date: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `params.json` holds: of the first version of the rendering, as of old, nothing."""
         content = asdict(self)
         if self.rendering_version == 1:
             del content["rendering_version"]
+        if self.date is None:
+            del content["date"]
         return content
+
+
+def recorded_date(params: Mapping[str, Any] | None) -> str:
+    """Return the day (ISO) on which a run's conversations are held: the recorded one, or else today."""
+    recorded = params["data"].get("date") if params else None
+    return recorded or datetime.date.today().isoformat()
 
 
 def locate_run(config: TrainConfig) -> RunDir:

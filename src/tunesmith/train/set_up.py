@@ -39,7 +39,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     if config.torch_compile:
         check_compiler(device)
     prepared = open_prepared(job.prepared_path)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     model = build_model(config, device, mesh, job.frozen_weight or Dense)
     policy = Policy(model, fused_loss=choose_ways(config, model, device))
     packing = choose_packing(config, params["packing"], model, mesh, device)

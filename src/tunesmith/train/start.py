@@ -82,6 +82,7 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         data_dir=str(prepared.data_dir),
         row_format=prepared.row_format,
         rendering_version=prepared.rendering_version,
+        date=prepared.date,
     )
     write_identity(run, config, model, data, num_workers)
 

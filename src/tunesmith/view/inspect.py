@@ -21,6 +21,7 @@ from tunesmith.data.split import SETS, check_sources
 from tunesmith.data.token_arrays import SetStats
 from tunesmith.data.token_set import TokenSet
 from tunesmith.model.load import load_tokenizer
+from tunesmith.runs.identity import locate_run, recorded_date
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ def inspect(config: TrainConfig, num_examples: int = 3) -> None:
 
     console = Console(highlight=False)
     formats = check_sources(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     with prepared_to_look_at(config, tokenizer) as prepared:
         for line in describe_formats(config, formats):
             console.print(line, soft_wrap=True)
@@ -61,12 +62,14 @@ def prepared_to_look_at(config: TrainConfig, tokenizer: PreTrainedTokenizerFast)
     Raises:
         TunesmithError: as `prepare` does.
     """
+    run = locate_run(config)
+    date = recorded_date(run.read_params() if run.params_path.exists() else None)
     config = config.model_copy(update={"data_dir": None})
     if config.home is not None:
-        yield prepare(config, tokenizer, config.home.expanduser() / "datasets")
+        yield prepare(config, tokenizer, config.home.expanduser() / "datasets", date)
         return
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-        yield prepare(config, tokenizer, Path(folder) / "datasets")
+        yield prepare(config, tokenizer, Path(folder) / "datasets", date)
 
 
 def _print_examples(
@@ -137,6 +140,8 @@ def _print_stats(console: Console, prepared: Prepared) -> None:
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     console.print(table)
+    for what, count in prepared.stats.train.findings.items():
+        console.print(f"{what}: {count:,}")
     console.print(f"test set: {prepared.stats.test_rows:,} rows, not tokenized")
 
 

@@ -142,6 +142,8 @@ def _count_steps(steps: int) -> str:
 
 def _count_training_set(config: TrainConfig) -> tuple[int, int]:
     """Return the sequences that an epoch trains on, and their tokens; prepares the data set for that."""
-    with prepared_to_look_at(config, load_tokenizer(config.model)) as prepared:
+    with prepared_to_look_at(
+        config, load_tokenizer(config.model, chat_template=config.chat_template)
+    ) as prepared:
         train = prepared.stats.train
         return train.packs if config.packing else train.examples, train.tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Number
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.examples import Example
@@ -21,6 +22,10 @@ RenderedRow = dict[str, Any]
 """A row as text, before any tokenizer: what the sets' JSON lines hold."""
 
 
+Findings = Counter[str]
+"""What was found in the rows that their owner should know, in words, and how often."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as text and as token ids [P], and the reference answer."""
@@ -33,18 +38,22 @@ class Prompt:
 class RowFormat(Protocol):
     """How the rows of one data set become text, examples and prompts.
 
-    `name` is what runs record. `why` is the reason for the choice, for the log. `num_segments` is how many
-    segments each example has.
+    `name` is what runs record. `why` is the reason for the choice, for the log.
+    `num_segments` is how many segments each example has, `own_columns` the columns by which it is known, which
+    `field_mapping` may name. `date` (ISO) is the day that its texts name, None where
+    they name none.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
 
     @property
     def why(self) -> str: ...
 
+    num_segments: ClassVar[int]
+    own_columns: ClassVar[tuple[str, ...]]
+
     @property
-    def num_segments(self) -> int: ...
+    def date(self) -> str | None: ...
 
     @classmethod
     def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
@@ -59,6 +68,9 @@ class RowFormat(Protocol):
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         """Return the format for rows that it has rendered already."""
 
+    def knowing(self, others: Sequence[str]) -> Self:
+        """Return the format with what else fitted the rows told in `why`."""
+
     def identity(self) -> str:
         """Return what shapes the text, as canonical JSON."""
 
@@ -72,16 +84,21 @@ class RowFormat(Protocol):
     def split_key(self, row: RenderedRow) -> RenderedRow:
         """Return what of a rendered row decides its set: rows with equal keys are never split."""
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
-        """Return the format ready to encode. It can be pickled.
+    def warnings(self) -> list[str]:
+        """Return what of its settings is most likely not meant so."""
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, date: str) -> Self:
+        """Return the format ready to encode, on this day (ISO) where its texts name one. It can be pickled.
 
         Raises:
             ModelError: the tokenizer gives no character offsets or has no end token.
             DataError: it lacks what the format needs.
         """
 
-    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+    def encode(self, rows: Sequence[RenderedRow], findings: Findings) -> Iterator[list[Example]]:
         """Render the rows, then yield the examples of each as they are asked for: none if nothing of it is trained.
+
+        What their owner should know is added to `findings`.
 
         Raises:
             RowError: a row can't be encoded.
@@ -90,11 +107,35 @@ class RowFormat(Protocol):
     def prompt(self, row: RenderedRow) -> Prompt | None:
         """Return what inference sees and the answer expected after it; None if the row asks or expects nothing.
 
-        Made as the training made it: by the same templates, with the same special tokens.
+        Made as the training made it: its ids are the beginning of the row's example, before what is trained.
 
         Raises:
             DataError: the row can't be rendered.
         """
+
+
+class ColumnsFormat:
+    """What formats share that are chosen by their columns, and hold one text per example."""
+
+    own_columns: ClassVar[tuple[str, ...]] = ()
+    num_segments: ClassVar[int] = 1
+    date: str | None = None
+
+    def knowing(self, others: Sequence[str]) -> Self:
+        others = list(dict.fromkeys(others))
+        if not others:
+            return self
+        listed = " and ".join([*filter(None, [", ".join(others[:-1])]), others[-1]])
+        why = f"{self.why}; as {listed} they could be read too"  # type: ignore[attr-defined]
+        return replace(self, why=why)  # type: ignore[type-var]
+
+    def warnings(self) -> list[str]:
+        return []
+
+
+def chosen_mapping(settings: HFDatasetConfig) -> Mapping[str, str]:
+    """Return the mapping that the user gave; that of the default data set asks for nothing."""
+    return settings.field_mapping if "field_mapping" in settings.model_fields_set else {}
 
 
 def column_of(row: Mapping[str, Any], column: str, where: str) -> Any:

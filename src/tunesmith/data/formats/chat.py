@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.data.align import Span
 from tunesmith.data.encode import MarkedText
+from tunesmith.data.formats.base import Findings
+from tunesmith.data.formats.chat_template import END_THINK, THINK, ChatTemplate, Messages, split_reasoning
 from tunesmith.data.formats.conversation import is_answer
+from tunesmith.data.formats.turns import (
+    Turn,
+    answer_start,
+    content_start,
+    find_changed,
+    reopen,
+    turn_start,
+    without,
+)
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# What is read of a message here; a template may read more.
+_KNOWN_KEYS = {"role", "content", "tool_calls"}
+_UNRENDERED_HINT = (
+    "use a model whose chat template knows it, give --chat_template, or leave such rows out; with --unrendered count "
+    "they are trained as they come out, and counted"
+)
+_BLOCK = re.compile(rf"{THINK}.*?{END_THINK}\s*", re.DOTALL)
+
 
 class Question(NamedTuple):
-    """A prompt as text, and the answer that is expected after it."""
+    """A conversation as text up to an answer's end, where the answer starts in it, and what it is compared with."""
 
     text: str
+    start: int
     reference: str
 
 
 class ChatRenderer:
-    """Renders conversations with the tokenizer's chat template, and finds the trained characters."""
+    """Renders conversations with the tokenizer's chat template, and finds the trained characters.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = copy.copy(tokenizer)
+    `date` (ISO) is the day on which they are held. What the template leaves out is refused, or counted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        date: str,
+        trains_reasoning: bool = True,
+        refuses_unrendered: bool = True,
+    ) -> None:
+        self._template = ChatTemplate(tokenizer, date)
+        self._trains_reasoning = trains_reasoning
+        self._refuses = refuses_unrendered
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         longest_first = sorted(special, key=len, reverse=True)
         self._end_of_turn = re.compile("(?:" + "|".join(map(re.escape, longest_first)) + r")(?=\s*\Z)")
+        self._is_used = dict.fromkeys(_KNOWN_KEYS, True)
 
-    def render(self, row: dict[str, Any]) -> list[MarkedText]:
+    @property
+    def date(self) -> str | None:
+        """The date that the texts name, None where they name none."""
+        return self._template.date
+
+    def render(self, row: dict[str, Any], findings: Findings) -> list[MarkedText]:
         """Return the examples of one conversation.
 
         A trained turn runs from the end of its generation prompt to its end-of-turn token. If every
@@ -41,10 +78,21 @@ class ChatRenderer:
         assistant message that opens the conversation answers nothing, and is context only.
 
         Raises:
-            DataError: the template refuses the conversation, or can't be trained faithfully.
+            DataError: the template refuses the conversation, leaves a part of it out, or can't be trained faithfully.
         """
-        rendered = [self._render_turn(row, turn) for turn in _trained_turns(row)]
-        examples = [example for example in rendered if example is not None]
+        messages, tools = self._template.adapt(row["messages"]), row.get("tools")
+        self._note_keys(messages, findings)
+        if row.get("trained") == "all":
+            return self._render_everything(messages, tools, row.get("untrained", []), findings)
+        turns = _trained_turns(row)
+        rendered = [self._render_turn(messages, tools, turn) for turn in turns]
+        if turns:
+            self._check_whole(messages[: turns[-1] + 1], tools, rendered[-1], findings)
+        examples = [
+            MarkedText(turn.text, self._trained_spans(turn, messages[index]), turn.ends)
+            for index, turn in zip(turns, rendered, strict=True)
+            if self._says_something(turn)
+        ]
         if _continue_each_other(examples):
             spans = tuple([span for example in examples for span in example.spans])
             return [MarkedText(examples[-1].text, spans, examples[-1].ends)]
@@ -56,71 +104,90 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the conversation, or can't be trained faithfully.
         """
-        messages = row["messages"]
-        answers = [turn for turn in _trained_turns(row) if is_answer(messages, turn)]
+        messages = self._template.adapt(row["messages"])
+        answers = [turn for turn in _trained_turns(row) if is_answer(row["messages"], turn)]
         if not answers:
             return None
-        text = self._prompt(row, answers[-1])
-        reference = messages[answers[-1]]["content"]
+        turn = self._render_turn(messages, row.get("tools"), answers[-1])
+        reference = row["messages"][answers[-1]]["content"]
         if messages[answers[-1]].get("tool_calls"):
-            turn = self._render_turn(row, answers[-1])
-            reference = "" if turn is None else self._end_of_turn.sub("", turn.text[turn.spans[0][0] :])
-        return Question(text, reference) if text and reference.strip() else None
+            reference = self._end_of_turn.sub("", turn.text[turn.start :])
+        return Question(turn.text, turn.start, reference) if turn.start and reference.strip() else None
 
-    def _prompt(self, row: dict[str, Any], turn: int) -> str:
-        """Return the text that asks for this assistant turn."""
-        return self._apply(row["messages"][:turn], row.get("tools"), add_generation_prompt=True)
-
-    def _render_turn(self, row: dict[str, Any], turn: int) -> MarkedText | None:
-        """Return the conversation up to this turn's end token, None if the turn is empty."""
-        messages, tools = row["messages"], row.get("tools")
-        text = self._apply(messages[: turn + 1], tools, add_generation_prompt=False)
-        content = messages[turn]["content"]
+    def _render_turn(self, messages: Messages, tools: Any, turn: int) -> Turn:
+        """Return the conversation up to this turn's end token."""
+        apply = self._template.apply
+        text = apply(messages[: turn + 1], tools, add_generation_prompt=False)
         if is_answer(messages, turn):
-            start = _turn_start(self._prompt(row, turn), text, content, turn)
+            prompt = apply(messages[:turn], tools, add_generation_prompt=True)
+            reasoning, answer = split_reasoning(messages[turn])
+            if reasoning and self._template.opens_reasoning:
+                text, start = reopen(prompt, text, messages[turn], turn)
+            else:
+                start = turn_start(prompt, text, answer or reasoning, turn)
         else:
-            before = self._apply(messages[:turn], tools, add_generation_prompt=False) if turn else ""
-            start = _content_start(before, text, content, turn)
+            before = apply(messages[:turn], tools, add_generation_prompt=False) if turn else ""
+            start = content_start(before, text, messages[turn]["content"], turn)
         found = self._end_of_turn.search(text, start)
-        end_of_content = found.start() if found else len(text)
-        _check_calls(messages[turn], text[start:end_of_content], turn)
-        if not text[start:end_of_content].strip():
-            return None
-        end = found.end() if found else len(text)
-        return MarkedText(text[:end], ((start, end),), ends=found is not None)
+        return Turn(text[: found.end()] if found else text, start, found is not None)
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+    def _render_everything(
+        self, messages: Messages, tools: Any, untrained: Sequence[int], findings: Findings
+    ) -> list[MarkedText]:
+        text = self._template.apply(messages, tools, add_generation_prompt=False)
+        found = self._end_of_turn.search(text)
+        turn = Turn(text[: found.end()] if found else text, 0, found is not None)
+        self._check_whole(messages, tools, turn, findings)
+        spans: Sequence[Span] = [(0, len(turn.text))]
+        for index in untrained:
+            start, end = (
+                len(self._template.apply(messages[:stop], tools, add_generation_prompt=False)) if stop else 0
+                for stop in (index, index + 1)
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(f"`{message['role']}`" for message in messages)
-            raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                f"its roles are {roles}; check that the model's template knows them in this order",
-            ) from error
-        assert isinstance(text, str)
-        return text
+            spans = without(spans, (start, end))
+        if not self._trains_reasoning:
+            for block in _BLOCK.finditer(turn.text):
+                spans = without(spans, block.span())
+        return [MarkedText(turn.text, tuple(spans), turn.ends)] if spans else []
+
+    def _says_something(self, turn: Turn) -> bool:
+        return bool(self._end_of_turn.sub("", turn.text[turn.start :]).strip())
+
+    def _trained_spans(self, turn: Turn, message: Mapping[str, Any]) -> tuple[Span, ...]:
+        start = turn.start if self._trains_reasoning else answer_start(turn, message)
+        return ((start, len(turn.text)),)
+
+    def _note_keys(self, messages: Messages, findings: Findings) -> None:
+        """Count the keys of messages that nothing uses."""
+        for message in messages:
+            for key in message:
+                if key not in self._is_used:
+                    self._is_used[key] = self._template.mentions(key)
+                if not self._is_used[key]:
+                    findings[f"messages with the key `{key}`, which nothing uses"] += 1
+
+    def _check_whole(self, messages: Messages, tools: Any, turn: Turn, findings: Findings) -> None:
+        """Refuse or count what was given and didn't come out.
+
+        Raises:
+            DataError: something is left out, and that isn't to be counted.
+        """
+        left_out = list(self._template.find_unrendered(messages, tools))
+        if not left_out:
+            left_out = list(find_changed(messages, turn))
+        if left_out and self._refuses:
+            raise DataError(f"the chat template doesn't render {left_out[0]} of the row", _UNRENDERED_HINT)
+        for what in left_out:
+            findings[f"rows of which the chat template leaves out {what}"] += 1
 
 
 def _trained_turns(row: dict[str, Any]) -> list[int]:
     messages = row["messages"]
     turns = row.get("trained")
-    return [i for i in range(len(messages)) if is_answer(messages, i)] if turns is None else list(turns)
-
-
-def _check_calls(message: dict[str, Any], rendered: str, turn: int) -> None:
-    """Refuse a template that leaves a call out: the model would learn to end its turn instead of calling."""
-    for call in message.get("tool_calls", []):
-        name = call.get("function", call).get("name")
-        if str(name) not in rendered:
-            raise DataError(
-                f"the chat template doesn't render the call of `{name}` in message {turn + 1}",
-                "use a model whose chat template knows tool calls, or leave such rows out",
-            )
+    if turns is None or turns == "all":
+        untrained = row.get("untrained", [])
+        return [i for i in range(len(messages)) if is_answer(messages, i) and i not in untrained]
+    return list(turns)
 
 
 def _continue_each_other(examples: Sequence[MarkedText]) -> bool:
@@ -128,40 +195,3 @@ def _continue_each_other(examples: Sequence[MarkedText]) -> bool:
     return len(examples) > 1 and all(
         example.ends and examples[-1].text.startswith(example.text) for example in examples[:-1]
     )
-
-
-def _turn_start(prompt: str, text: str, content: str, turn: int) -> int:
-    """Return where the trained characters of `text` begin: at the end of `prompt`, the generation prompt.
-
-    Some templates open a block in the generation prompt that they leave out of finished turns. There the
-    turn begins with its content, if that stands just where the two texts part.
-    """
-    if text.startswith(prompt):
-        return len(prompt)
-    parts = _part_at(prompt, text)
-    content = content.strip()
-    start = text.rfind(content, max(0, parts - len(content) + 1), parts + len(content)) if content else -1
-    if start < 0:
-        raise DataError(
-            f"the chat template renders message {turn + 1} otherwise than its generation prompt begins it, "
-            "so it can't be trained faithfully",
-            "use another chat template, or give input_template and output_template",
-        )
-    return start
-
-
-def _content_start(before: str, text: str, content: str, turn: int) -> int:
-    """Return where the content of a message that no generation prompt opens begins in `text`."""
-    start = text.find(content.strip(), _part_at(before, text))
-    if start < 0:
-        raise DataError(
-            f"the chat template renders message {turn + 1} otherwise than it is written, so it can't be trained",
-            "use another chat template, or leave the message untrained",
-        )
-    return start
-
-
-def _part_at(one: str, other: str) -> int:
-    """Return the index of the first character in which the texts differ."""
-    shorter = min(len(one), len(other))
-    return next((i for i in range(shorter) if one[i] != other[i]), shorter)

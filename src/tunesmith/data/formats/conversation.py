@@ -6,89 +6,178 @@ says; ShareGPT's `from` and `value` are turned into it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.formats.base import RenderedRow, column_of, is_missing
+from tunesmith.config import HFDatasetConfig
+from tunesmith.config.data import ALL_ASSISTANT_TURNS, ALL_TURNS, LAST_ASSISTANT_TURN
+from tunesmith.data.formats.base import RenderedRow, chosen_mapping, column_of, is_missing
+from tunesmith.data.formats.tool_calls import read_calls, read_function_calls, read_tools
 from tunesmith.errors import DataError
 
 _HINT = 'a conversation is a list such as [{"role": "user", "content": "…"}, …]'
-_CALL_HINT = 'a call is such as {"type": "function", "function": {"name": "…", "arguments": {…}}}'
+_KEYS_HINT = f"{_HINT}; message_keys names other keys, as role=speaker,content=text"
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_SHAREGPT_KEYS = (("from", "role"), ("value", "content"))
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 # What a message says about whether it is trained: OpenAI's and Mistral's key, then axolotl's and its kin's.
 _TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss")
 
 
-def read_conversation(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> RenderedRow:
-    """Return the row's conversation, which these columns hold one after the other, and its tools.
+@dataclass(frozen=True)
+class ConversationReader:
+    """How the rows of a data set hold their conversations.
 
-    `trained` lists the messages to train where that isn't every assistant message behind the first message:
-    where the messages say so themselves, or only the last of several columns is to be learned.
-
-    Raises:
-        DataError: it is malformed; the message names the row.
+    `columns` hold one conversation after the other; of several, only what the last holds is learned. `keys` maps
+    `role` and other keys of messages to the rows' own, `roles` the rows' names of roles to the usual ones.
+    `train_on` is the setting of that name.
     """
-    messages: list[dict[str, Any]] = []
-    marks: list[bool | None] = []
-    for column in columns:
+
+    columns: tuple[str, ...] = ("messages",)
+    system_column: str = "system"
+    tools_column: str = "tools"
+    keys: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    system_prompt: str | None = None
+    train_on: str = ALL_ASSISTANT_TURNS
+
+    @classmethod
+    def from_settings(cls, settings: HFDatasetConfig, columns: tuple[str, ...]) -> ConversationReader:
+        """Return the reader for conversations in these columns, called as the settings map them."""
+        mapping = chosen_mapping(settings)
+        return cls(
+            tuple(mapping.get(column, column) for column in columns),
+            mapping.get("system", "system"),
+            mapping.get("tools", "tools"),
+            dict(settings.message_keys),
+            settings.roles_by_name,
+            settings.system_prompt,
+            settings.train_on,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what shapes the text besides the columns, without what is at its default."""
+        default = ConversationReader()
+        names = ("system_column", "tools_column", "keys", "roles", "system_prompt", "train_on")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+
+    def read(self, row: Mapping[str, Any], where: str) -> RenderedRow:
+        """Return the row's conversation and its tools.
+
+        `trained` lists the messages to train where those aren't every assistant message behind the first message:
+        where the messages say so themselves, only the last of several columns is to be learned, or `train_on` asks
+        for others. It is `all` where every token is to be trained, but for the messages in `untrained`.
+
+        Raises:
+            DataError: it is malformed; the message names the row.
+        """
+        messages: list[dict[str, Any]] = []
+        marks: list[bool | None] = []
+        for column in self.columns:
+            marks = [False if mark is None else mark for mark in marks]
+            for message, mark in self._read_column(column, row, where):
+                messages.append(message)
+                marks.append(mark)
+        if (system := self._system_of(row)) and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": system})
+            marks.insert(0, None)
+        rendered: RenderedRow = {"messages": messages, **self._choose_trained(messages, marks)}
+        if tools := read_tools(row.get(self.tools_column), where):
+            rendered["tools"] = tools
+        return rendered
+
+    def _read_column(
+        self, column: str, row: Mapping[str, Any], where: str
+    ) -> list[tuple[dict[str, Any], bool | None]]:
         listed = column_of(row, column, where)
         if not isinstance(listed, list) or not listed:
             raise DataError(f"`{column}` of {where} is not a list of messages", _HINT)
-        marks = [False if mark is None else mark for mark in marks]
-        for index, message in enumerate(listed):
-            place = (
-                f"message {index + 1} of {where}"
-                if column == "messages"
-                else f"`{column}`, message {index + 1} of {where}"
-            )
-            read, mark = _read_message(message, place)
-            messages.append(read)
-            marks.append(mark)
-    system = row.get("system") if columns == ("conversations",) else None
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-        marks.insert(0, None)
-    rendered: RenderedRow = {"messages": messages}
-    if any(mark is not None for mark in marks):
-        rendered["trained"] = [
-            index
-            for index, mark in enumerate(marks)
-            if (is_answer(messages, index) if mark is None else mark)
+        of_column = "" if column == "messages" else f"`{column}`, "
+        return [
+            self._read_message(message, f"{of_column}message {index} of {where}")
+            for index, message in enumerate(listed, start=1)
         ]
-    if tools := _read_tools(row.get("tools"), where):
-        rendered["tools"] = tools
-    return rendered
+
+    def _system_of(self, row: Mapping[str, Any]) -> str | None:
+        """Return what is put before a conversation without a system message."""
+        given = row.get(self.system_column)
+        return given if isinstance(given, str) and given else self.system_prompt
+
+    def _choose_trained(
+        self, messages: list[dict[str, Any]], marks: list[bool | None]
+    ) -> dict[str, list[int] | str]:
+        if self.train_on == ALL_ASSISTANT_TURNS and all(mark is None for mark in marks):
+            return {}
+        if self.train_on == ALL_TURNS:
+            untrained = [index for index, mark in enumerate(marks) if mark is False]
+            return {"trained": "all", **({"untrained": untrained} if untrained else {})}
+        answers = [index for index in range(len(messages)) if is_answer(messages, index)]
+        if self.train_on == ALL_ASSISTANT_TURNS:
+            chosen = set(answers)
+        elif self.train_on == LAST_ASSISTANT_TURN:
+            chosen = set(answers[-1:])
+        else:
+            roles = self.train_on.split(",")
+            chosen = {
+                index
+                for index, message in enumerate(messages)
+                if message["role"] in roles and (message["role"] != "assistant" or index in answers)
+            }
+        trained = [index for index, mark in enumerate(marks) if (index in chosen if mark is None else mark)]
+        return {"trained": trained}
+
+    def _read_message(self, message: Any, place: str) -> tuple[dict[str, Any], bool | None]:
+        """Return the message, and whether it says that it is trained."""
+        if not isinstance(message, Mapping):
+            raise DataError(f"{place} is a {type(message).__name__}, not an object", _HINT)
+        message = self._with_usual_keys(message, place)
+        # Arrow gives every message every key of any message, as null: a template may test for their presence.
+        kept = {key: value for key, value in message.items() if not is_missing(value)}
+        if not isinstance(kept.get("role"), str):
+            raise DataError(f"{place} has no `role`", _KEYS_HINT)
+        if not {"content", "tool_calls", "function_call"} & set(message):
+            raise DataError(f"{place} has no `content`", _KEYS_HINT)
+        role = self.roles.get(kept["role"], kept["role"])
+        if role == "function_call":
+            kept["tool_calls"], kept["content"] = read_function_calls(kept.get("content"), place), ""
+        elif (
+            "function_call" in kept and "tool_calls" not in kept
+        ):  # OpenAI's form before there were several calls
+            kept["tool_calls"] = read_function_calls(kept.pop("function_call"), place)
+        kept["role"] = _SHAREGPT_ROLES.get(role, role)
+        kept["content"] = _read_content(kept.get("content"), place)
+        if "tool_calls" in kept:
+            kept["tool_calls"] = read_calls(kept["tool_calls"], place)
+        marks = {_read_mark(kept.pop(key), key, place) for key in _TRAINED_KEYS if key in kept}
+        if len(marks) > 1:
+            raise DataError(f"{place} says both that it is trained and that it isn't", "keep one of its keys")
+        return kept, marks.pop() if marks else None
+
+    def _with_usual_keys(self, message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+        for usual, own in self.keys.items():
+            if usual in ("role", "content") and own not in message and "tool_calls" not in message:
+                listed = ", ".join(f"`{key}`" for key in message)
+                raise DataError(
+                    f"{place} has no `{own}`, which message_keys names", f"its keys are {listed or 'none'}"
+                )
+        usual_of = {own: usual for usual, own in self.keys.items()}
+        present = {usual_of.get(key, key) for key in message}
+        usual_of |= {own: usual for own, usual in _SHAREGPT_KEYS if own in present and usual not in present}
+        if not usual_of:
+            return message
+        # An own key that means a usual one hides a key of that name.
+        hidden = {usual for own, usual in usual_of.items() if own in message and own != usual}
+        return {
+            usual_of.get(key, key): value
+            for key, value in message.items()
+            if key in usual_of or key not in hidden
+        }
 
 
-def is_answer(messages: list[dict[str, Any]], index: int) -> bool:
-    """Tell whether a message is trained where the row doesn't say: an assistant's that answers something."""
+def is_answer(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
+    """Tell whether a message is trained where nothing else is said: an assistant's that answers something."""
     return index > 0 and messages[index]["role"] == "assistant"
-
-
-def _read_message(message: Any, place: str) -> tuple[dict[str, Any], bool | None]:
-    """Return the message, and whether it says that it is trained."""
-    if not isinstance(message, Mapping):
-        raise DataError(f"{place} is a {type(message).__name__}, not an object", _HINT)
-    # Arrow gives every message every key of any message, as null: a template may test for their presence.
-    kept = {key: value for key, value in message.items() if not is_missing(value)}
-    if "role" not in kept and "from" in kept:
-        kept = {"role": kept.pop("from"), "content": kept.pop("value", None), **kept}
-    if not isinstance(kept.get("role"), str):
-        raise DataError(f"{place} has no `role`", _HINT)
-    if not {"content", "value", "tool_calls"} & set(message):
-        raise DataError(f"{place} has no `content`", _HINT)
-    if kept["role"] == "function_call":
-        kept["tool_calls"], kept["content"] = _read_function_calls(kept.get("content"), place), ""
-    kept["role"] = _SHAREGPT_ROLES.get(kept["role"], kept["role"])
-    kept["content"] = _read_content(kept.get("content"), place)
-    if "tool_calls" in kept:
-        kept["tool_calls"] = _read_calls(kept["tool_calls"], place)
-    marks = {_read_mark(kept.pop(key), key, place) for key in _TRAINED_KEYS if key in kept}
-    if len(marks) > 1:
-        raise DataError(f"{place} says both that it is trained and that it isn't", "keep one of its keys")
-    return kept, marks.pop() if marks else None
 
 
 def _read_content(content: Any, place: str) -> str:
@@ -121,82 +210,3 @@ def _read_mark(value: Any, key: str, place: str) -> bool:
             f"`{key}` of {place} is {value!r}: a message is trained or it isn't", f"write {key} 0 or 1"
         )
     return bool(value)
-
-
-def _read_calls(calls: Any, place: str) -> list[Any]:
-    """Return the calls with their arguments as objects, which OpenAI's form holds as JSON text."""
-    calls = _parsed(calls, f"`tool_calls` of {place}", _CALL_HINT)
-    if not isinstance(calls, list):
-        raise DataError(f"`tool_calls` of {place} is a {type(calls).__name__}, not a list", _CALL_HINT)
-    return [_read_call(call, place) for call in calls]
-
-
-def _read_call(call: Any, place: str) -> dict[str, Any]:
-    call = _parsed(call, f"a call of {place}", _CALL_HINT)
-    if not isinstance(call, Mapping):
-        raise DataError(f"a call of {place} is a {type(call).__name__}, not an object", _CALL_HINT)
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"], place)}
-    return _with_arguments(call, place)
-
-
-def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
-    if "arguments" not in function:
-        return dict(function)
-    arguments = _parsed(function["arguments"] or {}, f"`arguments` of a call of {place}", _CALL_HINT)
-    if not isinstance(arguments, Mapping):
-        raise DataError(
-            f"`arguments` of a call of {place} is a {type(arguments).__name__}, not an object", _CALL_HINT
-        )
-    return {**function, "arguments": arguments}
-
-
-def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Return ShareGPT's `function_call`, which is a call or a list of them as JSON text, as tool calls."""
-    calls = _parsed(
-        value, f"the call of {place}", 'a function_call is such as {"name": "…", "arguments": {…}}'
-    )
-    return [
-        {"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])
-    ]
-
-
-def _read_tools(tools: Any, where: str) -> list[Any]:
-    hint = "give a list of tools"
-    tools = _parsed(tools, f"`tools` of {where}", hint) if tools else []
-    if not isinstance(tools, list):
-        raise DataError(f"`tools` of {where} is a {type(tools).__name__}", hint)
-    return [_read_tool(tool, where) for tool in tools if not is_missing(tool)]
-
-
-def _read_tool(tool: Any, where: str) -> Any:
-    tool = _parsed(tool, f"a tool of {where}", "give each tool as an object")
-    if not isinstance(tool, Mapping):
-        return tool
-    # Nulls that Arrow pads with, as in a message.
-    tool = {key: value for key, value in tool.items() if value is not None}
-    if isinstance(tool.get("function"), Mapping):
-        return {**tool, "function": _with_parameters(tool["function"], where)}
-    return _with_parameters(tool, where)
-
-
-def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(function.get("parameters"), str):
-        return dict(function)
-    hint = "give the parameters as a JSON schema"
-    return {
-        **function,
-        "parameters": _parsed(function["parameters"], f"`parameters` of a tool of {where}", hint),
-    }
-
-
-def _parsed(value: Any, what: str, hint: str) -> Any:
-    """Return what JSON text holds, and anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is not valid JSON: {error}", hint) from error

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.config import HFDatasetConfig
+from tunesmith.data.formats.base import chosen_mapping
+from tunesmith.data.formats.conversation import ConversationReader
 from tunesmith.data.formats.messages import MessagesFormat
 from tunesmith.data.formats.template import TemplateFormat, parse_template
 
@@ -21,35 +23,46 @@ class PromptCompletionFormat(TemplateFormat):
     """Rows of two texts, one after the other as they are."""
 
     name: ClassVar[str] = "prompt_completion"
+    own_columns: ClassVar[tuple[str, ...]] = _COLUMNS
 
     @classmethod
     def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
-        if not _fits(first) or _holds_messages(first):
+        columns = _columns_of(settings)
+        if not set(columns) <= set(first) or _hold_messages(columns, first):
             return None
-        return replace(cls.from_settings(settings), why="there are columns `prompt` and `completion`")
+        return replace(cls.from_settings(settings), why=_because(columns))
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         prompt, completion = (parse_template(f"{{{column}}}", column) for column in _COLUMNS)
-        return cls("it was recorded", prompt, completion, tuple((column, column) for column in _COLUMNS))
+        return cls(
+            "it was recorded", prompt, completion, tuple(zip(_COLUMNS, _columns_of(settings), strict=True))
+        )
 
 
 @dataclass(frozen=True)
 class PromptCompletionMessagesFormat(MessagesFormat):
     """Rows of two beginnings of one conversation, of which the second is trained."""
 
-    columns: tuple[str, ...] = _COLUMNS
+    own_columns: ClassVar[tuple[str, ...]] = _COLUMNS
 
     @classmethod
     def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
-        if not _fits(first) or not _holds_messages(first):
+        columns = _columns_of(settings)
+        if not set(columns) <= set(first) or not _hold_messages(columns, first):
             return None
-        return cls("the columns `prompt` and `completion` hold messages")
+        reader = ConversationReader.from_settings(settings, _COLUMNS)
+        return replace(cls.from_settings(settings), why=f"{_because(columns)} of messages", reader=reader)
 
 
-def _fits(first: Mapping[str, Any]) -> bool:
-    return set(_COLUMNS) <= set(first)
+def _columns_of(settings: HFDatasetConfig) -> tuple[str, ...]:
+    mapping = chosen_mapping(settings)
+    return tuple(mapping.get(column, column) for column in _COLUMNS)
 
 
-def _holds_messages(first: Mapping[str, Any]) -> bool:
-    return any(isinstance(first[column], list) for column in _COLUMNS)
+def _hold_messages(columns: tuple[str, ...], first: Mapping[str, Any]) -> bool:
+    return any(isinstance(first[column], list) for column in columns)
+
+
+def _because(columns: tuple[str, ...]) -> str:
+    return f"there are columns `{columns[0]}` and `{columns[1]}`"

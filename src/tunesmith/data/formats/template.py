@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.encode import MarkedText, TextEncoder
 from tunesmith.data.examples import Example
-from tunesmith.data.formats.base import Prompt, RenderedRow, list_columns, text_of
+from tunesmith.data.formats.base import (
+    ColumnsFormat,
+    Findings,
+    Prompt,
+    RenderedRow,
+    chosen_mapping,
+    list_columns,
+    text_of,
+)
 from tunesmith.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,12 +48,15 @@ class Template:
 
     @property
     def opening(self) -> str:
-        """The fixed text before the first placeholder, without blanks at its end.
-
-        A blank belongs to the token after it, which the answer begins with.
-        """
+        """The fixed text before the first placeholder."""
         fixed = takewhile(lambda piece: piece[1] is None, self.pieces)
-        return "".join(literal for literal, _ in fixed).rstrip(" ")
+        return "".join(literal for literal, _ in fixed)
+
+    @property
+    def seems_escaped(self) -> bool:
+        """Tell whether backslash-n stands in it, and no newline."""
+        fixed = "".join(literal for literal, _ in self.pieces)
+        return "\\n" in fixed and "\n" not in fixed
 
     def fill(self, values: Mapping[str, str]) -> str:
         """Return the text with each placeholder's value in its place."""
@@ -77,11 +88,10 @@ def parse_template(text: str, setting: str) -> Template:
 
 
 @dataclass(frozen=True)
-class TemplateFormat:
+class TemplateFormat(ColumnsFormat):
     """Rows that fill two templates; `columns` maps each placeholder to its column."""
 
     name: ClassVar[str] = "template"
-    num_segments: ClassVar[int] = 1
     why: str
     input_template: Template
     output_template: Template
@@ -147,10 +157,18 @@ class TemplateFormat:
     def split_key(self, row: RenderedRow) -> RenderedRow:
         return row
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
+    def warnings(self) -> list[str]:
+        return [
+            f"`{template.setting}` holds a backslash and an n where a newline may be meant, and no newline: in YAML a "
+            f'newline is written so in double quotes alone, as {template.setting}: "…\\n"'
+            for template in (self.input_template, self.output_template)
+            if template.seems_escaped
+        ]
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, date: str) -> Self:
         return replace(self, encoder=TextEncoder(tokenizer))
 
-    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+    def encode(self, rows: Sequence[RenderedRow], findings: Findings) -> Iterator[list[Example]]:
         assert self.encoder is not None
         return self.encoder.encode_rows(list(map(mark_completion, rows)))
 
@@ -160,24 +178,34 @@ class TemplateFormat:
         Else the base model would lose for not knowing it, and the tuned one win for repeating it.
         """
         assert self.encoder is not None
-        text, reference, opening = row["input"], row["output"], self.output_template.opening
-        if reference.startswith(opening):
-            text, reference = text + opening, reference.removeprefix(opening)
-        if not text.removesuffix(opening) or not reference.strip():
+        question, answer, opening = row["input"], row["output"], self.output_template.opening
+        if not answer.startswith(opening):
+            opening = ""
+        reference = answer.removeprefix(opening)
+        if not question or not reference.strip():
             return None
-        return Prompt(text, self.encoder.encode_prompt(text), reference)
+        return Prompt(*self.encoder.split_prompt(question + answer, len(question + opening)), reference)
 
 
 @dataclass(frozen=True)
 class AlpacaFormat(TemplateFormat):
     """Rows of `instruction` and `output` that fill the default templates; an absent `input` is empty."""
 
+    own_columns: ClassVar[tuple[str, ...]] = ("instruction", "input", "output")
+
     @classmethod
     def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
         chosen = cls.from_settings(settings)
-        if settings.gives_template or set(chosen.absent_from(first)) - {"input"}:
+        if settings.gives_template:
             return None
-        return replace(chosen, why="the columns fill the default templates")
+        absent = [name for name in chosen.absent_from(first) if chosen._is_needed(name)]
+        if absent and set(cls.own_columns) & set(chosen_mapping(settings)):
+            raise _absent_column(chosen, absent[0], settings.field_mapping, first, source)
+        return None if absent else replace(chosen, why="the columns fill the default templates")
+
+    def _is_needed(self, name: str) -> bool:
+        """Tell whether every row must have this column: an `input` that isn't mapped may be absent."""
+        return name != "input" or dict(self.columns)["input"] != "input"
 
     def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
         return super().render({"input": None, **row}, where)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.encode import TextEncoder
 from tunesmith.data.examples import Example
-from tunesmith.data.formats.base import Prompt, RenderedRow, text_of
+from tunesmith.data.formats.base import (
+    ColumnsFormat,
+    Findings,
+    Prompt,
+    RenderedRow,
+    chosen_mapping,
+    text_of,
+)
 from tunesmith.data.formats.template import mark_completion
 
 if TYPE_CHECKING:
@@ -20,35 +27,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextFormat:
+class TextFormat(ColumnsFormat):
     """Rows of plain text, which ask nothing."""
 
     name: ClassVar[str] = "text"
-    num_segments: ClassVar[int] = 1
+    own_columns: ClassVar[tuple[str, ...]] = ("text",)
     why: str
+    column: str = "text"
     encoder: TextEncoder | None = None
 
     @classmethod
     def choose(cls, settings: HFDatasetConfig, first: Mapping[str, Any], source: str) -> Self | None:
-        return cls("there is a column `text`, and none for templates or chat") if "text" in first else None
+        column = chosen_mapping(settings).get("text", "text")
+        return cls(f"there is a column `{column}`", column) if column in first else None
 
     @classmethod
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         return cls("it was recorded")
 
     def identity(self) -> str:
-        return json.dumps([self.name, []])
+        return json.dumps([self.name, [] if self.column == "text" else [self.column]])
 
     def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
-        return {"input": "", "output": text_of(row, "text", where)}
+        return {"input": "", "output": text_of(row, self.column, where)}
 
     def split_key(self, row: RenderedRow) -> RenderedRow:
         return row
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Self:
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, date: str) -> Self:
         return replace(self, encoder=TextEncoder(tokenizer))
 
-    def encode(self, rows: Sequence[RenderedRow]) -> Iterator[list[Example]]:
+    def encode(self, rows: Sequence[RenderedRow], findings: Findings) -> Iterator[list[Example]]:
         assert self.encoder is not None
         return self.encoder.encode_rows(list(map(mark_completion, rows)))
 

@@ -1,0 +1,91 @@
+"""Tool calls and the tools they call, in the forms that people have, as chat templates expect them: objects, not JSON text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.data.formats.base import is_missing
+from tunesmith.errors import DataError
+
+_CALL_HINT = 'a call is such as {"type": "function", "function": {"name": "…", "arguments": {…}}}'
+
+
+def read_calls(calls: Any, place: str) -> list[Any]:
+    """Return the calls with their arguments as objects, which OpenAI's form holds as JSON text."""
+    calls = _parsed(calls, f"`tool_calls` of {place}", _CALL_HINT)
+    if not isinstance(calls, list):
+        raise DataError(f"`tool_calls` of {place} is a {type(calls).__name__}, not a list", _CALL_HINT)
+    return [_read_call(call, place) for call in calls]
+
+
+def _read_call(call: Any, place: str) -> dict[str, Any]:
+    call = _parsed(call, f"a call of {place}", _CALL_HINT)
+    if not isinstance(call, Mapping):
+        raise DataError(f"a call of {place} is a {type(call).__name__}, not an object", _CALL_HINT)
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], place)}
+    return _with_arguments(call, place)
+
+
+def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if "arguments" not in function:
+        return dict(function)
+    arguments = _parsed(function["arguments"] or {}, f"`arguments` of a call of {place}", _CALL_HINT)
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            f"`arguments` of a call of {place} is a {type(arguments).__name__}, not an object", _CALL_HINT
+        )
+    return {**function, "arguments": arguments}
+
+
+def read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Return ShareGPT's `function_call`, which is a call or a list of them as JSON text, as tool calls."""
+    calls = _parsed(
+        value, f"the call of {place}", 'a function_call is such as {"name": "…", "arguments": {…}}'
+    )
+    return [
+        {"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])
+    ]
+
+
+def read_tools(tools: Any, where: str) -> list[Any]:
+    hint = "give a list of tools"
+    tools = _parsed(tools, f"`tools` of {where}", hint) if tools else []
+    if not isinstance(tools, list):
+        raise DataError(f"`tools` of {where} is a {type(tools).__name__}", hint)
+    return [_read_tool(tool, where) for tool in tools if not is_missing(tool)]
+
+
+def _read_tool(tool: Any, where: str) -> Any:
+    tool = _parsed(tool, f"a tool of {where}", "give each tool as an object")
+    if not isinstance(tool, Mapping):
+        return tool
+    # Nulls that Arrow pads with, as in a message.
+    tool = {key: value for key, value in tool.items() if value is not None}
+    if isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": _with_parameters(tool["function"], where)}
+    return _with_parameters(tool, where)
+
+
+def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(function.get("parameters"), str):
+        return dict(function)
+    hint = "give the parameters as a JSON schema"
+    return {
+        **function,
+        "parameters": _parsed(function["parameters"], f"`parameters` of a tool of {where}", hint),
+    }
+
+
+def _parsed(value: Any, what: str, hint: str) -> Any:
+    """Return what JSON text holds, and anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not valid JSON: {error}", hint) from error
