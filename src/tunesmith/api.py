@@ -27,6 +27,7 @@ from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import is_finished, locate_run
 from tunesmith.runs.lease import Lease, refuse_if_held
 from tunesmith.runs.metrics_log import find_ending, newest_attempt
+from tunesmith.runs.templates import with_recorded_templates
 from tunesmith.runs.tuned import taken
 from tunesmith.signals import ended_by_sigterm, stopping_on_signals
 from tunesmith.tracking.trackers import check_trackers
@@ -74,6 +75,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         ConfigError, DataError, ModelError, ResourceError, RunError: bad input, before anything is written.
         TrainingError: the training itself failed.
     """
+    config = with_recorded_templates(config)
     run = locate_run(config)
     run.check_writable()
     refuse_if_held(run.lease_path)

@@ -31,6 +31,7 @@ from tunesmith.model.adapters import ADAPTER_WEIGHTS
 from tunesmith.model.state import read_weights
 from tunesmith.runs.folder import RunDir, open_run
 from tunesmith.runs.identity import locate_run
+from tunesmith.runs.templates import with_recorded_templates
 from tunesmith.runs.tuned import find_tuned
 from tunesmith.train.start import check_resumable
 
@@ -83,6 +84,23 @@ def test_an_unnamed_run_goes_on_under_the_same_command(project: Path) -> None:
         assert trace(run)[column] == pytest.approx(expected, rel=tolerance, abs=tolerance), column
     for name, expected in weights_of(whole, 4).items():
         torch.testing.assert_close(weights_of(run, 4)[name], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("run_name", [None, "named"])
+def test_backslashes_of_a_template_mean_what_they_meant_to_the_run(
+    project: Path, run_name: str | None
+) -> None:
+    config = TrainConfig(**{**SETTINGS, "run_name": run_name, "input_template": "{instruction}\n"})
+    run = locate_run(config)
+    shutil.copytree(open_run("whole", "runs").path, run.path)
+    recorded = run.read_params()
+    recorded["settings"]["input_template"] = config.input_template
+    run.params_path.write_text(json.dumps(recorded))
+    in_yaml = config.model_copy(update={"input_template": r"{instruction}\n"})
+    assert with_recorded_templates(in_yaml) == config
+    assert with_recorded_templates(config) == config
+    new = in_yaml.model_copy(update={"seed": 1, "run_name": "new"})
+    assert with_recorded_templates(new) == new
 
 
 def test_a_finished_run_is_evaluated_with_its_base_its_templates_and_its_test_set(project: Path) -> None:

@@ -131,6 +131,15 @@ def test_other_braces_are_text(braces: str) -> None:
     assert choose(["q", "a"], input_template=braces, output_template="{a}").name == "template"
 
 
+def test_a_backslash_and_an_n_without_a_newline_are_warned_about() -> None:
+    given = {"input_template": r"{text}\n", "output_template": "{text}\n"}
+    (warning,) = choose(["text"], **given).warnings()
+    assert r'input_template: "…\n"' in warning
+    assert choose(["text"], **given).render({"text": "a"}, "row 1")["input"] == r"a\n"
+    # LaTeX has backslashes beside newlines.
+    assert choose(["text"], input_template="{text}\n\\nabla", output_template="{text}").warnings() == []
+
+
 def test_an_output_template_without_a_placeholder_is_refused() -> None:
     with pytest.raises(ConfigError, match="`output_template` has no placeholder") as caught:
         choose(["q", "a"], input_template="{q}", output_template="the answer")
