@@ -121,12 +121,12 @@ def test_a_key_that_nothing_uses_is_named_with_its_count() -> None:
     texts, findings = encode(row, build_tokenizer("chatml"))
     assert texts == [GREETING]
     assert findings == {
-        "messages with the key `id`, which nothing uses": 2,
-        "messages with the key `mood`, which nothing uses": 1,
+        "messages with the key `id`, which neither this program nor the chat template uses": 2,
+        "messages with the key `mood`, which neither this program nor the chat template uses": 1,
     }
     knows_mood = with_template(NO_SYSTEM.replace("+ m.content", "+ (m.mood or '') + m.content"))
     assert (
-        "messages with the key `mood`, which nothing uses"
+        "messages with the key `mood`, which neither this program nor the chat template uses"
         not in encode(row, knows_mood, unrendered="count")[1]
     )
 

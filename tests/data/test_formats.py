@@ -282,6 +282,12 @@ def test_an_empty_completion_makes_no_example() -> None:
     assert encode_as("template", build_tokenizer("byte_bpe"), {"input": "a", "output": ""}) == []
 
 
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_a_row_without_an_answer_has_no_completion_whatever_the_template_adds(nothing: Any) -> None:
+    chosen = choose(["instruction", "output"])
+    assert chosen.render({"instruction": "Capital of Chad?", "output": nothing}, "row 1")["output"] == ""
+
+
 def test_an_earlier_truncated_call_leaves_no_trace() -> None:
     tokenizer = pickle.loads(pickle.dumps(build_tokenizer("byte_bpe")))
     tokenizer("a b c d e f g h", truncation=True, max_length=2, padding="max_length")

@@ -228,7 +228,8 @@ def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
     if stats.untrained == stats.dropped:
         return DataError(
             f"no token of {source} would be trained: none of its {stats.rows:,} rows has a completion",
-            "check output_template and field_mapping, or that the conversations have assistant messages",
+            "check output_template and field_mapping, or that the conversations have assistant messages "
+            "(role_names tells what the rows call them)",
         )
     return DataError(
         f"no token of {source} would be trained: its prompts alone fill max_seq_length ({config.max_seq_length})",
@@ -298,7 +299,7 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
         f"{train.dropped:,}",
     )
     for what, count in train.findings.items():
-        logger.warning("%s of the training set: %s", what, f"{count:,}")
+        logger.warning("training set: %s %s", f"{count:,}", what)
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
             "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"

@@ -141,7 +141,7 @@ def _print_stats(console: Console, prepared: Prepared) -> None:
         table.add_row(name, *(column[name] for column in columns))
     console.print(table)
     for what, count in prepared.stats.train.findings.items():
-        console.print(f"{what}: {count:,}")
+        console.print(f"training set: {count:,} {what}", soft_wrap=True)
     console.print(f"test set: {prepared.stats.test_rows:,} rows, not tokenized")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.config.data import ROLES
 from tunesmith.data.align import Span
 from tunesmith.data.encode import MarkedText
 from tunesmith.data.formats.base import Findings
@@ -158,13 +159,20 @@ class ChatRenderer:
         return ((start, len(turn.text)),)
 
     def _note_keys(self, messages: Messages, findings: Findings) -> None:
-        """Count the keys of messages that nothing uses."""
+        """Count the keys of messages that nothing uses, and the roles that nothing knows."""
         for message in messages:
+            role = message["role"]
+            if role not in ROLES and not self._template.mentions(role):
+                findings[
+                    f"messages of the role `{role}`, which isn't known: role_names says what it means"
+                ] += 1
             for key in message:
                 if key not in self._is_used:
                     self._is_used[key] = self._template.mentions(key)
                 if not self._is_used[key]:
-                    findings[f"messages with the key `{key}`, which nothing uses"] += 1
+                    findings[
+                        f"messages with the key `{key}`, which neither this program nor the chat template uses"
+                    ] += 1
 
     def _check_whole(self, messages: Messages, tools: Any, turn: Turn, findings: Findings) -> None:
         """Refuse or count what was given and didn't come out.

@@ -152,7 +152,10 @@ class TemplateFormat(ColumnsFormat):
 
     def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
         values = {name: text_of(row, column, where) for name, column in self.columns}
-        return {"input": self.input_template.fill(values), "output": self.output_template.fill(values)}
+        # A row without an answer has none to learn, whatever the template puts around it.
+        is_answered = any(values[name] for name in self.output_template.names)
+        output = self.output_template.fill(values) if is_answered else ""
+        return {"input": self.input_template.fill(values), "output": output}
 
     def split_key(self, row: RenderedRow) -> RenderedRow:
         return row
