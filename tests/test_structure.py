@@ -67,7 +67,7 @@ ONLY_IN = {
     "mlflow": {"tracking/mlflow.py"},
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"view/figures.py"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/hub.py"},
     "liger_kernel": {"compat.py"},
 }
 

@@ -17,20 +17,21 @@ from tunesmith.cluster.ray_train import train_on_ray
 from tunesmith.cluster.resources import Allocation, allocate, connected_nodes
 from tunesmith.cluster.task import choose_nodes, includes_this_one, run_on
 from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
-from tunesmith.data.prepare import prepare_run
+from tunesmith.data.prepare import keeps_tokens, prepare_run
 from tunesmith.data.split import check_sources
 from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
 from tunesmith.model.load import check_weights, load_tokenizer
 from tunesmith.runs.folder import RunDir
-from tunesmith.runs.identity import is_finished, locate_run
+from tunesmith.runs.identity import is_finished
 from tunesmith.runs.lease import Lease, refuse_if_held
 from tunesmith.runs.metrics_log import find_ending, newest_attempt
 from tunesmith.runs.templates import with_recorded_templates
 from tunesmith.runs.tuned import taken
 from tunesmith.signals import ended_by_sigterm, stopping_on_signals
 from tunesmith.tracking.trackers import check_trackers
+from tunesmith.train.same_run import find_run
 from tunesmith.train.start import check_model, check_resumable, record_params
 from tunesmith.train.worker import TrainJob
 from tunesmith.view.figures import draw_loss_curve
@@ -76,12 +77,13 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         TrainingError: the training itself failed.
     """
     config = with_recorded_templates(config)
-    run = locate_run(config)
+    run = find_run(config)
     run.check_writable()
     refuse_if_held(run.lease_path)
     check_trackers(config)
     check_resumable(run, config)
-    check_sources(config)
+    if not keeps_tokens(run):
+        check_sources(config)
     check_weights(config.model)
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     check_model(config)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]
 
 
 def iterate_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.encode import RowError, tokenizer_content
 from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
-from tunesmith.data.sources import describe_source, sources_fingerprint
+from tunesmith.data.sources import describe_files, describe_source, sources_fingerprint
 from tunesmith.data.split import SETS, check_sources, locate, write_split
 from tunesmith.data.token_arrays import SetStats, write_arrays
 from tunesmith.data.token_files import write_tokens
@@ -116,11 +116,11 @@ def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Ru
     Raises:
         DataError: besides, those are gone, and this version would render the rows otherwise.
     """
-    recorded = run.read_params()["data"] if run.params_path.exists() else {}
-    version = recorded.get("rendering_version", 1)
-    if not recorded or version == RENDERING_VERSION:
+    if not keeps_tokens(run):
+        recorded = run.read_params()["data"] if run.params_path.exists() else {}
         return prepare(config, tokenizer, run.datasets_path, recorded.get("date"))
-    tokens = Path(recorded["folder"])
+    params = run.read_params()
+    version, tokens = rendering_version_of(params), Path(params["data"]["folder"])
     # The home may be mounted elsewhere by now.
     for folder in (tokens, run.datasets_path / tokens.parent.name / tokens.name):
         if _is_whole(folder):
@@ -133,12 +133,25 @@ def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Ru
     )
 
 
+def rendering_version_of(params: Mapping[str, Any]) -> int:
+    """Return the version by which the rows of a run became text, of its `params.json`."""
+    return int(params["data"].get("rendering_version", 1))
+
+
+def keeps_tokens(run: RunDir) -> bool:
+    """Tell whether the run was begun with another rendering, so that it goes on with the tokens that it has."""
+    return run.params_path.exists() and rendering_version_of(run.read_params()) != RENDERING_VERSION
+
+
 def describe_formats(config: TrainConfig, formats: Sequence[RowFormat]) -> list[str]:
-    """Return how the rows of each data set are read, and why."""
-    return [
-        f"{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
-        for settings, row_format in zip(config.data_sets, formats, strict=True)
-    ]
+    """Return which files of each data set are read, and how their rows are, and why."""
+    lines = []
+    for settings, row_format in zip(config.data_sets, formats, strict=True):
+        lines += describe_files(settings)
+        lines.append(
+            f"{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
+        )
+    return lines
 
 
 def _date_of(formats: Sequence[RowFormat]) -> dict[str, str]:

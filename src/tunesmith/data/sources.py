@@ -1,4 +1,4 @@
-"""Rows from the hub, from JSONL, JSON, CSV or Parquet files, and from saved data sets.
+"""Rows from the hub, from JSON, CSV or Parquet files, and from saved data sets.
 
 Everything streams: no reader holds more than a batch of rows.
 """
@@ -9,11 +9,14 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config import HFDatasetConfig
-from tunesmith.data.arrow_rows import Row, iterate_rows
-from tunesmith.data.files import BATCH_ROWS, READERS, Rows, list_files, open_rows
+from tunesmith.data.arrow_rows import Row, Rows
+from tunesmith.data.content import explain_name, is_data_name, suffix_of
+from tunesmith.data.files import read_file
+from tunesmith.data.folders import describe_listing, list_files, list_files_of_first_version
+from tunesmith.data.hub import hub_commit, is_saved_dataset, read_hub, read_saved, saved_files
+from tunesmith.data.packed import open_file
 from tunesmith.errors import DataError
 
 
@@ -24,20 +27,19 @@ def read_rows(config: HFDatasetConfig) -> Rows:
         DataError: the data set is absent, empty or malformed; the message names file and line.
     """
     path = local_path(config)
+    source = describe_source(config)
     if path is None:
-        yield from _number(_read_hub(config), describe_source(config))
-    elif _is_saved_dataset(path):
-        yield from _number(_read_saved(path, config.split), describe_source(config))
+        yield from _number(read_hub(config, source), source)
+    elif is_saved_dataset(path):
+        yield from _number(read_saved(path, config.split), source)
     else:
         found = False
-        for file in list_files(path, config.split):
-            for item in READERS[file.suffix.lower()](file):
+        for file in list_files(path, config.split).read:
+            for item in read_file(file, config.split):
                 found = True
                 yield item
         if not found:
-            raise DataError(
-                f"{describe_source(config)} holds no rows", "give a data set with at least one row"
-            )
+            raise DataError(f"{source} holds no rows", "give a data set with at least one row")
 
 
 def describe_source(config: HFDatasetConfig) -> str:
@@ -46,6 +48,15 @@ def describe_source(config: HFDatasetConfig) -> str:
     name = config.dataset_name if path is None else path.name or str(path)
     subset = f"/{config.dataset_config}" if path is None and config.dataset_config else ""
     return f"`{name}{subset}` ({config.split})"
+
+
+def describe_files(config: HFDatasetConfig) -> list[str]:
+    """Return which files of a folder are read, and which aren't and why; of what is no folder of files, nothing."""
+    path = local_path(config)
+    if path is None or not path.is_dir() or is_saved_dataset(path):
+        return []
+    lines = describe_listing(list_files(path, config.split), path)
+    return [f"{describe_source(config)}: {line}" for line in lines]
 
 
 def local_path(config: HFDatasetConfig) -> Path | None:
@@ -63,37 +74,47 @@ def local_path(config: HFDatasetConfig) -> Path | None:
                 "name one split, as train; slices work for hub data sets",
             )
         return path
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        raise DataError(
-            f"no such file or folder: `{name}`",
-            f"it was looked for at `{path.absolute()}`; dataset_name is a hub id or a path",
-        )
+    if name.startswith((".", "/", "~")) or is_data_name(path):
+        hint = f"it was looked for at `{path.absolute()}`; dataset_name is a hub id or a path"
+        if suffix_of(path) == ".py":
+            hint += f"; it is named as {', '.join(explain_name(path)[:1])}: {explain_name(path)[1]}"
+        raise DataError(f"no such file or folder: `{name}`", hint)
     return None
 
 
-def source_fingerprint(config: HFDatasetConfig) -> str:
-    """Return a digest of the rows' origin: of the files' content, or the hub's commit."""
+def source_fingerprint(config: HFDatasetConfig, rendering_version: int | None = None) -> str:
+    """Return a digest of the rows' origin: of the files' content, or the hub's commit.
+
+    `rendering_version` is that of a run; of the first one, the files of a folder are those that it read then.
+    """
     path = local_path(config)
-    digest = hashlib.blake2b(digest_size=16)
     if path is None:
-        for part in (config.dataset_name, config.dataset_config, config.split, _hub_builder(config).hash):
-            digest.update(f"{part}\0".encode())
-        return digest.hexdigest()
-    files = _saved_files(path, config.split) if _is_saved_dataset(path) else list_files(path, config.split)
-    for file in files:
-        digest.update(f"{file.suffix.lower()}\0{file.stat().st_size}\0".encode())
-        with open_rows(file) as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+        commit = hub_commit(config, describe_source(config))
+        parts = (config.dataset_name, config.dataset_config, config.split, commit)
+        return hashlib.blake2b("".join(f"{part}\0" for part in parts).encode(), digest_size=16).hexdigest()
+    if is_saved_dataset(path):
+        return _digest_files(saved_files(path, config.split))
+    if rendering_version == 1:
+        return _digest_files(list_files_of_first_version(path, config.split))
+    return _digest_files(list_files(path, config.split).read)
 
 
-def sources_fingerprint(data_sets: Sequence[HFDatasetConfig]) -> str:
-    """Return a digest of where the rows of all these data sets come from."""
-    fingerprints = [source_fingerprint(config) for config in data_sets]
+def sources_fingerprint(data_sets: Sequence[HFDatasetConfig], rendering_version: int | None = None) -> str:
+    """Return a digest of where the rows of all these data sets come from; `rendering_version` as above."""
+    fingerprints = [source_fingerprint(config, rendering_version) for config in data_sets]
     if len(fingerprints) == 1:
         return fingerprints[0]
     return hashlib.blake2b("\0".join(fingerprints).encode(), digest_size=16).hexdigest()
+
+
+def _digest_files(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.suffix.lower()}\0{file.stat().st_size}\0".encode())
+        with open_file(file) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _number(rows: Iterator[Row], name: str) -> Rows:
@@ -102,83 +123,3 @@ def _number(rows: Iterator[Row], name: str) -> Rows:
         yield f"{name}, row {count}", row
     if count == 0:
         raise DataError(f"{name} holds no rows", "give a data set with at least one row")
-
-
-# The hub and saved data sets.
-
-
-def _hub_hint(config: HFDatasetConfig) -> str:
-    return (
-        f"tried the hub (revision {config.dataset_revision or 'main'}) and this machine's cache of it, as "
-        f"`{Path(config.dataset_name).absolute()}` does not exist; check the name, dataset_config, split and the "
-        "network (HF_HUB_OFFLINE must be unset to download; HF_TOKEN opens private data sets)"
-    )
-
-
-def _hub_builder(config: HFDatasetConfig) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset_builder(
-            config.dataset_name, config.dataset_config, revision=config.dataset_revision
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"can't load data set {describe_source(config)}: {_first_line(error)}", _hub_hint(config)
-        ) from error
-
-
-def _read_hub(config: HFDatasetConfig) -> Iterator[Row]:
-    import datasets
-
-    _hub_builder(config)
-    try:
-        loaded = datasets.load_dataset(
-            config.dataset_name, config.dataset_config, split=config.split, revision=config.dataset_revision
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"can't load data set {describe_source(config)}: {_first_line(error)}", _hub_hint(config)
-        ) from error
-    yield from _read_arrow(loaded)
-
-
-def _read_arrow(loaded: Any) -> Iterator[Row]:
-    for table in loaded.with_format("arrow").iter(BATCH_ROWS):
-        yield from iterate_rows(table)
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _saved_folder(path: Path, split: str) -> Path:
-    if not (path / "dataset_dict.json").is_file():
-        return path
-    splits = sorted(file.parent.name for file in path.glob("*/state.json"))
-    if split not in splits:
-        names = ", ".join(f"`{name}`" for name in splits)
-        raise DataError(f"the saved data set `{path}` has no split `{split}`", f"its splits are {names}")
-    return path / split
-
-
-def _saved_files(path: Path, split: str) -> list[Path]:
-    return sorted(_saved_folder(path, split).glob("*.arrow"))
-
-
-def _read_saved(path: Path, split: str) -> Iterator[Row]:
-    import datasets
-
-    folder = _saved_folder(path, split)
-    try:
-        loaded = datasets.load_from_disk(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"can't read the saved data set `{folder}`: {_first_line(error)}",
-            "save it again with save_to_disk",
-        ) from error
-    yield from _read_arrow(loaded)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

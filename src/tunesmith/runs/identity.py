@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tunesmith
 from tunesmith.config import TrainConfig
@@ -22,6 +22,8 @@ from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending
 
 logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "tokenizers", "ray", "numpy")
 
@@ -147,17 +149,27 @@ def _is_default(config: TrainConfig, name: str) -> bool:
     return bool(getattr(config, name) == default)
 
 
-def check_settings(run: RunDir, config: TrainConfig) -> None:
-    """Refuse to go on with a run that was started with other settings of its data or model.
-
-    A setting that the run didn't record, because it is newer, counts as recorded at its default.
+def recorded_settings(run: RunDir, model: type[Config]) -> Config:
+    """Return the settings of the run's last attempt; one that is newer than the run stands at its default.
 
     Raises:
-        RunError: it names the settings that differ.
+        RunError: the run has recorded none, or they can't be read.
         ConfigError: a newer version has recorded settings that are unknown here.
     """
     params = run.read_params()
-    recorded = dump_settings(settings_from_dump(type(config), params["settings"], params["given"]))
+    return settings_from_dump(model, params["settings"], params["given"])
+
+
+def check_settings(run: RunDir, config: TrainConfig, recorded_as: TrainConfig | None = None) -> None:
+    """Refuse to go on with a run that was started with other settings of its data or model.
+
+    `recorded_as` are its recorded settings, by default as they stand there.
+
+    Raises:
+        RunError: it names the settings that differ.
+        ConfigError: as `recorded_settings` says.
+    """
+    recorded = dump_settings(recorded_as or recorded_settings(run, type(config)))
     current = dump_settings(config)
     changed = [name for name in current if recorded[name] != current[name]]
     refused = [name for name in changed if scope_of(config, name) in ("data", "model")]

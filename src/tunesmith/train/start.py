@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.prepare import Prepared
+from tunesmith.data.prepare import Prepared, rendering_version_of
 from tunesmith.data.sources import sources_fingerprint
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
@@ -17,8 +18,10 @@ from tunesmith.runs.identity import (
     check_settings,
     check_unchanged,
     check_unfinished,
+    recorded_settings,
     write_identity,
 )
+from tunesmith.train.same_run import respell
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +58,23 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
     """
     if not run.params_path.exists():
         return
-    check_settings(run, config)
-    recorded = run.read_params()["data"]["revision"]
-    check_unchanged("data set", _name_data(config), recorded, sources_fingerprint(config.data_sets))
+    params = run.read_params()
+    source = sources_fingerprint(config.data_sets, rendering_version_of(params))
+    recorded = respell(
+        recorded_settings(run, type(config)),
+        config,
+        has_same_rows=lambda: params["data"]["revision"] == source,
+        has_same_model=lambda: _has_same_model(config, params["model"]["fingerprint"]),
+    )
+    check_settings(run, config, recorded)
+    check_unchanged("data set", _name_data(config), params["data"]["revision"], source)
     check_unfinished(run, config)
+
+
+def _has_same_model(config: TrainConfig, fingerprint: str) -> bool:
+    with suppress(OSError):  # no model there, which is told elsewhere
+        return model_fingerprint(config.model, like=fingerprint) == fingerprint
+    return False
 
 
 def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_workers: int) -> None:

@@ -1,0 +1,83 @@
+"""Rows from CSV files, and from those whose fields are separated by tabs."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from tunesmith.data.arrow_rows import Rows
+from tunesmith.data.content import suffix_of
+from tunesmith.data.text_file import decoded_lines
+from tunesmith.errors import DataError
+
+_LONGEST_FIELD_CHARS = 1 << 26
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
+_SEPARATORS = {";": "`;`", "\t": "tabs", "|": "`|`", ",": "commas"}
+
+
+def read_csv(file: Path) -> Rows:
+    """Yield the rows; every value is text, as it is written.
+
+    Raises:
+        DataError: the file is malformed, or line 1 is no header.
+    """
+    # The library's limit of 128 KiB a field is shorter than a long document.
+    csv.field_size_limit(_LONGEST_FIELD_CHARS)
+    separator = "\t" if suffix_of(file) == ".tsv" else ","
+    reader = csv.reader(decoded_lines(file), strict=True, delimiter=separator)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        where = f"`{file}`, line {line}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{where} is not valid CSV: {error}", "mend the file at this line") from error
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if header is None:
+            header = _check_header(fields, where, separator)
+            continue
+        if len(fields) != len(header):
+            raise DataError(
+                f"{where} has {len(fields)} fields, and the header has {len(header)}",
+                "put fields that hold commas or newlines in double quotes",
+            )
+        yield where, dict(zip(header, fields, strict=True))
+
+
+def _check_header(names: list[str], where: str, separator: str) -> list[str]:
+    """Return the names without blanks around them.
+
+    Raises:
+        DataError: they aren't names, or not separated as the file's suffix says.
+    """
+    names = [name.strip() for name in names]
+    for other in _SEPARATORS.keys() - {separator}:
+        if len(names) == 1 and other in names[0]:
+            named = (
+                "name it .tsv"
+                if other == "\t"
+                else f"write the file with {_SEPARATORS[separator]} between its fields"
+            )
+            raise DataError(f"{where} is separated by {_SEPARATORS[other]}", named)
+    if _is_row(names):
+        raise DataError(
+            f"{where} seems to be a row, not a header: {', '.join(f'`{name[:40]}`' for name in names[:4])}",
+            "put a first line with the columns' names before it, as `question,answer`",
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(
+            f"{where} names the column `{twice[0]}` twice",
+            "give each column a name of its own; without a header, put one before it",
+        )
+    return names
+
+
+def _is_row(names: list[str]) -> bool:
+    """Tell whether these are values: one is a number or a sentence, and none is a word."""
+    values = [name for name in names if _NUMBER.fullmatch(name) or name.endswith((".", "?", "!"))]
+    return bool(values) and not any(re.fullmatch(r"[^\W\d]\w*", name) for name in names)
