@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from itertools import chain
 from pathlib import Path
 
 from tunesmith.data.arrow_rows import Rows
@@ -25,7 +26,13 @@ def read_csv(file: Path) -> Rows:
     # The library's limit of 128 KiB a field is shorter than a long document.
     csv.field_size_limit(_LONGEST_FIELD_CHARS)
     separator = "\t" if suffix_of(file) == ".tsv" else ","
-    reader = csv.reader(decoded_lines(file), strict=True, delimiter=separator)
+    lines = decoded_lines(file)
+    # Up to the header, which tells whether a blank follows each separator.
+    head = [next(lines, "")]
+    while head[-1].isspace():
+        head.append(next(lines, ""))
+    is_spaced = f"{separator} " in head[-1] and not re.search(rf"{separator}[^ ]", head[-1])
+    reader = csv.reader(chain(head, lines), strict=True, delimiter=separator, skipinitialspace=is_spaced)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1

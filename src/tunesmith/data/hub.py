@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tunesmith.data.content import PARQUET_BRANCH
 from tunesmith.data.files import BATCH_ROWS
 from tunesmith.errors import DataError
 
+_SHORT_CHARS = 40
 _SAYS_NOTHING = "An error occurred while generating the dataset"
 
 
@@ -22,7 +24,9 @@ def hub_commit(config: HFDatasetConfig, source: str) -> str:
     Raises:
         DataError: whatever the library raises.
     """
-    return str(_hub_builder(config, source).hash)
+    with _told(config, source):
+        opened = _open(config)
+        return opened.name if isinstance(opened, Path) else str(opened.hash)
 
 
 def read_hub(config: HFDatasetConfig, source: str) -> Iterator[Row]:
@@ -33,25 +37,35 @@ def read_hub(config: HFDatasetConfig, source: str) -> Iterator[Row]:
     """
     import datasets
 
-    builder = _hub_builder(config, source)
     with _told(config, source):
-        loaded = datasets.load_dataset(
-            config.dataset_name,
-            config.dataset_config,
-            split=config.split,
-            revision=config.dataset_revision,
-            **_as_written(builder),
-        )
+        opened = _open(config)
+        if isinstance(opened, Path):
+            loaded = _load_cached(opened, config.split)
+        else:
+            loaded = datasets.load_dataset(
+                config.dataset_name,
+                config.dataset_config,
+                split=config.split,
+                revision=config.dataset_revision,
+                **_as_written(opened),
+            )
     yield from _read_arrow(loaded)
 
 
-def _hub_builder(config: HFDatasetConfig, source: str) -> Any:
+def _open(config: HFDatasetConfig) -> Any:
+    """Return the library's builder; without the hub, the folder of the cache that holds CSV files read as written."""
     import datasets
+    from datasets.packaged_modules.cache.cache import Cache
 
-    with _told(config, source):
-        return datasets.load_dataset_builder(
+    try:
+        builder = datasets.load_dataset_builder(
             config.dataset_name, config.dataset_config, revision=config.dataset_revision
         )
+    except Exception:
+        if (folder := _find_cached(config)) is None:
+            raise
+        return folder
+    return (_find_cached(config) if isinstance(builder, Cache) else None) or builder
 
 
 def _as_written(builder: Any) -> dict[str, Any]:
@@ -65,8 +79,41 @@ def _as_written(builder: Any) -> dict[str, Any]:
     local = datasets.DownloadManager().download_and_extract(file)
     options = {**builder.config.pd_read_csv_kwargs, "chunksize": None, "nrows": 0}
     names = csv.pd.read_csv(local, **options).columns
-    as_text = datasets.Features({str(name): datasets.Value("string") for name in names})
-    return {"features": as_text, "keep_default_na": False}
+    return {
+        "features": datasets.Features({str(name): datasets.Value("string") for name in names}),
+        "keep_default_na": False,
+    }
+
+
+def _find_cached(config: HFDatasetConfig) -> Path | None:
+    """Return the folder in the library's cache of CSV files that `_as_written` read, of the newest version.
+
+    The library by itself finds there only what was read by its defaults.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *organization, name = config.dataset_name.split("/")
+    root = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*organization, camelcase_to_snakecase(name)]))
+    begin = f"{config.dataset_config or 'default'}-"
+    found = sorted(
+        root.glob(f"{glob.escape(begin)}*/*/*/dataset_info.json"), key=lambda it: it.stat().st_mtime
+    )
+    for path in reversed(found):
+        info = datasets.DatasetInfo.from_directory(str(path.parent))
+        is_text = all(getattr(it, "dtype", None) == "string" for it in (info.features or {}).values())
+        if info.builder_name == "csv" and is_text:
+            return path.parent
+    return None
+
+
+def _load_cached(folder: Path, split: str) -> Any:
+    import datasets
+    from datasets.arrow_reader import ArrowReader
+
+    info = datasets.DatasetInfo.from_directory(str(folder))
+    reader = ArrowReader(str(folder), info)
+    return datasets.Dataset(**reader.read(info.dataset_name, split, (info.splits or {}).values()))
 
 
 @contextmanager
@@ -93,6 +140,8 @@ def _hint_for(error: Exception, config: HFDatasetConfig) -> str:
         )
     if isinstance(error, ImportError):
         return "install the package that its files need, or fetch them and give their path"
+    if "Unknown split" in str(error):
+        return "name another --split"
     return (
         f"tried the hub (revision {config.dataset_revision or 'main'}) and this machine's cache of it, as "
         f"`{Path(config.dataset_name).absolute()}` does not exist; check the name, dataset_config, split and the "
@@ -105,13 +154,12 @@ def _cause_of(error: BaseException) -> str:
     while str(error).strip() in ("", _SAYS_NOTHING) and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip() not in ("", _SAYS_NOTHING)]
-    said = lines[0] if lines else ""
+    # "Config name is missing." has its list on the next line.
+    said = " ".join(lines[: 2 if lines and len(lines[0]) < _SHORT_CHARS else 1])
+    if said and isinstance(error, OSError | ValueError | RuntimeError):
+        return said
     # What a KeyError says is a name alone.
-    return (
-        said
-        if isinstance(error, OSError | ValueError | RuntimeError) and said
-        else f"{type(error).__name__}: {said}".rstrip(": ")
-    )
+    return f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 # Saved data sets.

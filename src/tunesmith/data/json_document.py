@@ -57,17 +57,16 @@ class JsonDocument:
         self.peek()
         self.begin = self.line
         while True:
+            at = self._at
             try:
-                value, end = ROW_DECODER.raw_decode(self._text, self._at)
+                value, end = ROW_DECODER.raw_decode(self._text, at)
             except (RefusedJSONError, json.JSONDecodeError, RecursionError) as error:
                 # The value may go on after this chunk.
                 is_torn = isinstance(error, json.JSONDecodeError)
-                if is_torn and len(self._text) - self._at < _LONGEST_VALUE_CHARS and self._extend():
+                if is_torn and len(self._text) - at < _LONGEST_VALUE_CHARS and self._extend():
                     continue
                 where = f"`{self.file}`, {name} (line {self.line})"
-                raise describe_error(
-                    where, error, "mend the file at this place", self.line, self._at
-                ) from error
+                raise describe_error(where, error, "mend the file at this place", self.line, at) from error
             if end == len(self._text) and self._extend():
                 continue  # a number may go on
             self._skip(end)
@@ -150,7 +149,7 @@ def describe_error(
         return DataError(f"{where} {error}", error.hint)
     if not isinstance(error, json.JSONDecodeError):
         return DataError(f"{where} is not valid JSON: {error}", hint)
-    if error.pos >= len(error.doc.rstrip()):
+    if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
         return DataError(f"{where} is not valid JSON: it ends before the value does", hint)
     place = f"at character {error.pos + 1}"
     if first_line is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.data.content import suffix_of
 from tunesmith.data.json_document import JsonDocument
 from tunesmith.data.split_names import split_of_name, standard_split
 from tunesmith.errors import DataError
@@ -84,11 +85,15 @@ def choose_list(found: FirstObject, file: Path, split: str) -> str | None:
         if len(meant) == 1:
             return meant[0]
         raise DataError(f"`{file}` holds no split `{split}`", f"its splits are {_listed(keys)}")
-    keys = [key for key in keys if found.held[key] == "rows" and (len(found.held) == 1 or key in _HOLDERS)]
+    # One line of JSON lines is a row, unless it is called otherwise.
+    is_a_line = found.ends_its_line and suffix_of(file) in (".jsonl", ".ndjson")
+    keys = [
+        key for key in keys if key in _HOLDERS or (not is_a_line and set(found.held.values()) == {"rows"})
+    ]
     if len(keys) == 1:
         return keys[0]
     kinds = set(found.held.values())
-    if kinds == {"rows"}:
+    if kinds == {"rows"} and not is_a_line:
         raise DataError(
             f"the rows of `{file}` lie under one of {_listed(list(found.held))}",
             f"write those that are meant one a line: `jq -c '.NAME[]' {file.name} > rows.jsonl`",
@@ -98,7 +103,7 @@ def choose_list(found: FirstObject, file: Path, split: str) -> str | None:
             f"`{file}` holds columns, not rows: {_listed(list(found.held))}",
             "write an object for each row: pandas' to_json(…, orient='records', lines=True) does",
         )
-    if kinds == {"object"} and len(found.held) > 1:
+    if kinds == {"object"} and len(found.held) > 1 and not is_a_line:
         raise DataError(
             f"the rows of `{file}` lie under keys of their own: {_listed(list(found.held))}",
             f"write them one a line: `jq -c '.[]' {file.name} > rows.jsonl`",

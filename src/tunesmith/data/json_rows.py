@@ -90,9 +90,12 @@ def _end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 def _hint_for(line: str) -> str:
-    if line.lstrip()[:1] in '{["':
-        return "each line must be one JSON object"
-    return "each line must be one JSON object; a CSV file must be named .csv"
+    line = line.lstrip()
+    if line.startswith("{'"):
+        return "JSON has double quotes: write the rows with json.dumps, not as Python shows them"
+    if "," in line and line[0] not in "{[":
+        return "the file looks like CSV: name it .csv"
+    return "each line must be one JSON object"
 
 
 def _check_object(value: Any, where: str) -> Row:

@@ -32,7 +32,7 @@ def decoded_lines(file: Path) -> Iterator[str]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise _not_utf8(file, number, line, error.start, has_other) from error
+                raise _not_utf8(file, number, line, error.start, error.reason, has_other) from error
             has_other = has_other or not text.isascii()
             yield text
 
@@ -59,7 +59,7 @@ def decoded_chunks(file: Path) -> Iterator[str]:
                 begin = error.object.rfind(b"\n", 0, error.start) + 1
                 line = error.object[begin:].split(b"\n", 1)[0]
                 has_other = has_other or not error.object[:begin].isascii()
-                raise _not_utf8(file, number, line, error.start - begin, has_other) from error
+                raise _not_utf8(file, number, line, error.start - begin, error.reason, has_other) from error
             number += text.count("\n")
             has_other = has_other or not text.isascii()
             yield text
@@ -82,7 +82,7 @@ def _not_decoded(file: Path, number: int, encoding: str, error: UnicodeDecodeErr
     )
 
 
-def _not_utf8(file: Path, number: int, line: bytes, at: int, has_other: bool) -> DataError:
+def _not_utf8(file: Path, number: int, line: bytes, at: int, reason: str, has_other: bool) -> DataError:
     """Return the error for the byte `at` in a line; `has_other`: lines before hold other characters than ASCII."""
     where = f"`{file}`, line {number}"
     pair = line[at : at + 2]
@@ -92,6 +92,8 @@ def _not_utf8(file: Path, number: int, line: bytes, at: int, has_other: bool) ->
             "convert the file: `uconv -f CESU-8 -t UTF-8`, or write it again as UTF-8",
         )
     message = f"{where} is not UTF-8: byte 0x{line[at]:02x} at column {at + 1}"
+    if reason == "unexpected end of data":
+        return DataError(message, "the file seems to be cut there: fetch it again")
     if has_other or not line[:at].isascii():
         return DataError(message, "the text before it is UTF-8: mend this place, or fetch the file again")
     return DataError(

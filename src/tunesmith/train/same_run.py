@@ -64,21 +64,24 @@ def respell(
             changes[name] = new
     if len(recorded.data_sets) == len(config.data_sets):
         pairs = list(zip(recorded.data_sets, config.data_sets, strict=True))
-        named = [
-            (old.dataset_name, new.dataset_name) for old, new in pairs if old.dataset_name != new.dataset_name
-        ]
-        is_same = all(_is_same_place(old, new) for old, new in named) or has_same_rows()
-        spelt = [_respell_data_set(old, new, is_same) for old, new in pairs]
+        named = [(old.dataset_name, new.dataset_name) for old, new in pairs]
+        is_same = all(old == new or _is_same_place(old, new) for old, new in named) or has_same_rows()
         if recorded.datasets is None:
-            changes |= spelt[0]
+            changes |= _spelt_as(recorded, config, is_same)
         else:
-            changes["datasets"] = [
-                old.model_copy(update=it) for (old, _), it in zip(pairs, spelt, strict=True)
-            ]
+            changes["datasets"] = [_respell_element(old, new, is_same) for old, new in pairs]
     return recorded.model_copy(update=changes)
 
 
-def _respell_data_set(recorded: HFDatasetConfig, config: HFDatasetConfig, is_same: bool) -> dict[str, Any]:
+def _respell_element(recorded: HFDatasetConfig, config: HFDatasetConfig, is_same: bool) -> HFDatasetConfig:
+    changes = _spelt_as(recorded, config, is_same)
+    # Of an element, what was given is recorded.
+    given = (recorded.model_fields_set - changes.keys()) | (config.model_fields_set & changes.keys())
+    return HFDatasetConfig.model_construct(_fields_set=given, **{**dict(recorded), **changes})
+
+
+def _spelt_as(recorded: HFDatasetConfig, config: HFDatasetConfig, is_same: bool) -> dict[str, Any]:
+    """Return the settings of a data set that mean the same in both, as `config` has them."""
     changes: dict[str, Any] = {}
     if is_same and _is_place(config.dataset_name):
         changes["dataset_name"] = config.dataset_name
