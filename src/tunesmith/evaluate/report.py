@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
 
 from tunesmith.atomic_files import write_bytes
 from tunesmith.evaluate.results import (
@@ -25,6 +20,7 @@ from tunesmith.evaluate.results import (
 from tunesmith.evaluate.samples import SAMPLES_SHOWN, choose_samples, lay_out, tally_gains
 from tunesmith.evaluate.table import format_throughput, list_losses
 from tunesmith.evaluate.verdict import outcome_of, rank_metrics
+from tunesmith.view.page import embed_png, render_page
 
 _HEADLINES = {
     "better": "Better than its base",
@@ -69,32 +65,24 @@ def write_report(
 ) -> None:
     """Write the page: whole, or not at all.
 
-    What the models said is shown as text, never run: everything is escaped, and the page's policy lets
-    the browser run and load nothing but the page's own script and style.
+    What the models said is shown as text, never run; see `render_page`.
     """
-    page = _render(scores, predictions, loss_curve_png)
-    # A lone surrogate, which no UTF-8 can hold, becomes a question mark.
-    write_bytes(path, [page.encode("utf-8", errors="replace")])
+    write_bytes(path, [_render(scores, predictions, loss_curve_png)])
 
 
-def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: bytes | None) -> str:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style, script = _read("report.css"), _read("report.js")
+def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: bytes | None) -> bytes:
     ranked = rank_metrics(scores["metrics"])
     primary = ranked[0]
     shown = choose_samples(predictions, ranked)
-    return environment.from_string(_read("report.html")).render(
-        style=style,
-        script=script,
-        policy=_content_policy(style, script),
+    return render_page(
+        "tunesmith.evaluate",
+        "report",
         headline=_HEADLINES[scores["verdict"]["outcome"]],
         scores=scores,
         primary=scores["metrics"][primary],
         rows=[_score_row(scores["metrics"][name]) for name in ranked],
         losses=list(list_losses(scores)),
-        loss_curve=None if loss_curve_png is None else f"data:image/png;base64,{_base64(loss_curve_png)}",
+        loss_curve=None if loss_curve_png is None else embed_png(loss_curve_png),
         endings=list(_ending_rows(scores, predictions)),
         facts=list(_facts(scores)),
         tally=tally_gains(predictions, primary),
@@ -102,23 +90,6 @@ def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: b
         num_hidden=len(predictions) - len(shown),
         samples_shown=SAMPLES_SHOWN,
     )
-
-
-def _read(name: str) -> str:
-    return resources.files("tunesmith.evaluate").joinpath(name).read_text(encoding="utf-8")
-
-
-def _content_policy(style: str, script: str) -> str:
-    """Return the Content-Security-Policy that lets nothing run or load but these two texts and the picture."""
-    hashes = [_base64(hashlib.sha256(text.encode()).digest()) for text in (style, script)]
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _base64(content: bytes) -> str:
-    return b64encode(content).decode("ascii")
 
 
 def _score_row(metric: MetricScores) -> ScoreRow:
