@@ -63,10 +63,11 @@ def run_convert(verb: Verb, words: list[str]) -> int:
 
 
 def run_inspect(verb: Verb, words: list[str]) -> int:
+    given, words = verb.take_options(words)
     config = _read_settings(verb, TrainConfig, words)
     from tunesmith.view.inspect import inspect
 
-    inspect(config)
+    inspect(config, html=Path(given["--html"][-1]).expanduser() if "--html" in given else None)
     return 0
 
 
@@ -208,6 +209,7 @@ _CLUSTER_OPTIONS = (
 _WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
 _ONCE = Option("--once", "print the run's state and end")
 _GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
+_HTML = Option("--html", "write a page for the browser besides, which needs nothing but itself", "PAGE")
 _FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
 
 _RUN = "run"  # what inspect and plan read of a file of the chart's values
@@ -238,6 +240,7 @@ VERBS = {
             "show the examples a run would train on",
             run_inspect,
             TrainConfig,
+            (_HTML,),
             values_section=_RUN,
         ),
         Verb(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from support.browser import needs_browser, photograph, render
 from support.scores import make_predictions, make_scores
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.results import Prediction, Scores
@@ -21,9 +19,6 @@ from tunesmith.evaluate.table import format_scores
 from tunesmith.runs.folder import RunDir
 from tunesmith.tracking.jsonl import MetricsLog
 from tunesmith.view.figures import render_loss_curve
-
-CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 NASTIES = (
     "<script>document.title = 'owned'</script>",
@@ -34,32 +29,6 @@ NASTIES = (
     "</script><script>document.title = 'owned'</script>",
     "a lone surrogate \ud83d and \u202e turned text",
 )
-
-
-def browse(page: Path, *flags: str, fragment: str = "") -> str:
-    """Open the page in a fresh browser; return what it prints to stdout."""
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-        f"--user-data-dir={page.parent / 'browser'}",
-        *flags,
-        f"{page.as_uri()}{fragment}",
-    ]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-def render(page: Path, fragment: str = "") -> str:
-    """Return the document as the browser has it once the page's script has run."""
-    return browse(page, "--dump-dom", fragment=fragment)
 
 
 class Texts(HTMLParser):
@@ -121,19 +90,7 @@ def test_the_page_says_it_all_in_a_browser(tmp_path: Path) -> None:
     for said in ("numeric match", "ROUGE-L F1", "3.0412", "8.42", "roberta-large", "checkpoint_00000040"):
         assert said in document
     assert 'src="data:image/png;base64,' in document
-    shots = {
-        "light": ("--window-size=1280,3600",),
-        "dark": ("--window-size=1280,3600", "--blink-settings=preferredColorScheme=0"),
-        "narrow": ("--window-size=500,4200",),
-    }
-    for name, flags in shots.items():
-        picture = tmp_path / f"report_{name}.png"
-        browse(page, f"--screenshot={picture}", *flags)
-        assert picture.stat().st_size > 50_000, "a blank page is a few kilobytes"
-        if "TUNESMITH_SCREENSHOTS" in os.environ:
-            folder = Path(os.environ["TUNESMITH_SCREENSHOTS"])
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, folder)
+    photograph(page, height=3600)
 
 
 @needs_browser

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.mixture import without_tag
+from tunesmith.data.comparison import RowHashes, are_shared, count_repeats, hash_sets
 from tunesmith.data.prepare import Prepared, describe_formats, prepare
 from tunesmith.data.split import SETS, check_sources
-from tunesmith.data.token_arrays import SetStats
 from tunesmith.data.token_set import TokenSet
 from tunesmith.model.load import load_tokenizer
 from tunesmith.runs.identity import locate_run, recorded_date
+from tunesmith.view.counts import list_counts, percent
+from tunesmith.view.inspect_page import Inspected, check_page_path, write_page
+from tunesmith.view.visible import escape_unseen, shorten_middle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,24 +32,34 @@ _BAR_WIDTH = 40
 _LONGEST_SHOWN_CHARS = 2000
 
 
-def inspect(config: TrainConfig, num_examples: int = 3) -> None:
+def inspect(config: TrainConfig, num_examples: int = 3, html: Path | None = None) -> None:
     """Print, to stdout, examples with their trained tokens marked, and the figures of the prepared data.
 
+    `html` is the page to write besides.
+
     Raises:
+        ConfigError: the page can't be written.
         TunesmithError: as `prepare` does.
     """
     from rich.console import Console
 
+    if html is not None:
+        check_page_path(html)
     console = Console(highlight=False)
     formats = check_sources(config)
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     with prepared_to_look_at(config, tokenizer) as prepared:
         for line in describe_formats(config, formats):
-            console.print(line, soft_wrap=True)
+            console.print(escape_unseen(line), soft_wrap=True, markup=False)
         _print_examples(console, prepared.train, tokenizer, num_examples)
         _print_lengths(console, prepared.train, config.max_seq_length)
         _print_stats(console, prepared)
-        _print_duplicates(console, prepared.data_dir)
+        hashes = hash_sets(prepared.data_dir, formats)
+        _print_duplicates(console, hashes)
+        if html is not None:
+            ready = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+            write_page(Inspected(config, ready, tokenizer, prepared, hashes), html)
+            console.print(f"page: {html}", soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -98,20 +107,14 @@ def mark_trained(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, trained: n
     for start, end in pairwise(borders):
         # Decoded from the beginning, because some decoders drop the space before a first token.
         so_far = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        piece = _shorten(so_far[len(before) :]).replace("\n", "↵\n")
+        piece = shorten_middle(escape_unseen(so_far[len(before) :]), _LONGEST_SHOWN_CHARS)
+        piece = piece.replace("\n", "↵\n")
         before = so_far
         if trained[start]:
             text.append(f"⟦{piece}⟧", style="bold green")
         else:
             text.append(piece, style="dim")
     return text
-
-
-def _shorten(piece: str) -> str:
-    if len(piece) <= _LONGEST_SHOWN_CHARS:
-        return piece
-    half = _LONGEST_SHOWN_CHARS // 2
-    return f"{piece[:half]} … {len(piece) - 2 * half:,} characters … {piece[-half:]}"
 
 
 def _print_lengths(console: Console, tokens: TokenSet, max_seq_length: int) -> None:
@@ -132,71 +135,30 @@ def _print_stats(console: Console, prepared: Prepared) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
-    columns = [_describe(prepared.stats.train)]
+    columns = [list_counts(prepared.stats.train)]
     table.add_column("training", justify="right")
     if prepared.stats.validation is not None:
         table.add_column("validation", justify="right")
-        columns.append(_describe(prepared.stats.validation))
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
+        columns.append(list_counts(prepared.stats.validation))
+    for line in zip(*columns, strict=True):
+        table.add_row(line[0].label, *(count.value for count in line))
     console.print(table)
     for what, count in prepared.stats.train.findings.items():
         console.print(f"training set: {count:,} {what}", soft_wrap=True)
     console.print(f"test set: {prepared.stats.test_rows:,} rows, not tokenized")
 
 
-def _describe(stats: SetStats) -> dict[str, str]:
-    return {
-        "rows": f"{stats.rows:,}",
-        "examples": f"{stats.examples:,}",
-        "truncated": f"{stats.truncated:,}",
-        "dropped": f"{stats.dropped:,}",
-        "  without a completion": f"{stats.untrained:,}",
-        "tokens": f"{stats.tokens:,}",
-        "trained": f"{stats.trained_tokens:,} ({_percent(stats.trained_tokens, stats.tokens)})",
-        "longest example": f"{stats.longest:,}",
-        "packs": f"{stats.packs:,}",
-        "packing efficiency": f"{100 * stats.packing_efficiency:.1f} %",
-    }
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "–"
-
-
-def _print_duplicates(console: Console, data_dir: Path) -> None:
-    hashes = {name: _hash_rows(data_dir / f"{name}.jsonl") for name in SETS}
-    everything = np.concatenate(list(hashes.values()))
-    duplicates = len(everything) - len(np.unique(everything))
+def _print_duplicates(console: Console, hashes: dict[str, RowHashes]) -> None:
+    alike = {name: of_set.alike for name, of_set in hashes.items()}
+    num_rows = sum(map(len, alike.values()))
+    duplicates = count_repeats(list(alike.values()))
     console.print(
-        f"duplicates: {duplicates:,} of {len(everything):,} rows repeat another ({_percent(duplicates, len(everything))})"
+        f"duplicates: {duplicates:,} of {num_rows:,} rows repeat another ({percent(duplicates, num_rows)})"
     )
     for name in SETS[1:]:
-        shared = int(np.isin(hashes[name], hashes["training"]).sum())
+        shared = int(are_shared(alike[name], [alike["training"]]).sum())
         console.print(
-            f"overlap: {shared:,} of {len(hashes[name]):,} {name} rows are in the training set too "
-            f"({_percent(shared, len(hashes[name]))})"
+            f"overlap: {shared:,} of {len(alike[name]):,} {name} rows are in the training set too "
+            f"({percent(shared, len(alike[name]))})"
         )
-    console.print("(rows are compared whole, without regard to case and white space)", style="dim")
-
-
-def _hash_rows(file: Path) -> np.ndarray:
-    """Return a 64-bit hash of each row's text, case and white space folded."""
-
-    def hashes() -> Iterator[int]:
-        with file.open("rb") as stream:
-            for line in stream:
-                folded = json.dumps(_fold(without_tag(json.loads(line))), sort_keys=True)
-                yield int.from_bytes(blake2b(folded.encode(), digest_size=8).digest(), "little")
-
-    return np.fromiter(hashes(), dtype=np.uint64)
-
-
-def _fold(value: object) -> object:
-    if isinstance(value, str):
-        return re.sub(r"\s+", " ", value).strip().casefold()
-    if isinstance(value, list):
-        return [_fold(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _fold(item) for key, item in value.items()}
-    return value
+    console.print("(rows are compared by what they say, without regard to case and white space)", style="dim")

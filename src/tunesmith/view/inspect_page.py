@@ -1,0 +1,293 @@
+"""`inspect --html`: the data of a run on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from tunesmith.atomic_files import write_bytes
+from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.comparison import RowHashes
+from tunesmith.data.fates import find_fates
+from tunesmith.data.formats import RowFormat
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.sources import describe_source
+from tunesmith.data.token_set import TokenSet
+from tunesmith.errors import ConfigError
+from tunesmith.view.cards import Card, CardMaker
+from tunesmith.view.counts import Count, compare_sets, list_counts, percent
+from tunesmith.view.examples_shown import choose_shown, share_out, show_set
+from tunesmith.view.page import render_page
+from tunesmith.view.pieces import Speller
+from tunesmith.view.stretches import fill_evenly
+from tunesmith.view.visible import escape_unseen, mark_up, shorten_middle
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from transformers import PreTrainedTokenizerFast
+
+_BINS = 32
+_QUOTED = re.compile(r"`([^`]+)`")
+_TOKENS_SHOWN = 36_000
+# With what stands above them, two megabytes at most.
+_CARDS_BYTES = 1_750_000
+_LONGEST_TEMPLATE_CHARS = 60_000
+_ALWAYS_LISTED = {"split", "train_split_ratio", "val_test_split_ratio"}
+_SETTINGS_LEFT_OUT = {"datasets", "dataset_name", "num_proc", "data_dir"}
+
+
+@dataclass(frozen=True, eq=False)
+class Inspected:
+    """What is looked at: the prepared data of `config`, the formats of its data sets with the tokenizer, the rows' hashes."""
+
+    config: TrainConfig
+    formats: Sequence[RowFormat]
+    tokenizer: PreTrainedTokenizerFast
+    prepared: Prepared
+    hashes: dict[str, RowHashes]
+
+    @property
+    def sets(self) -> dict[str, TokenSet]:
+        """The sets that are tokenized, by name."""
+        validation = self.prepared.validation
+        return {"training": self.prepared.train} | ({} if validation is None else {"validation": validation})
+
+
+@dataclass(frozen=True)
+class DataSetRow:
+    """A line of the table of data sets; rows and tokens are the training set's."""
+
+    name: str
+    read_as: str
+    why: Markup
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    share: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of the histogram: examples of more than `low` and at most `high` tokens; `height` in percent."""
+
+    low: int
+    high: int
+    count: int
+    height: float
+
+
+def check_page_path(path: Path) -> None:
+    """Refuse a page that couldn't be written, before the work that it costs.
+
+    Raises:
+        ConfigError: its folder is absent or can't be written, or it is a folder itself.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ConfigError(
+            f"`--html` is a folder: `{path}`", f"name a file in it: --html {path / 'page.html'}"
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"`--html` is to go into `{folder}`, which is no folder", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"`--html` can't be written into `{folder}`", "name a file in a folder of yours")
+
+
+def write_page(inspected: Inspected, path: Path) -> None:
+    """Write the page: whole, or not at all. Rows are shown as text, never run; see `render_page`.
+
+    Raises:
+        ConfigError: it can't be written.
+    """
+    page = _render(inspected)
+    try:
+        write_bytes(path, [page])
+    except OSError as error:
+        raise ConfigError(
+            f"can't write `{path}`: {error.strerror or error}", "name a file that --html can write"
+        ) from error
+
+
+def _render(inspected: Inspected) -> bytes:
+    config, train = inspected.config, inspected.prepared.train
+    cards, num_left_out = _make_cards(inspected)
+    return render_page(
+        "tunesmith.view",
+        "inspect_page",
+        model=escape_unseen(config.model.name),
+        data_sets=_list_data_sets(inspected),
+        stats=inspected.prepared.stats.train,
+        percent=percent,
+        sets=["training", *(["validation"] if "validation" in inspected.sets else []), "test"],
+        counts=list(_tabulate(inspected)),
+        bars=_draw_lengths(train.lengths, config.max_seq_length),
+        lengths=_describe_lengths(train.lengths),
+        max_seq_length=config.max_seq_length,
+        settings=list(_list_settings(config)),
+        texts=list(_list_templates(inspected)),
+        cards=cards,
+        kinds=_count_kinds(cards),
+        num_left_out=num_left_out,
+        num_in_all=sum(tokens.num_examples for tokens in inspected.sets.values()),
+    )
+
+
+def _make_cards(inspected: Inspected) -> tuple[list[Card], int]:
+    """Return the cards in the order of their rows, and how many had no room."""
+    config, data_dir, sets = inspected.config, inspected.prepared.data_dir, inspected.sets
+    shown = [show_set(name, data_dir, tokens, inspected.hashes) for name, tokens in sets.items()]
+    sizes = [len(of_set.dropped) + of_set.tokens.num_examples for of_set in shown]
+    limits = share_out(*sizes, *[0] * (2 - len(sizes)))
+    chosen = [choose_shown(of_set, limit, config.seed) for of_set, limit in zip(shown, limits, strict=False)]
+    lengths = [
+        int(of_set.tokens.lengths[choice.example]) if choice.example is not None else config.max_seq_length
+        for of_set, choices in zip(shown, chosen, strict=True)
+        for choice in choices
+    ]
+    allowance = fill_evenly(lengths, _TOKENS_SHOWN)
+    speller = Speller(inspected.tokenizer)
+    cards: list[Card] = []
+    num_bytes = num_left_out = 0
+    for of_set, choices in zip(shown, chosen, strict=True):
+        maker = CardMaker(of_set, speller, config.max_seq_length)
+        rows = {choice.row for choice in choices}
+        fates = find_fates(of_set.rows_file, rows, inspected.formats, config.max_seq_length)
+        of_this: list[Card] = []
+        for choice in choices:
+            card = maker.lay_out(choice, fates[choice.row], allowance)
+            size = len(card.body.encode(errors="replace"))
+            if num_bytes + size > _CARDS_BYTES:
+                num_left_out += 1
+                continue
+            num_bytes += size
+            of_this.append(card)
+        cards += sorted(of_this, key=lambda card: (card.row, card.part))
+    return cards, num_left_out
+
+
+def _count_kinds(cards: Sequence[Card]) -> list[tuple[str, str, int]]:
+    """Return what one can filter by: value, label, and how many cards are of it."""
+    labels = {
+        "truncated": "truncated",
+        "dropped": "dropped",
+        "repeated": "repeated",
+        "shared": "in another set too",
+    }
+    counts = {kind: sum(kind in card.kinds for card in cards) for kind in labels}
+    return [(kind, labels[kind], count) for kind, count in counts.items() if count]
+
+
+def _list_data_sets(inspected: Inspected) -> list[DataSetRow]:
+    train, hashes = inspected.prepared.train, inspected.hashes["training"]
+    num_sets = len(inspected.formats)
+    tokens = np.bincount(train.dataset_ids, weights=train.lengths, minlength=num_sets).astype(np.int64)
+    examples = np.bincount(train.dataset_ids, minlength=num_sets)
+    rows = np.bincount(hashes.dataset_ids, minlength=num_sets)
+    return [
+        DataSetRow(
+            escape_unseen(describe_source(settings).replace("`", "")),
+            row_format.name,
+            _with_code(row_format.why),
+            int(rows[i]),
+            int(examples[i]),
+            int(tokens[i]),
+            percent(int(tokens[i]), int(tokens.sum())),
+        )
+        for i, (settings, row_format) in enumerate(
+            zip(inspected.config.data_sets, inspected.formats, strict=True)
+        )
+    ]
+
+
+def _with_code(text: str) -> Markup:
+    """Return a sentence of ours with what stands between backticks as code."""
+    return Markup(_QUOTED.sub(r"<code>\1</code>", str(escape(escape_unseen(text)))))
+
+
+def _tabulate(inspected: Inspected) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the lines of the table of counts: label, explanation, and a value for each set."""
+    stats = inspected.prepared.stats
+    of_sets = {"training": list_counts(stats.train)}
+    if stats.validation is not None:
+        of_sets["validation"] = list_counts(stats.validation)
+    of_sets["test"] = [Count("rows", f"{stats.test_rows:,}")]
+    yield from _join(of_sets)
+    compared = compare_sets(inspected.hashes)
+    yield from _join({name: compared[name] for name in of_sets})
+
+
+def _join(of_sets: Mapping[str, list[Count]]) -> Iterator[tuple[str, str, list[str]]]:
+    for line in zip_longest(*of_sets.values()):
+        yield line[0].label, line[0].explanation, [count.value if count else "" for count in line]
+
+
+def _draw_lengths(lengths: np.ndarray, max_seq_length: int) -> list[Bar]:
+    """Return the histogram of the lengths, from nothing to `max_seq_length` or, if all are far shorter, the longest."""
+    longest = int(lengths.max(initial=1))
+    reach = max_seq_length if max_seq_length <= 2 * longest else longest
+    reach = max(reach, longest)
+    edges = np.unique(np.linspace(0, reach, min(_BINS, reach) + 1).astype(int))
+    # Bins are (low, high], so that the longest examples share one with their like.
+    counts = np.diff(np.searchsorted(np.sort(lengths), edges, "right"))
+    return [
+        Bar(int(low), int(high), int(count), round(100 * int(count) / int(counts.max()), 2))
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def _describe_lengths(lengths: np.ndarray) -> list[tuple[str, str]]:
+    low, middle, high = np.quantile(lengths, [0.0, 0.5, 0.95])
+    return [
+        ("shortest", f"{low:,.0f}"),
+        ("median", f"{middle:,.0f}"),
+        ("mean", f"{lengths.mean():,.1f}"),
+        ("95 % are at most", f"{high:,.0f}"),
+        ("longest", f"{lengths.max():,}"),
+    ]
+
+
+def _list_settings(config: TrainConfig) -> Iterator[list[tuple[str, Markup]]]:
+    """Yield the settings that shape the data: a list for each data set, what isn't its default, then what is of all."""
+    for settings in config.data_sets:
+        yield [("dataset_name", mark_up(settings.dataset_name)), *_list_chosen(settings)]
+    own = TrainConfig.model_fields.keys() - HFDatasetConfig.model_fields.keys() - _SETTINGS_LEFT_OUT
+    of_data = sorted(name for name in own if _group(TrainConfig.model_fields[name]) == "data")
+    yield [(name, _value(getattr(config, name))) for name in [*of_data, "seed"]]
+
+
+def _group(field: FieldInfo) -> Any:
+    return field.json_schema_extra["group"] if isinstance(field.json_schema_extra, dict) else None
+
+
+def _list_chosen(settings: HFDatasetConfig) -> Iterator[tuple[str, Markup]]:
+    for name, field in HFDatasetConfig.model_fields.items():
+        value = getattr(settings, name)
+        is_chosen = name in settings.model_fields_set and value != field.default
+        if name not in _SETTINGS_LEFT_OUT and (name in _ALWAYS_LISTED or is_chosen):
+            yield name, _value(value)
+
+
+def _value(value: Any) -> Markup:
+    text = value if isinstance(value, str) else str(value)
+    return mark_up(shorten_middle(text, _LONGEST_TEMPLATE_CHARS))
+
+
+def _list_templates(inspected: Inspected) -> Iterator[tuple[str, Markup]]:
+    """Yield what turns the rows into text: the chat template where there are conversations, else what fills in."""
+    names = {row_format.name for row_format in inspected.formats}
+    template = inspected.tokenizer.chat_template
+    if "messages" in names and isinstance(template, str):
+        yield "chat template", escape(escape_unseen(shorten_middle(template, _LONGEST_TEMPLATE_CHARS)))
+    if "template" in names:
+        for settings, row_format in zip(inspected.config.data_sets, inspected.formats, strict=True):
+            if row_format.name == "template":
+                yield "input_template", mark_up(settings.input_template)
+                yield "output_template", mark_up(settings.output_template)
