@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.data.examples import Example
-from tunesmith.data.formats import RenderedRow, RowFormat
+from tunesmith.data.formats import Findings, RenderedRow, RowFormat
 from tunesmith.data.mixture import dataset_of, encode_rows, without_tag
 from tunesmith.data.token_files import Counts, Shard, encode_shard
 
@@ -44,5 +44,5 @@ def find_fates(
 
 
 def _fate_of(row: RenderedRow, formats: Sequence[RowFormat], counts: Counts) -> Fate:
-    (examples,) = encode_rows(formats, [row])
+    (examples,) = encode_rows(formats, [row], Findings())
     return Fate(dataset_of(row), without_tag(row), examples, counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def _by_kind(shown: ShownSet, random: np.random.Generator) -> Iterator[Choice]:
         yield _of_example(tokens, example)
     # What is truncated may be short by now; the rows that it was made of are the longest ones.
     longest = np.argsort(-shown.hashes.sizes, kind="stable")[: 2 * _OF_A_KIND]
-    kinds = [longest, _some(np.flatnonzero(shown.is_repeated), _OF_A_KIND, random)]
+    kinds: list[Iterable[int]] = [longest, _some(np.flatnonzero(shown.is_repeated), _OF_A_KIND, random)]
     kinds.append(_some(np.flatnonzero(shown.is_shared), _OF_A_KIND, random))
     for rows in kinds:
         for row in rows:

@@ -57,7 +57,8 @@ def inspect(config: TrainConfig, num_examples: int = 3, html: Path | None = None
         hashes = hash_sets(prepared.data_dir, formats)
         _print_duplicates(console, hashes)
         if html is not None:
-            ready = [row_format.with_tokenizer(tokenizer) for row_format in formats]
+            date = prepared.date or recorded_date(None)
+            ready = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
             write_page(Inspected(config, ready, tokenizer, prepared, hashes), html)
             console.print(f"page: {html}", soft_wrap=True, markup=False)
 
