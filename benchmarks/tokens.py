@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from turn import answer
 
 from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.fit import Limits
 from tunesmith.data.mixture import recorded_formats
 from tunesmith.data.packing import pack_examples
 from tunesmith.data.prepare import Prepared, prepare
@@ -67,7 +68,7 @@ def _time_stage(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, max_leng
     start = time.perf_counter()
     (row_format,) = recorded_formats(prepared.row_format, [HFDatasetConfig()])
     with_tokenizer = row_format.with_tokenizer(tokenizer, "2026-01-01")
-    write_tokens(rows, path, [with_tokenizer], max_length, num_proc=1)
+    write_tokens(rows, path, [with_tokenizer], Limits(max_length, ["truncate"]), num_proc=1)
     pack_examples(np.asarray(prepared.train.lengths), max_length, seed=0)
     return time.perf_counter() - start
 

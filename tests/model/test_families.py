@@ -28,7 +28,7 @@ from support.plain_loss import mean_loss
 from support.runs import losses, small_config, start, train_here
 from support.tiny_models import FAMILIES
 from support.tokenizers import build_tokenizer
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.export.final import write_final
 from tunesmith.model.adapters import choose_targets
 from tunesmith.model.load import build_meta_model
@@ -259,6 +259,17 @@ LEAKY = {
         vocab_size=512, **SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=4
     ),
 }
+
+
+def test_a_model_that_mixes_packed_examples_is_refused_where_they_were_cut_for_packs(
+    rows: Path, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(LEAKY["bloom"]).save_pretrained(tmp_path / "bloom")
+    build_tokenizer("byte_bpe").save_pretrained(tmp_path / "bloom")
+    config = small_config(tmp_path / "bloom", rows, tmp_path, **FAR, concatenate=True)
+    with pytest.raises(ModelError, match="lets packed examples see one another, and concatenate") as caught:
+        train_here(start(config))
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("family", LEAKY)

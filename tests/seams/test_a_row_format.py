@@ -24,6 +24,7 @@ from tunesmith.data.formats import Findings, Prompt, RenderedRow
 from tunesmith.data.formats.base import ColumnsFormat
 from tunesmith.data.prepare import open_prepared
 from tunesmith.data.token_set import TokenSet
+from tunesmith.errors import ConfigError
 from tunesmith.train.worker import TrainJob
 
 SIDES = ("good", "bad")
@@ -106,6 +107,12 @@ def test_its_examples_are_pairs_with_the_tokens_of_their_rows(job: TrainJob) -> 
     assert (prepared.stats.train.examples, prepared.stats.train.dropped) == (len(rows) - num_long, num_long)
     packed = [int(tokens.lengths[pack].sum()) for pack in tokens.packs]
     assert MAX_SEQ_LENGTH < max(packed) <= 2 * MAX_SEQ_LENGTH
+
+
+def test_its_pairs_are_not_cut_for_packs(job: TrainJob) -> None:
+    config = job.config.model_copy(update={"concatenate": True, "run_name": "cut"})
+    with pytest.raises(ConfigError, match="those of pair are several segments that belong together"):
+        start(config)
 
 
 def test_rows_of_equal_split_keys_share_a_set(job: TrainJob) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from support.tiny_models import FAMILIES, save_model
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
+from tunesmith.data.prepare import open_prepared
 from tunesmith.model.kernels.install import CPU
 from tunesmith.model.load import attention_of, narrowest_window
 from tunesmith.model.state import read_weights
@@ -29,6 +31,13 @@ from tunesmith.train import build
 pytestmark = pytest.mark.usefixtures("alone")
 
 ModelOf = Callable[[str], Path]
+
+SIX_STEPS = {
+    "max_steps": 6,
+    "save_total_limit": 9,
+    "gradient_accumulation_steps": 5,
+    "per_device_train_batch_size": 1,
+}
 
 
 @pytest.mark.parametrize("full_ft", [False, True])
@@ -72,6 +81,11 @@ def test_packed_examples_train_as_padded_ones_with_eager_attention(
 ) -> None:
     changes = {"lora_dropout": 0, "attn_implementation": "eager"}
     check_packed_equals_padded(small_config(model_of("mistral"), rows, tmp_path, **changes))
+
+
+def test_examples_that_were_cut_train_as_padded_ones(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
+    changes = {"lora_dropout": 0, "concatenate": True, "max_seq_length": 64}
+    check_packed_equals_padded(small_config(model_of("llama"), rows, tmp_path, **changes))
 
 
 def check_packed_equals_padded(config: TrainConfig) -> None:
@@ -216,17 +230,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path,
     two_workers: WorkerGroup,
 ) -> None:
-    config = small_config(
-        model_of("qwen3"),
-        rows,
-        tmp_path,
-        full_ft=full_ft,
-        packing=packing,
-        max_steps=6,
-        save_total_limit=9,
-        gradient_accumulation_steps=5,
-        per_device_train_batch_size=1,
-    )
+    changes = {"full_ft": full_ft, "packing": packing, **SIX_STEPS}
+    config = small_config(model_of("qwen3"), rows, tmp_path, **changes)
+    check_resumed_equals_uninterrupted(config, num_workers, two_workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concatenate", [False, True])
+def test_a_run_on_parts_of_texts_is_resumed_bit_for_bit(
+    concatenate: bool, model_of: ModelOf, tmp_path: Path, two_workers: WorkerGroup
+) -> None:
+    texts = [{"text": " ".join(f"{i} plus {k}" for k in range(i % 40))} for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    changes = {"concatenate": concatenate, **SIX_STEPS}
+    config = small_config(model_of("qwen3"), tmp_path / "texts.jsonl", tmp_path, **changes)
+    templates = {"input_template", "output_template", "field_mapping"}
+    config = TrainConfig(**config.model_dump(exclude_unset=True, exclude=templates))
+    check_resumed_equals_uninterrupted(config, 2, two_workers)
+    stats = open_prepared(start(config).prepared_path).stats.train
+    assert (stats.split > 0, stats.cut > 0) == (not concatenate, concatenate)
+
+
+def check_resumed_equals_uninterrupted(
+    config: TrainConfig, num_workers: int, two_workers: WorkerGroup
+) -> None:
     train_on(num_workers, start(config), two_workers)
     run = break_off(config, after_step=6)
     before, weights_before = losses(run), read_weights(run.checkpoint_path(6))

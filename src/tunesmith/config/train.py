@@ -103,11 +103,34 @@ class TrainConfig(HFDatasetConfig):
         scope="data",
     )
     max_seq_length: int = setting(
-        2048, "Longest sequence, in tokens; longer examples are truncated.", group="data", scope="data", ge=2
+        2048,
+        "Longest sequence, in tokens; long_text and long_examples say what becomes of longer ones.",
+        group="data",
+        scope="data",
+        ge=2,
+    )
+    long_text: Literal["split", "truncate"] = setting(
+        "split",
+        "Rows of `text` that are longer than max_seq_length: split into windows, or truncated at the right.",
+        group="data",
+        scope="data",
+    )
+    long_examples: Literal["truncate", "drop"] = setting(
+        "truncate",
+        "Other examples that are longer than max_seq_length: truncated at the right, or left out; those whose prompt "
+        "alone fills it are left out in any case.",
+        group="data",
+        scope="data",
     )
     packing: bool = setting(
         True,
         "Put several examples in one sequence; attention never crosses them.",
+        group="data",
+        scope="data",
+    )
+    concatenate: bool = setting(
+        False,
+        "Cut examples where a packed sequence ends, so that none has padding; a cut part doesn't see the one before it.",
         group="data",
         scope="data",
     )
@@ -280,6 +303,8 @@ class TrainConfig(HFDatasetConfig):
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate:g}) is above learning_rate ({self.learning_rate:g})"
             )
+        if self.concatenate and not self.packing:
+            raise ValueError("concatenate fills packed sequences: set packing true, or concatenate false")
         return self
 
     @property

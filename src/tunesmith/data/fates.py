@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.data.examples import Example
+from tunesmith.data.fit import Counts, Limits
 from tunesmith.data.formats import Findings, RenderedRow, RowFormat
 from tunesmith.data.mixture import dataset_of, encode_rows, without_tag
-from tunesmith.data.token_files import Counts, Shard, encode_shard
+from tunesmith.data.token_files import Shard, encode_shard
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Fate:
 
 
 def find_fates(
-    rows_file: Path, rows: Collection[int], formats: Sequence[RowFormat], max_seq_length: int
+    rows_file: Path, rows: Collection[int], formats: Sequence[RowFormat], limits: Limits
 ) -> dict[int, Fate]:
     """Return what became of these rows (lines of the file, from 0). Meant for some hundred of them.
 
@@ -38,7 +39,7 @@ def find_fates(
             if row in wanted:
                 # The very code that wrote the set, on this line alone.
                 shard = Shard(str(rows_file), start, start + len(line), row, f"{folder}/row.arrow")
-                fates[row] = _fate_of(json.loads(line), formats, encode_shard(formats, shard, max_seq_length))
+                fates[row] = _fate_of(json.loads(line), formats, encode_shard(formats, shard, limits))
             start += len(line)
     return fates
 

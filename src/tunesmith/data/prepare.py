@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.encode import RowError, tokenizer_content
+from tunesmith.data.fit import Limits, choose_limits
 from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
 from tunesmith.data.sources import describe_files, describe_source, sources_fingerprint
 from tunesmith.data.split import SETS, check_sources, locate, write_split
+from tunesmith.data.summary import count, log_long
 from tunesmith.data.token_arrays import SetStats, write_arrays
 from tunesmith.data.token_files import write_tokens
 from tunesmith.data.token_set import TokenSet, open_set
@@ -82,7 +84,7 @@ def prepare(
     prepare at once the second waits for the first.
 
     Raises:
-        ConfigError: a malformed template.
+        ConfigError: a malformed template, or examples that can't be cut.
         DataError: the data set is absent or malformed, holds nothing to train on, or can't be written.
         ModelError: the tokenizer can't be trained with.
     """
@@ -91,11 +93,12 @@ def prepare(
         logger.info(line)
     for line in [line for row_format in formats for line in row_format.warnings()]:
         logger.warning(line)
+    limits = choose_limits(config, formats)
     date = date or recorded_date(None)
     formats = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
     settings = _split_settings(config, formats)
     split_fingerprint = _digest(settings)
-    shaping = [split_fingerprint, tokenizer_content(tokenizer), config.max_seq_length]
+    shaping = [split_fingerprint, tokenizer_content(tokenizer), *_length_settings(config)]
     fingerprint = _digest([*shaping, *_date_of(formats).values()])
     path = config.data_dir or datasets_dir / split_fingerprint
     with open_folder(path.expanduser().absolute(), settings) as folder:
@@ -104,7 +107,7 @@ def prepare(
             # A machine that was lost may have left the folder without its content.
             shutil.rmtree(tokens, ignore_errors=True)
             with folder.staging():
-                _fill(folder, config, formats, fingerprint)
+                _fill(folder, config, formats, limits, fingerprint)
     prepared = open_prepared(tokens)
     _log(prepared, config)
     return prepared
@@ -174,6 +177,13 @@ def _split_settings(config: TrainConfig, formats: Sequence[RowFormat]) -> dict[s
     }
 
 
+def _length_settings(config: TrainConfig) -> list[Any]:
+    # What the first versions didn't have isn't told at its default, so that what they have prepared is found.
+    newer = {name: getattr(config, name) for name in ("long_text", "long_examples", "concatenate")}
+    chosen = {name: value for name, value in newer.items() if value != TrainConfig.model_fields[name].default}
+    return [config.max_seq_length, *([chosen] if chosen else [])]
+
+
 def _rendering() -> dict[str, int]:
     # The first version isn't told, so that what it has prepared is found.
     return {"rendering_version": RENDERING_VERSION} if RENDERING_VERSION > 1 else {}
@@ -192,6 +202,7 @@ def _fill(
     folder: DataFolder,
     config: TrainConfig,
     formats: Sequence[RowFormat],
+    limits: Limits,
     fingerprint: str,
 ) -> None:
     """Write what the folder lacks into its staging, and publish it."""
@@ -206,9 +217,7 @@ def _fill(
     for name in ("training", "validation"):
         rows_file = rows_dir / f"{name}.jsonl"
         try:
-            counts = write_tokens(
-                rows_file, tokens / f"{name}.arrow", formats, config.max_seq_length, config.num_proc
-            )
+            counts = write_tokens(rows_file, tokens / f"{name}.arrow", formats, limits, config.num_proc)
         except RowError as error:
             raise _at_source(error, rows_file, config, formats) from error
         stats[name] = write_arrays(tokens, name, row_counts[name], counts, config, num_segments)
@@ -243,6 +252,12 @@ def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
             f"no token of {source} would be trained: none of its {stats.rows:,} rows has a completion",
             "check output_template and field_mapping, or that the conversations have assistant messages "
             "(role_names tells what the rows call them)",
+        )
+    if stats.over_long:
+        return DataError(
+            f"no token of {source} would be trained: its examples are longer than max_seq_length "
+            f"({config.max_seq_length}), and long_examples is drop",
+            "raise max_seq_length, or set long_examples truncate",
         )
     return DataError(
         f"no token of {source} would be trained: its prompts alone fill max_seq_length ({config.max_seq_length})",
@@ -296,8 +311,7 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
     train, validation = prepared.stats.train, prepared.stats.validation
     sequences = f"{train.examples:,} padded sequences"
     if config.packing:
-        packs = "1 pack" if train.packs == 1 else f"{train.packs:,} packs"
-        sequences = f"{packs} of {config.max_seq_length} tokens, {100 * train.packing_efficiency:.1f} % full"
+        sequences = f"{count(train.packs, 'pack')} of {config.max_seq_length} tokens, {100 * train.packing_efficiency:.1f} % full"
     logger.info(
         "%s training, %s validation and %s test rows in %s; %s tokens, %.1f %% trained; "
         "%s; %s truncated, %s dropped",
@@ -311,8 +325,9 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
         f"{train.truncated:,}",
         f"{train.dropped:,}",
     )
-    for what, count in train.findings.items():
-        logger.warning("training set: %s %s", f"{count:,}", what)
+    for what, number in train.findings.items():
+        logger.warning("training set: %s %s", f"{number:,}", what)
+    log_long(train, config)
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
             "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"

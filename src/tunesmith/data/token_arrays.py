@@ -10,16 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from tunesmith.config import TrainConfig
+from tunesmith.data.concatenation import count_trained, cut_at_pack_ends
+from tunesmith.data.fit import Counts
 from tunesmith.data.packing import pack_examples
-from tunesmith.data.token_files import Counts
 
 
 @dataclass(frozen=True)
 class SetStats:
-    """What became of one set's rows. Lengths and totals are in tokens.
+    """What became of one set's rows, the counts as `Counts` has them. Lengths and totals are in tokens.
 
-    `truncated` examples were cut at the right; `dropped` rows or examples don't train, of them `untrained`
-    because they hold no completion at all; `findings` are what else their owner should know. `packing_efficiency` is the share of the packs that is filled.
+    `packing_efficiency` is the share of the packs that is filled. `cut` examples lie in several packs; of the pieces
+    `untrained_pieces` hold no trained token.
     """
 
     rows: int
@@ -32,38 +33,72 @@ class SetStats:
     packs: int
     packing_efficiency: float
     longest: int
+    # What the first versions didn't count.
+    over_long: int = 0
+    lost_tokens: int = 0
+    lost_answers: int = 0
+    split: int = 0
+    windows: int = 0
+    cut: int = 0
+    untrained_pieces: int = 0
     findings: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def long_prompts(self) -> int:
+        """The rows or examples dropped because their prompts alone fill a sequence."""
+        return self.dropped - self.untrained - self.over_long
 
 
 def write_arrays(
     tokens: Path, name: str, num_rows: int, counts: Counts, config: TrainConfig, num_segments: int
 ) -> SetStats:
     """Write the per-example arrays and the packs of one set beside its Arrow file."""
-    lengths, num_trained = _write_examples(tokens, name, num_segments)
+    arrays = _read_examples(tokens / f"{name}.arrow", num_segments)
     pack_tokens = num_segments * config.max_seq_length
-    examples, bounds = pack_examples(lengths, pack_tokens, config.seed)
-    _save(tokens, name, {"pack_examples": examples, "pack_bounds": bounds})
-    total = int(lengths.sum(dtype=np.int64))
+    cut = 0
+    if config.concatenate:
+        arrays, cut = _concatenate(tokens / f"{name}.arrow", arrays, config)
+    else:
+        examples, bounds = pack_examples(arrays["lengths"], pack_tokens, config.seed)
+        arrays |= {"pack_examples": examples, "pack_bounds": bounds}
+    for array_name, values in arrays.items():
+        np.save(tokens / f"{name}-{array_name}.npy", values)
+    total = int(arrays["lengths"].sum(dtype=np.int64))
+    packs = len(arrays["pack_bounds"])
     return SetStats(
         rows=num_rows,
-        examples=len(lengths),
-        truncated=counts.truncated,
-        dropped=counts.dropped,
-        untrained=counts.untrained,
+        examples=len(arrays["lengths"]),
         tokens=total,
-        trained_tokens=num_trained,
-        packs=len(bounds),
-        packing_efficiency=total / (len(bounds) * pack_tokens) if len(bounds) else 0.0,
-        longest=int(lengths.max(initial=0)),
-        findings=dict(counts.findings),
+        trained_tokens=int(arrays["num_trained"].sum(dtype=np.int64)),
+        packs=packs,
+        packing_efficiency=total / (packs * pack_tokens) if packs else 0.0,
+        longest=int(arrays["lengths"].max(initial=0)),
+        cut=cut,
+        untrained_pieces=int((arrays["num_trained"] == 0).sum()),
+        **{**vars(counts), "findings": dict(counts.findings)},
     )
 
 
-def _write_examples(tokens: Path, name: str, num_segments: int) -> tuple[np.ndarray, int]:
-    """Write the per-example arrays; return the lengths and the number of trained tokens. Holds 16 bytes a segment."""
+def _concatenate(
+    arrow_file: Path, of_examples: dict[str, np.ndarray], config: TrainConfig
+) -> tuple[dict[str, np.ndarray], int]:
+    """Return the arrays of the pieces that fill the packs, and how many examples were cut."""
+    pieces = cut_at_pack_ends(of_examples["lengths"], config.max_seq_length, config.seed)
+    arrays = {name: values[pieces.examples] for name, values in of_examples.items()} | {
+        "lengths": pieces.lengths,
+        "num_trained": count_trained(arrow_file, pieces),
+        "pieces": np.stack([pieces.examples, pieces.starts], axis=1),
+        "pack_examples": np.arange(len(pieces.examples)),
+        "pack_bounds": pieces.bounds,
+    }
+    return arrays, pieces.count_cut()
+
+
+def _read_examples(arrow_file: Path, num_segments: int) -> dict[str, np.ndarray]:
+    """Return the per-example arrays. Holds 16 bytes a segment."""
     lengths, rows, num_trained, dataset_ids = array("i"), array("q"), array("i"), array("i")
     # Read rather than mapped: mapped pages would count as this process's memory.
-    with pa.OSFile(str(tokens / f"{name}.arrow")) as source, pa.ipc.open_file(source) as reader:
+    with pa.OSFile(str(arrow_file)) as source, pa.ipc.open_file(source) as reader:
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             offsets = batch[0].offsets.to_numpy()
@@ -83,14 +118,8 @@ def _write_examples(tokens: Path, name: str, num_segments: int) -> tuple[np.ndar
         arrays["segments"] = segments
     if dataset_ids:
         arrays["dataset_ids"] = _by_example(dataset_ids, num_segments)[:, 0]
-    _save(tokens, name, arrays)
-    return arrays["lengths"], int(arrays["num_trained"].sum(dtype=np.int64))
+    return arrays
 
 
 def _by_example(of_segment: array[int], num_segments: int) -> np.ndarray:
     return np.frombuffer(of_segment, dtype=of_segment.typecode).reshape(-1, num_segments)
-
-
-def _save(tokens: Path, name: str, arrays: dict[str, np.ndarray]) -> None:
-    for array_name, values in arrays.items():
-        np.save(tokens / f"{name}-{array_name}.npy", values)

@@ -16,7 +16,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from tunesmith.data.encode import RowError
-from tunesmith.data.examples import Example, Segment
+from tunesmith.data.examples import Example
+from tunesmith.data.fit import Counts, Limits, fit
 from tunesmith.data.formats import Findings, RowFormat
 from tunesmith.data.mixture import encode_rows
 from tunesmith.data.split import with_progress
@@ -39,27 +40,6 @@ _COLUMNS = [("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()
 # One record a segment, those of an example behind one another; a single data set's say nothing of it.
 _SCHEMA = pa.schema(_COLUMNS)
 _MIXED_SCHEMA = pa.schema([*_COLUMNS, ("dataset_id", pa.int32())])
-
-
-@dataclass
-class Counts:
-    """What became of the rows: examples cut at the right, and rows or examples dropped.
-
-    Of the `dropped`, the `untrained` had nothing to train whatever their length. `findings` are what else the rows'
-    owner should know.
-    """
-
-    truncated: int = 0
-    dropped: int = 0
-    untrained: int = 0
-    findings: Findings = field(default_factory=Findings)
-
-    def __iadd__(self, other: Counts) -> Counts:
-        self.truncated += other.truncated
-        self.dropped += other.dropped
-        self.untrained += other.untrained
-        self.findings.update(other.findings)
-        return self
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,7 @@ def write_tokens(
     rows_file: Path,
     arrow_file: Path,
     formats: Sequence[RowFormat],
-    max_seq_length: int,
+    limits: Limits,
     num_proc: int,
 ) -> Counts:
     """Encode every row of `rows_file` into `arrow_file`, with several processes if there are many rows.
@@ -92,11 +72,11 @@ def write_tokens(
     processes = min(num_proc, len(os.sched_getaffinity(0)), num_rows // _ROWS_PER_PROCESS)
     if processes < 2:
         whole = Shard(str(rows_file), 0, rows_file.stat().st_size, 0, str(arrow_file))
-        return encode_shard(formats, whole, max_seq_length)
+        return encode_shard(formats, whole, limits)
     shards = _cut_shards(rows_file, arrow_file, num_rows, processes)
     pickled = arrow_file.with_suffix(".formats")
     pickled.write_bytes(pickle.dumps(formats))
-    counts = _run_processes(shards, pickled, max_seq_length)
+    counts = _run_processes(shards, pickled, limits)
     with pa.OSFile(str(arrow_file), "wb") as sink, pa.ipc.new_file(sink, _schema_of(formats)) as writer:
         for shard in shards:
             with pa.OSFile(shard.arrow_file) as source, pa.ipc.open_file(source) as reader:
@@ -126,7 +106,7 @@ def _cut_shards(rows_file: Path, arrow_file: Path, num_rows: int, number: int) -
 def encode_shard(
     formats: Sequence[RowFormat],
     shard: Shard,
-    max_seq_length: int,
+    limits: Limits,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """Encode the rows of one shard into its Arrow file; `progress` gets the rows of each batch."""
@@ -140,9 +120,8 @@ def encode_shard(
     ):
         for batch in _read_batches(stream, shard.start, shard.end):
             try:
-                examples = _to_arrow(
-                    encode_rows(formats, batch, counts.findings), schema, row, max_seq_length, counts
-                )
+                encoded = encode_rows(formats, batch, counts.findings)
+                examples = _to_arrow(encoded, schema, row, limits, counts)
             except RowError as error:
                 raise RowError(error.message, error.hint, row + error.index) from error
             if examples.num_rows:
@@ -174,7 +153,7 @@ def _schema_of(formats: Sequence[RowFormat]) -> pa.Schema:
 
 
 def _to_arrow(
-    encoded: Iterable[list[Example]], schema: pa.Schema, first_row: int, max_seq_length: int, counts: Counts
+    encoded: Iterable[list[Example]], schema: pa.Schema, first_row: int, limits: Limits, counts: Counts
 ) -> pa.RecordBatch:
     # Flat from the start: lists that live as long as the batch would be walked by the garbage collector.
     ids, trained = array("i"), bytearray()
@@ -185,7 +164,7 @@ def _to_arrow(
             counts.dropped += 1
             counts.untrained += 1
         for example in examples:
-            for segment in _fit(example, max_seq_length, counts):
+            for segment in fit(example, limits, counts):
                 ids.extend(segment.input_ids)
                 trained.extend(segment.trained)
                 ends.append(len(ids))
@@ -202,33 +181,13 @@ def _to_arrow(
     return pa.record_batch(columns if is_mixed else columns[:-1], schema=schema)
 
 
-def _fit(example: Example, max_seq_length: int, counts: Counts) -> list[Segment]:
-    """Cut each segment to its last trained token within the limit; return none if that leaves one without any."""
-    fitted: list[Segment] = []
-    is_cut = False
-    for segment in example.segments:
-        ids, spans = segment
-        length = len(ids)
-        if not spans or spans[0][0] >= max_seq_length:
-            counts.dropped += 1
-            counts.untrained += not spans
-            return []
-        if length > max_seq_length:
-            is_cut = True
-            spans = [(begin, min(stop, max_seq_length)) for begin, stop in spans if begin < max_seq_length]
-        end = spans[-1][1]
-        fitted.append(segment if end == length else Segment(ids[:end], spans))
-    counts.truncated += is_cut
-    return fitted
-
-
-def _run_processes(shards: list[Shard], pickled: Path, max_seq_length: int) -> Counts:
+def _run_processes(shards: list[Shard], pickled: Path, limits: Limits) -> Counts:
     """Encode each shard in a process of its own. Its answers are JSON lines: rows done, counts or an error."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     jobs = [
-        json.dumps({"shard": asdict(shard), "formats": str(pickled), "max_seq_length": max_seq_length})
+        json.dumps({"shard": asdict(shard), "formats": str(pickled), "limits": asdict(limits)})
         for shard in shards
     ]
     processes = [
@@ -291,9 +250,9 @@ def main(job_text: str) -> None:
     """Encode the shard of one job."""
     job = json.loads(job_text)
     formats = pickle.loads(Path(job["formats"]).read_bytes())
-    shard = Shard(**job["shard"])
+    shard, limits = Shard(**job["shard"]), Limits(**job["limits"])
     try:
-        counts = encode_shard(formats, shard, job["max_seq_length"], lambda rows: _answer({"done": rows}))
+        counts = encode_shard(formats, shard, limits, lambda rows: _answer({"done": rows}))
     except RowError as error:
         _answer({"error": error.message, "hint": error.hint, "row": error.index})
         return

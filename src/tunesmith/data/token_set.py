@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 # Of each set: lengths, rows and num_trained by example, and the packs. `segments` is there where an example has
-# several, `dataset_ids` where there are several data sets.
+# several, `dataset_ids` where there are several data sets, `pieces` where examples are slices of the Arrow file's.
 _ARRAYS = ("lengths", "rows", "num_trained", "pack_examples", "pack_bounds")
 
 
@@ -48,6 +48,8 @@ class TokenSet:
     num_trained: int32 [num_examples], trained tokens of each example.
     segments: int32 [num_examples, num_segments], tokens of each segment.
     dataset_ids: int32 [num_examples], the example's data set, from 0.
+    pieces: int64 [num_examples, 2], the record of the Arrow file that the example is a slice of, and its first token
+        there; None where every example is a record.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class TokenSet:
     packs: Packs = field(repr=False)
     segments: np.ndarray = field(repr=False)
     dataset_ids: np.ndarray = field(repr=False)
+    pieces: np.ndarray | None = field(repr=False, default=None)
 
     @property
     def num_examples(self) -> int:
@@ -83,19 +86,31 @@ class TokenSet:
         """
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
+        if self.pieces is not None:
+            return self._read_piece(index)
         return self._read(index * self.num_segments, self.num_segments)
 
     def segment(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what `example` does, of one segment of all, those of an example behind one another."""
-        return self._read(index, 1)
+        return self._read(index, 1) if self.pieces is None else self._read_piece(index)
 
-    def _read(self, first: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of `number` records of the Arrow file, all in one of its batches."""
+    def _read_piece(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.pieces is not None
+        record, start = self.pieces[index].tolist()
+        ids, trained = self._read(record, 1, start, start + int(self.lengths[index]))
+        return ids, trained & (np.arange(len(ids)) > 0)
+
+    def _read(
+        self, first: int, number: int, begin: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of `number` records of the Arrow file, all in one of its batches, from `begin` to `stop`."""
         firsts, batches = self._batches
         at = int(np.searchsorted(firsts, first, "right")) - 1
         offsets, ids, trained = batches[at]
-        begin = first - firsts[at]
-        start, end = int(offsets[begin]), int(offsets[begin + number])
+        record = first - firsts[at]
+        start = int(offsets[record])
+        end = int(offsets[record + number]) if stop is None else start + stop
+        start += begin
         return ids[start:end], trained.slice(start, end - start).to_numpy(zero_copy_only=False)
 
 
@@ -104,6 +119,7 @@ def open_set(folder: Path, name: str) -> TokenSet:
     lengths, rows, num_trained, examples, bounds = (
         np.load(folder / f"{name}-{array_name}.npy", mmap_mode="r") for array_name in _ARRAYS
     )
+    pieces = folder / f"{name}-pieces.npy"
     return TokenSet(
         folder / f"{name}.arrow",
         lengths,
@@ -112,6 +128,7 @@ def open_set(folder: Path, name: str) -> TokenSet:
         Packs(examples, bounds),
         _load_or(folder / f"{name}-segments.npy", lengths.reshape(-1, 1)),
         _load_or(folder / f"{name}-dataset_ids.npy", np.broadcast_to(np.int32(0), lengths.shape)),
+        np.load(pieces, mmap_mode="r") if pieces.exists() else None,
     )
 
 

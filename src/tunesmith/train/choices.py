@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
+from tunesmith.errors import ModelError
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
@@ -53,6 +54,9 @@ def choose_packing(
     """Return whether sequences are packed: as the run recorded, else if asked for and the model is fit for it.
 
     Collective.
+
+    Raises:
+        ModelError: it isn't, and its examples were cut for packs.
     """
     if recorded is not None:
         return recorded
@@ -62,6 +66,11 @@ def choose_packing(
         model, device, resolve_dtype(config.dtype, device)
     )
     (num_unfit,) = mesh.sum([float(not is_fit)])
+    if num_unfit and config.concatenate:
+        raise ModelError(
+            f"`{config.model.source}` lets packed examples see one another, and concatenate is for packs alone",
+            "set concatenate false: it is trained padded then, one example a sequence",
+        )
     if num_unfit:
         logger.warning(
             "`%s` lets packed examples see one another, so it is trained padded: one example a sequence",

@@ -59,6 +59,10 @@ class CardMaker:
         if fate.counts.truncated and (lost or len(fate.examples) == 1):
             kinds.append("truncated")
             notes.append(_describe_lost(lost, len(ids)))
+        if fate.counts.split:
+            notes.append(
+                f"one of {fate.counts.windows:,} windows of a text; its first token is the last of the window before"
+            )
         if fate.counts.dropped:
             notes.append(f"{fate.counts.dropped:,} more of this row's examples are dropped")
         borders = [0, *np.cumsum(lengths).tolist()]
@@ -85,6 +89,11 @@ class CardMaker:
         is_untrained = fate.counts.untrained > 0
         if is_untrained:
             notes = ["dropped: it has no completion, so nothing of it could be trained", *notes]
+        elif fate.counts.over_long:
+            notes = [
+                f"dropped: it is longer than max_seq_length ({self._max_seq_length:,}), and long_examples is drop",
+                *notes,
+            ]
         else:
             notes = [
                 f"dropped: its prompt alone fills max_seq_length ({self._max_seq_length:,}), so no trained token is left",

@@ -15,10 +15,11 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.comparison import RowHashes, are_shared, count_repeats, hash_sets
 from tunesmith.data.prepare import Prepared, describe_formats, prepare
 from tunesmith.data.split import SETS, check_sources
+from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.model.load import load_tokenizer
 from tunesmith.runs.identity import locate_run, recorded_date
-from tunesmith.view.counts import list_counts, percent
+from tunesmith.view.counts import list_counts
 from tunesmith.view.inspect_page import Inspected, check_page_path, write_page
 from tunesmith.view.visible import escape_unseen, shorten_middle
 
@@ -142,7 +143,8 @@ def _print_stats(console: Console, prepared: Prepared) -> None:
         table.add_column("validation", justify="right")
         columns.append(list_counts(prepared.stats.validation))
     for line in zip(*columns, strict=True):
-        table.add_row(line[0].label, *(count.value for count in line))
+        if not line[0].is_rare or any(count.value != "0" for count in line):
+            table.add_row(line[0].label, *(count.value for count in line))
     console.print(table)
     for what, count in prepared.stats.train.findings.items():
         console.print(f"training set: {count:,} {what}", soft_wrap=True)

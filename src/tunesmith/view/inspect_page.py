@@ -17,13 +17,15 @@ from tunesmith.atomic_files import write_bytes
 from tunesmith.config import HFDatasetConfig, TrainConfig
 from tunesmith.data.comparison import RowHashes
 from tunesmith.data.fates import find_fates
+from tunesmith.data.fit import choose_limits
 from tunesmith.data.formats import RowFormat
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.sources import describe_source
+from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ConfigError
 from tunesmith.view.cards import Card, CardMaker
-from tunesmith.view.counts import Count, compare_sets, list_counts, percent
+from tunesmith.view.counts import Count, compare_sets, list_counts
 from tunesmith.view.examples_shown import choose_shown, share_out, show_set
 from tunesmith.view.page import render_page
 from tunesmith.view.pieces import Speller
@@ -154,12 +156,13 @@ def _make_cards(inspected: Inspected) -> tuple[list[Card], int]:
     ]
     allowance = fill_evenly(lengths, _TOKENS_SHOWN)
     speller = Speller(inspected.tokenizer)
+    limits = choose_limits(config, inspected.formats)
     cards: list[Card] = []
     num_bytes = num_left_out = 0
     for of_set, choices in zip(shown, chosen, strict=True):
         maker = CardMaker(of_set, speller, config.max_seq_length)
         rows = {choice.row for choice in choices}
-        fates = find_fates(of_set.rows_file, rows, inspected.formats, config.max_seq_length)
+        fates = find_fates(of_set.rows_file, rows, inspected.formats, limits)
         of_this: list[Card] = []
         for choice in choices:
             card = maker.lay_out(choice, fates[choice.row], allowance)
@@ -226,6 +229,8 @@ def _tabulate(inspected: Inspected) -> Iterator[tuple[str, str, list[str]]]:
 
 def _join(of_sets: Mapping[str, list[Count]]) -> Iterator[tuple[str, str, list[str]]]:
     for line in zip_longest(*of_sets.values()):
+        if line[0].is_rare and all(count is None or count.value == "0" for count in line):
+            continue
         yield line[0].label, line[0].explanation, [count.value if count else "" for count in line]
 
 
