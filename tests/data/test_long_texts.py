@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -259,29 +261,35 @@ def test_inspect_shows_what_is_split_and_lost(tmp_path: Path, capsys: pytest.Cap
 # Concatenation.
 
 
+trained_examples = st.integers(2, 50).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1)))
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(2, 50), max_size=60), st.integers(2, 30), st.integers(0, 3))
-@example([5], 3, 0)
-@example([10, 10, 10], 10, 0)
-@example([2, 2, 2], 3, 0)
-def test_pieces_fill_their_packs_and_hold_every_token_behind_a_first_once(
-    lengths: list[int], capacity: int, seed: int
+@given(st.lists(trained_examples, max_size=60), st.integers(2, 60), st.integers(0, 3))
+@example([(5, 1)], 3, 0)
+@example([(10, 4), (10, 9), (10, 1)], 10, 0)
+@example([(2, 1), (2, 1), (2, 1)], 3, 0)
+@example([(9, 8), (9, 8)], 4, 0)
+def test_pieces_fill_their_packs_and_hold_every_trained_token_once(
+    drawn: list[tuple[int, int]], capacity: int, seed: int
 ) -> None:
-    of_example = np.array(lengths, dtype=np.int32)
-    pieces = cut_at_pack_ends(of_example, capacity, seed)
+    lengths, first_trained = np.array(drawn, dtype=np.int32).reshape(-1, 2).T
+    pieces = cut_at_pack_ends(lengths, first_trained, capacity, seed)
     sizes = [int(pieces.lengths[start:end].sum()) for start, end in pieces.bounds]
     assert sizes[:-1] == [capacity] * (len(sizes) - 1)
     assert all(0 < size <= capacity for size in sizes)
-    assert np.array_equal(pieces.bounds.flatten()[1:-1:2], pieces.bounds.flatten()[2::2])
-    assert pieces.bounds.flatten().tolist()[-1:] == ([len(pieces.examples)] if lengths else [])
-    cut = zip(pieces.examples.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)
-    targets = [(i, token) for i, start, length in cut for token in range(start + 1, start + length)]
-    assert sorted(targets) == [(i, token) for i, length in enumerate(lengths) for token in range(1, length)]
-    num_useful = np.bincount(pieces.examples[pieces.lengths > 1], minlength=1)
-    assert pieces.count_cut() == (num_useful > 1).sum()
-    again = cut_at_pack_ends(of_example, capacity, seed)
-    assert np.array_equal(pieces.examples, again.examples)
-    assert np.array_equal(pieces.starts, again.starts)
+    borders = [0, *pieces.bounds[:, 1].tolist()]
+    assert pieces.bounds.tolist() == [list(pair) for pair in pairwise(borders)]
+    assert borders[-1] == len(pieces.examples)
+    cut = list(zip(pieces.examples.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), strict=True))
+    trained = [(i, t) for i, start, length in cut for t in range(start + 1, start + length) if t >= first_trained[i]]  # fmt: skip
+    assert sorted(trained) == [(i, t) for i, (length, first) in enumerate(drawn) for t in range(first, length)]  # fmt: skip
+    for i, start, length in cut:
+        # An example's first trained token sees all that is before it.
+        if lengths.max() <= capacity and start < first_trained[i] < start + length:
+            assert start == 0
+    again = cut_at_pack_ends(lengths, first_trained, capacity, seed)
+    assert cut == list(zip(again.examples.tolist(), again.starts.tolist(), again.lengths.tolist(), strict=True))  # fmt: skip
 
 
 ROWS = {
@@ -311,14 +319,21 @@ def test_concatenated_packs_are_full_and_every_token_is_trained_once(
     assert not any(trained[0] for _, trained in found)
     assert stats.trained_tokens == whole.num_trained.sum()
     assert stats.lost_tokens == stats.split == 0
-    assert 0 < stats.cut < len(sizes)
+    parts = Counter(
+        record
+        for (record, _), (_, trained) in zip(tokens.pieces.tolist(), found, strict=True)
+        if any(trained)
+    )
+    assert stats.cut == sum(number > 1 for number in parts.values()) > 0
     assert stats.untrained_pieces == sum(not any(trained) for _, trained in found)
     cut = "1 example" if stats.cut == 1 else f"{stats.cut} examples"
     assert f"concatenate: {cut} cut where a pack ends" in caplog.text
 
     batch = Sequences(tokens, True, 0).collate(np.arange(len(sizes)))
     assert len(batch.targets_N) == stats.trained_tokens
-    assert (batch.position_ids_BT == 0).sum() == tokens.num_examples + (sizes[-1] < 64)
+    assert (batch.position_ids_BT == 0).sum() == tokens.num_examples + (
+        sizes[-1] < 64 and len(tokens.packs[-1]) > 1
+    )
 
 
 def test_concatenation_follows_the_seed_and_is_found_again(tmp_path: Path) -> None:

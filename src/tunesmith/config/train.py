@@ -130,7 +130,7 @@ class TrainConfig(HFDatasetConfig):
     )
     concatenate: bool = setting(
         False,
-        "Cut examples where a packed sequence ends, so that none has padding; a cut part doesn't see the one before it.",
+        "Cut examples where a packed sequence ends, so that none has padding; what is behind a cut doesn't see what is before it.",
         group="data",
         scope="data",
     )

@@ -33,16 +33,12 @@ def log_long(stats: SetStats, config: TrainConfig) -> None:
             limit,
             _describe_loss(stats),
         )
-    if stats.cut:
-        idle = (
-            f"; {count(stats.untrained_pieces, 'piece')} without a trained token"
-            if stats.untrained_pieces
-            else ""
-        )
+    if config.concatenate:
         logger.info(
-            "concatenate: %s cut where a pack ends; what is behind a cut is trained without what is before it%s",
+            "concatenate: %s cut where a pack ends, and trained behind the cut without what is before it; "
+            "%s filled up with the untrained beginning of an example that the next one holds whole",
             count(stats.cut, "example"),
-            idle,
+            count(stats.untrained_pieces, "pack"),
         )
 
 

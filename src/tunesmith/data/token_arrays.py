@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.concatenation import count_trained, cut_at_pack_ends
+from tunesmith.data.concatenation import count_trained, cut_at_pack_ends, find_first_trained
 from tunesmith.data.fit import Counts
 from tunesmith.data.packing import pack_examples
 
@@ -19,8 +19,8 @@ from tunesmith.data.packing import pack_examples
 class SetStats:
     """What became of one set's rows, the counts as `Counts` has them. Lengths and totals are in tokens.
 
-    `packing_efficiency` is the share of the packs that is filled. `cut` examples lie in several packs; of the pieces
-    `untrained_pieces` hold no trained token.
+    `packing_efficiency` is the share of the packs that is filled. `cut` examples are trained in several packs; the
+    `untrained_pieces` only fill one, as beginnings of prompts that the next one holds whole.
     """
 
     rows: int
@@ -82,16 +82,19 @@ def write_arrays(
 def _concatenate(
     arrow_file: Path, of_examples: dict[str, np.ndarray], config: TrainConfig
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Return the arrays of the pieces that fill the packs, and how many examples were cut."""
-    pieces = cut_at_pack_ends(of_examples["lengths"], config.max_seq_length, config.seed)
+    """Return the arrays of the pieces that fill the packs, and how many examples are trained in several."""
+    first_trained = find_first_trained(arrow_file)
+    pieces = cut_at_pack_ends(of_examples["lengths"], first_trained, config.max_seq_length, config.seed)
+    num_trained = count_trained(arrow_file, pieces)
     arrays = {name: values[pieces.examples] for name, values in of_examples.items()} | {
         "lengths": pieces.lengths,
-        "num_trained": count_trained(arrow_file, pieces),
+        "num_trained": num_trained,
         "pieces": np.stack([pieces.examples, pieces.starts], axis=1),
         "pack_examples": np.arange(len(pieces.examples)),
         "pack_bounds": pieces.bounds,
     }
-    return arrays, pieces.count_cut()
+    _, counts = np.unique(pieces.examples[num_trained > 0], return_counts=True)
+    return arrays, int((counts > 1).sum())
 
 
 def _read_examples(arrow_file: Path, num_segments: int) -> dict[str, np.ndarray]:
