@@ -156,13 +156,13 @@ def _make_cards(inspected: Inspected) -> tuple[list[Card], int]:
     ]
     allowance = fill_evenly(lengths, _TOKENS_SHOWN)
     speller = Speller(inspected.tokenizer)
-    limits = choose_limits(config, inspected.formats)
+    length_limits = choose_limits(config, inspected.formats)
     cards: list[Card] = []
     num_bytes = num_left_out = 0
     for of_set, choices in zip(shown, chosen, strict=True):
         maker = CardMaker(of_set, speller, config.max_seq_length)
         rows = {choice.row for choice in choices}
-        fates = find_fates(of_set.rows_file, rows, inspected.formats, limits)
+        fates = find_fates(of_set.rows_file, rows, inspected.formats, length_limits)
         of_this: list[Card] = []
         for choice in choices:
             card = maker.lay_out(choice, fates[choice.row], allowance)
