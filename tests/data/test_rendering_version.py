@@ -47,7 +47,7 @@ def test_a_run_keeps_the_tokens_that_it_began_with(
 def test_the_tokens_of_a_version_that_is_newer_are_kept_too(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "RENDERING_VERSION", 3)
+    monkeypatch.setattr(prepare, "RENDERING_VERSION", 9)
     begun = start(config)
     monkeypatch.undo()
     assert start(config).prepared_path == begun.prepared_path

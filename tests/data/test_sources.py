@@ -278,3 +278,35 @@ def test_reading_holds_no_more_than_a_chunk_of_rows(
     finally:
         tracemalloc.stop()
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("way", ["parquet", "saved"])
+def test_whole_numbers_that_gaps_made_floats_are_whole_again(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tunesmith")
+    columns = {
+        "gapped": [4.0, None, 7.0],
+        "whole": [1.0, 2.0, 3.0],
+        "broken": [0.5, None, 2.0],
+        "large": [float(2**60), None, 1.0],
+        "not_there": [float("nan"), 1.0, 2.0],
+    }
+    path = tmp_path / "rows.parquet" if way == "parquet" else tmp_path / "saved"
+    if way == "parquet":
+        parquet.write_table(pa.table(columns), path)
+    else:
+        datasets.Dataset.from_dict(columns).save_to_disk(path)
+    expected = {
+        **columns,
+        "gapped": [4, None, 7],
+        "not_there": [None, 1, 2],
+    }
+    for _ in range(2):
+        found = read(path)
+        assert [{name: str(row[name]) for name in columns} for row in found] == [
+            {name: str(values[i]) for name, values in expected.items()} for i in range(3)
+        ]
+    said = [record.getMessage() for record in caplog.records if "4.0 is read as 4" in record.getMessage()]
+    assert len(said) == 2
+    assert "`gapped`" in said[0]

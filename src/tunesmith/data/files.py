@@ -7,6 +7,7 @@ from pathlib import Path
 from tunesmith.data.arrow_rows import Rows, iterate_rows
 from tunesmith.data.content import kind_of
 from tunesmith.data.csv_rows import read_csv
+from tunesmith.data.gaps import find_gapped, float_columns, without_points
 from tunesmith.data.json_rows import read_json
 from tunesmith.data.packed import open_file
 from tunesmith.errors import DataError
@@ -33,8 +34,11 @@ def _read_parquet(file: Path) -> Rows:
     count = 0
     try:
         with open_file(file) as stream, parquet.ParquetFile(stream) as reader:
+            floats = float_columns(reader.schema_arrow)
+            columns = reader.iter_batches(BATCH_ROWS, columns=floats) if floats else ()
+            gapped = find_gapped(columns, f"`{file}`")
             for batch in reader.iter_batches(BATCH_ROWS):
-                for row in iterate_rows(batch):
+                for row in without_points(iterate_rows(batch), gapped):
                     count += 1
                     yield f"`{file}`, row {count}", row
     except pyarrow.ArrowException as error:

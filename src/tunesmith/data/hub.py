@@ -12,6 +12,7 @@ from tunesmith.config import HFDatasetConfig
 from tunesmith.data.arrow_rows import Row, iterate_rows
 from tunesmith.data.content import PARQUET_BRANCH
 from tunesmith.data.files import BATCH_ROWS
+from tunesmith.data.gaps import find_gapped, float_columns, without_points
 from tunesmith.errors import DataError
 
 _SHORT_CHARS = 40
@@ -49,7 +50,7 @@ def read_hub(config: HFDatasetConfig, source: str) -> Iterator[Row]:
                 revision=config.dataset_revision,
                 **_as_written(opened),
             )
-    yield from _read_arrow(loaded)
+    yield from _read_arrow(loaded, source)
 
 
 def _open(config: HFDatasetConfig) -> Any:
@@ -195,7 +196,7 @@ def read_saved(path: Path, split: str) -> Iterator[Row]:
             f"can't read the saved data set `{folder}`: {_cause_of(error)}",
             "save it again with save_to_disk",
         ) from error
-    yield from _read_arrow(loaded)
+    yield from _read_arrow(loaded, f"`{folder.name}`")
 
 
 def _saved_folder(path: Path, split: str) -> Path:
@@ -208,6 +209,10 @@ def _saved_folder(path: Path, split: str) -> Path:
     return path / split
 
 
-def _read_arrow(loaded: Any) -> Iterator[Row]:
-    for table in loaded.with_format("arrow").iter(BATCH_ROWS):
-        yield from iterate_rows(table)
+def _read_arrow(loaded: Any, source: str) -> Iterator[Row]:
+    loaded = loaded.with_format("arrow")
+    floats = float_columns(loaded.features.arrow_schema)
+    columns = loaded.select_columns(floats).iter(BATCH_ROWS) if floats else ()
+    gapped = find_gapped(columns, source)
+    for table in loaded.iter(BATCH_ROWS):
+        yield from without_points(iterate_rows(table), gapped)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # Raised whenever the same rows, settings and tokenizer give other texts or tokens than before.
-RENDERING_VERSION = 2
+RENDERING_VERSION = 3
 _TOKENS_MANIFEST = "manifest.json"
 
 T = TypeVar("T")
