@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from support.runs import small_config, start
 from tunesmith.config import TrainConfig
 from tunesmith.data import prepare
 from tunesmith.errors import DataError
+from tunesmith.model.load import load_tokenizer
 
 
 @pytest.fixture
@@ -51,3 +54,32 @@ def test_the_tokens_of_a_version_that_is_newer_are_kept_too(
     begun = start(config)
     monkeypatch.undo()
     assert start(config).prepared_path == begun.prepared_path
+
+
+def test_a_run_keeps_the_day_on_which_it_began(config: TrainConfig, tmp_path: Path) -> None:
+    rows = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "Which day is it?"}, {"role": "assistant", "content": "Today."}]
+    rows.write_text("".join(json.dumps({"messages": talk, "id": i}) + "\n" for i in range(9)))
+    template = "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ ' ' + m.content }}{% endfor %}"
+    config = TrainConfig(
+        model_path=config.model_path,
+        dataset_name=str(rows),
+        chat_template=template,
+        train_split_ratio=1.0,
+        max_seq_length=64,
+        num_proc=1,
+        home=tmp_path / "home",
+    )
+    begun = start(config)
+    params = begun.run.read_params()
+    assert params["data"]["date"] == datetime.date.today().isoformat()
+
+    params["data"]["date"] = "2001-02-03"
+    begun.run.params_path.unlink()
+    tokenizer = load_tokenizer(config.model, chat_template=template)
+    prepared = prepare.prepare(config, tokenizer, begun.run.datasets_path, "2001-02-03")
+    params["data"] |= {"fingerprint": prepared.fingerprint, "folder": str(prepared.folder)}
+    begun.run.params_path.write_text(json.dumps(params))
+    again = start(config)
+    assert again.prepared_path == prepared.folder
+    assert again.run.read_params()["data"]["date"] == "2001-02-03"

@@ -65,7 +65,7 @@ def small_config(model_path: Path, data: Path, home: Path, **changes: Any) -> Tr
 def start(config: TrainConfig, num_workers: int = 1) -> TrainJob:
     """Prepare the data and record the run, as the driver does."""
     run = locate_run(config)
-    prepared = prepare_run(config, load_tokenizer(config.model), run)
+    prepared = prepare_run(config, load_tokenizer(config.model, chat_template=config.chat_template), run)
     run.path.mkdir(parents=True, exist_ok=True)
     record_params(run, config, prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=1)
