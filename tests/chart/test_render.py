@@ -229,10 +229,11 @@ def test_no_config_or_one_beside_a_run_of_the_values_is_refused(tunesmith: Tunes
 
 
 def test_a_path_on_no_claim_is_warned_of(tunesmith: Tunesmith, caplog: pytest.LogCaptureFixture) -> None:
-    flags = ["--model_path=/home/me/model", "--home=/efs/a"]
+    flags = ["--model_path=/home/me/model", "--home=/efs/a", "--validation_dataset=/home/me/held.jsonl"]
     exit_code, _, _ = tunesmith("render", "run.yaml", "-f", "cluster.yaml", *flags)
     assert exit_code == 0
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["warning"]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["warning"] * 2
+    assert "`validation_dataset` is `/home/me/held.jsonl`, on no claim" in caplog.text
     assert "`model_path` is `/home/me/model`, on no claim that the pods mount (/fsx, /efs)" in caplog.text
 
 

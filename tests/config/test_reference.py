@@ -20,6 +20,7 @@ from tunesmith.config import (
     TrainConfig,
     setting,
 )
+from tunesmith.config.declare import NAME_PATTERN
 from tunesmith.config.layers import dump_settings, dump_yaml, load_settings, settings_from_dump
 from tunesmith.config.reference import format_help, format_markdown, json_schema
 from tunesmith.config.yaml_file import write_yaml
@@ -56,10 +57,11 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
             lambda number: number > value.get("exclusiveMinimum", -1)
         ),
         "string": st.sampled_from(value["enum"]) if "enum" in value else plain_texts,
+        "name": st.from_regex(NAME_PATTERN, fullmatch=True),
         "array": st.lists(plain_texts, min_size=value.get("minItems", 0), max_size=3),
         "object": st.dictionaries(plain_texts, texts, max_size=3),
     }
-    strategy = strategies[value["type"]]
+    strategy = strategies["name" if value.get("pattern") == NAME_PATTERN else value["type"]]
     return st.one_of(strategy, st.none(), st.just("auto")) if len(branches) > 1 else strategy
 
 

@@ -36,7 +36,8 @@ CHANGED: dict[str, Any] = {
     "home": "{folder}/elsewhere",
     "full_ft": True,
     "compare": "none",
-    "test_path": "{folder}/rows.jsonl",
+    "test_dataset": "{folder}/rows.jsonl",
+    "test_split": "validation",
     "max_samples": 2,
     "engine": "vllm",
     "batch_size": 3,
@@ -61,6 +62,10 @@ def run(model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory,
     folder = tmp_path_factory.mktemp("settings")
     shutil.copytree(model_of("llama"), folder / "model")
     shutil.copy(rows, folder / "rows.jsonl")
+    (folder / "splits").mkdir()
+    lines = rows.read_text().splitlines(keepends=True)
+    for i, split in enumerate(("test", "validation")):
+        (folder / "splits" / f"{split}.jsonl").write_text("".join(lines[i::2]))
     config = small_config(model_of("llama"), rows, folder / "home", save_total_limit=3, train_split_ratio=0.7)
     run = train_here(start(config))
     state = run.checkpoint_path(4) / "trainer_state.json"
@@ -121,6 +126,8 @@ def test_a_setting_changes_the_evaluation(run: RunDir, name: str) -> None:
         fixed["home"] = run.home
     if name == "bertscore_model":
         fixed["metrics"] = None
+    if name == "test_split":
+        fixed["test_dataset"] = folder / "splits"
     before = outcome(EvaluateConfig(**fixed))
     after = outcome(EvaluateConfig(**{**fixed, name: value}))
     assert "error" not in before

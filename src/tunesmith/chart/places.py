@@ -51,6 +51,11 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
     for i, settings in enumerate(config.data_sets):
         name = "dataset_name" if config.datasets is None else f"datasets.{i}.dataset_name"
         paths[name] = _dataset_path(settings)
+    for own in config.own_sets:
+        place = "" if config.datasets is None or own.number is None else f"datasets.{own.number}."
+        trained = None if own.number is None else config.data_sets[own.number].dataset_name
+        if own.settings.dataset_name != trained:
+            paths[f"{place}{own.part}_dataset"] = _dataset_path(own.settings)
     if config.model_path is None and config.hf_model_id.startswith((".", "/", "~")):
         paths["hf_model_id"] = Path(config.hf_model_id)
     paths |= {"home": config.home, "data_dir": config.data_dir}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from tunesmith.config.declare import Mapping, OptionalStr, Settings, parse_auto, parse_json, setting
+from tunesmith.config.declare import (
+    AutoInt,
+    DatasetName,
+    Mapping,
+    MetricName,
+    OptionalStr,
+    Settings,
+    parse_auto,
+    parse_json,
+    setting,
+)
 
 SEED_DATASET = "cognitivecomputations/dolphin"
 SEED_DATASET_CONFIG = "flan1m-alpaca-uncensored"
@@ -22,6 +34,12 @@ MESSAGE_KEYS = (
 )  # fmt: skip
 
 SEED_FIELD_MAPPING = {"instruction": "instruction", "input": "input", "output": "output"}
+
+_SUFFIX = re.compile(r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz|zst|bz2|xz|zip)$")
+
+
+Part = Literal["validation", "test"]
+PARTS: tuple[Part, ...] = ("validation", "test")
 
 
 # What a setting of turns takes: one of the words, or roles.
@@ -157,6 +175,58 @@ class HFDatasetConfig(Settings):
         group="data",
         scope="run",
     )
+    name: MetricName = setting(
+        None,
+        "What logs, inspect and metrics (eval_NAME_loss) call this data set; unset: the last part of dataset_name.",
+        group="data",
+        scope="data",
+    )
+    max_rows: AutoInt = setting(
+        None,
+        "Rows to take at most: the first after a shuffle by seed, before they are split; auto: all.",
+        group="data",
+        scope="data",
+    )
+    weight: float = setting(
+        1.0,
+        "How often an epoch takes each training example: 0.5 draws half of them, anew each epoch; 2 takes each twice.",
+        group="data",
+        scope="data",
+        gt=0,
+        le=1000,
+    )
+    validation_dataset: DatasetName = setting(
+        None,
+        "Validation set of one's own, a hub id or a path as dataset_name; no row is then split off for validation.",
+        group="data",
+        scope="data",
+    )
+    validation_split: OptionalStr = setting(
+        None,
+        "Split of validation_dataset, or without one another split of the data set itself, to validate on; unset: "
+        "validation, of validation_dataset.",
+        group="data",
+        scope="data",
+    )
+    test_dataset: DatasetName = setting(
+        None,
+        "Test set of one's own, a hub id or a path as dataset_name, for evaluate; no row is then split off for it.",
+        group="data",
+        scope="data",
+    )
+    test_split: OptionalStr = setting(
+        None,
+        "Split of test_dataset, or without one another split of the data set itself, to test on; unset: test, of "
+        "test_dataset.",
+        group="data",
+        scope="data",
+    )
+    group_by: OptionalStr = setting(
+        None,
+        "Column, such as a user's or a document's id, of which rows of one value stay on one side of the split.",
+        group="data",
+        scope="data",
+    )
     num_proc: int = setting(
         8, "Processes that tokenize, at most one per core.", group="data", scope="run", ge=1
     )
@@ -173,15 +243,82 @@ class HFDatasetConfig(Settings):
 
     @property
     def data_sets(self) -> list[HFDatasetConfig]:
-        """The data sets that these settings mean, by `dataset_id`."""
+        """The data sets that these settings train on."""
         return [self]
 
+    @property
+    def own_sets(self) -> list[OwnSet]:
+        """The sets of one's own that stand in place of a part of the split, by their data set's number."""
+        return [
+            OwnSet(number, part, own)
+            for number, settings in enumerate(self.data_sets)
+            for part in PARTS
+            if (own := settings.own_set(part)) is not None
+        ]
+
+    @property
+    def sources(self) -> list[HFDatasetConfig]:
+        """Everything that rows are read from, by `dataset_id`: the data sets, and then the sets of one's own."""
+        return [*self.data_sets, *(own.settings for own in self.own_sets)]
+
+    def own_set(self, part: Part) -> HFDatasetConfig | None:
+        """Return the settings of the set that stands in place of a part of the split; None where that is split off."""
+        dataset_name, split = getattr(self, f"{part}_dataset"), getattr(self, f"{part}_split")
+        if dataset_name is None and split is None:
+            return None
+        changes: dict[str, Any] = {f"{each}_{what}": None for each in PARTS for what in ("dataset", "split")}
+        changes |= {"name": None, "max_rows": None, "weight": 1.0, "group_by": None, "split": split or part}
+        if dataset_name is not None:
+            changes |= {"dataset_name": dataset_name, "dataset_config": None, "dataset_revision": None}
+        return self.model_copy(update=changes)
+
+
+class OwnSet(NamedTuple):
+    """A set in place of the `part` that would be split off the data set of this number; None: off all of them."""
+
+    number: int | None
+    part: Part
+    settings: HFDatasetConfig
+
+
+# What can be said of all data sets at once, beside their list: how many processes tokenize, and what is held out.
+OF_ALL = frozenset({"num_proc", *(f"{part}_{what}" for part in PARTS for what in ("dataset", "split"))})
 
 DataSets = Annotated[
     Annotated[list[HFDatasetConfig], Field(min_length=1)] | None,
     BeforeValidator(parse_json),
     BeforeValidator(parse_auto),
 ]
+
+
+def name_data_sets(data_sets: Sequence[HFDatasetConfig]) -> list[str]:
+    """Return what to call each of the data sets: as it was named, else by its file or its place on the hub."""
+    given = [settings.name for settings in data_sets]
+    names: list[str] = []
+    for settings in data_sets:
+        name = settings.name or _stem_of(settings.dataset_name)
+        taken = {*names, *([] if settings.name else filter(None, given))}
+        tries = (name if i == 1 else f"{name}_{i}" for i in range(1, 2 * len(data_sets) + 1))
+        names.append(next(it for it in tries if it not in taken))
+    return names
+
+
+def _stem_of(dataset_name: str) -> str:
+    stem = re.split(r"[/\\]", dataset_name.rstrip("/\\"))[-1]
+    while _SUFFIX.search(stem):
+        stem = _SUFFIX.sub("", stem)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", stem).strip("._-") or "data"
+
+
+def check_names(data_sets: Sequence[HFDatasetConfig]) -> None:
+    """Refuse data sets of one name.
+
+    Raises:
+        ValueError: two were given the same.
+    """
+    given = [settings.name for settings in data_sets if settings.name is not None]
+    if twice := [name for name in given if given.count(name) > 1]:
+        raise ValueError(f"two of the `datasets` have the name `{twice[0]}`: give each a name of its own")
 
 
 def dump_chosen(settings: HFDatasetConfig) -> dict[str, Any]:
@@ -204,11 +341,8 @@ def take_single(data: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(it, dict) for it in elements):
         return data  # refused as what they are
     in_elements = {name for it in elements for name in it}
-    # How many processes tokenize can be said once for all.
     alone = [
-        name
-        for name in data
-        if name in HFDatasetConfig.model_fields and name not in {"num_proc"} - in_elements
+        name for name in data if name in HFDatasetConfig.model_fields and name not in OF_ALL - in_elements
     ]
     if alone:
         raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -19,15 +20,25 @@ RECORDED = {"recorded": True}
 
 
 def setting(
-    default: Any, help: str, *, group: str, scope: Scope, escapes: bool = False, **checks: Any
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    scope: Scope,
+    escapes: bool = False,
+    older_names: Sequence[str] = (),
+    **checks: Any,
 ) -> Any:
     """Declare one setting; `help` is one sentence with the unit and what the extremes mean.
 
-    One that `escapes` is a text in which flags and variables write a newline as backslash-n.
+    One that `escapes` is a text in which flags and variables write a newline as backslash-n. Its `older_names` still
+    mean it, wherever it can be given.
     """
     extra: dict[str, JsonValue] = {"group": group, "scope": scope}
     if escapes:
         extra["escapes"] = True
+    if older_names:
+        extra["older_names"] = [*older_names]
     if callable(default):
         return Field(default_factory=default, description=help, json_schema_extra=extra, **checks)
     return Field(default=default, description=help, json_schema_extra=extra, **checks)
@@ -80,6 +91,10 @@ def parse_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
 
 
+def _path_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 def parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
 
@@ -94,7 +109,12 @@ Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
 OptionalPath = Annotated[Path | None, BeforeValidator(parse_none)]
+# A hub id, or a path as text or as a Path.
+DatasetName = Annotated[str | None, BeforeValidator(_path_as_text), BeforeValidator(parse_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(parse_none)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+# A part of a metric's name, which every tracker takes.
+MetricName = Annotated[Annotated[str, Field(pattern=NAME_PATTERN)] | None, BeforeValidator(parse_none)]
 # One folder below another: no slash, no control characters, not hidden and not `..`.
 FolderName = Annotated[str, Field(pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$")]
 
@@ -103,3 +123,25 @@ class Settings(BaseModel):
     """A group of settings that can be read from a YAML file, the environment and flags."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def older_names(cls) -> dict[str, str]:
+        """Return the older names of settings, and what each is called now."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {
+            str(older): name
+            for name, extra in extras.items()
+            if isinstance(extra, dict) and isinstance(listed := extra.get("older_names"), list)
+            for older in listed
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_older(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for older, name in cls.older_names().items():
+            if older in data and name in data:
+                raise ValueError(f"`{older}` is the older name of `{name}`: give one of them")
+            data = {name if it == older else it: value for it, value in data.items()}
+        return data

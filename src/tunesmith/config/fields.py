@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tunesmith.config import HFDatasetConfig, Settings
 from tunesmith.config.data import TURNS, TURNS_PATTERN
+from tunesmith.config.declare import NAME_PATTERN
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
 DATASET_KEY = "hf_dataset_config"
@@ -157,6 +158,8 @@ def _describe_value(field: SettingField) -> str:
         return ("a whole number" if field.kind == "int" else "a number") + (f" {bounds}" if bounds else "")
     if field.value_schema.get("pattern") == TURNS_PATTERN:
         return TURNS
+    if field.value_schema.get("pattern") == NAME_PATTERN:
+        return "a name of letters, digits and _ . -"
     if "pattern" in field.value_schema:
         return "a plain folder name, without a slash or a dot in front"
     if field.kind == "text":

@@ -61,13 +61,13 @@ def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | 
 def find_field(model: type[Settings], name: str) -> SettingField | None:
     """Return the setting that a flag or an environment variable means by `name`, if any.
 
-    Dashes count as underscores; settings of the data set may carry the prefix `hfdc_`.
+    Dashes count as underscores; settings of the data set may carry the prefix `hfdc_`. Older names count.
     """
     name = name.replace("-", "_")
     rest = name.removeprefix(DATASET_PREFIX)
     if rest in dataset_field_names(model):
         name = rest
-    return read_fields(model).get(name)
+    return read_fields(model).get(model.older_names().get(name, name))
 
 
 def _read_flag(model: type[Settings], word: str, words: list[str]) -> tuple[str, str]:

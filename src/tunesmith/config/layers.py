@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.config import HFDatasetConfig, Settings
+from tunesmith.config.data import OF_ALL
 from tunesmith.config.declare import RECORDED, parse_json, unescape
 from tunesmith.config.fields import (
     DATASET_KEY,
@@ -88,7 +89,10 @@ def settings_from_dump(model: type[Model], dump: Mapping[str, Any], given: Itera
     Raises:
         ConfigError: the dump holds settings that this version doesn't know, or refuses.
     """
-    unknown = sorted((set(dump) | set(given)) - set(model.model_fields))
+    older = model.older_names()
+    dump = {older.get(name, name): value for name, value in dump.items()}
+    given = {older.get(name, name) for name in given}
+    unknown = sorted((set(dump) | given) - set(model.model_fields))
     if unknown:
         raise ConfigError(
             f"recorded settings are unknown here: {', '.join(f'`{name}`' for name in unknown)}",
@@ -120,7 +124,8 @@ def _read_yaml(model: type[Settings], path: Path, section: str | None) -> dict[s
             f"write `{DATASET_KEY}:` and under it, indented, `dataset_name: …`",
         )
     grouped = _undash_keys(group or {}, f"{where}: {DATASET_KEY}")
-    known = [*read_fields(model), *([DATASET_KEY] if grouped_names else [])]
+    older = model.older_names()
+    known = [*read_fields(model), *older, *([DATASET_KEY] if grouped_names else [])]
     problems = [_unknown_key(where, key, known) for key in flat if key not in known]
     for key in grouped:
         if key not in grouped_names:
@@ -128,9 +133,13 @@ def _read_yaml(model: type[Settings], path: Path, section: str | None) -> dict[s
         elif key in flat:
             text = f"`{where}` gives `{key}` both by itself and under `{DATASET_KEY}`"
             problems.append(_Problem(text, "keep one of them"))
+    for name in older.keys() & flat.keys():
+        if older[name] in flat:
+            text = f"`{where}` gives `{older[name]}` and `{name}`, its older name"
+            problems.append(_Problem(text, "keep one of them"))
     if problems:
         raise _one_error(problems)
-    given = {name: _Given(value, f"{where}: {name}") for name, value in flat.items()}
+    given = {older.get(name, name): _Given(value, f"{where}: {name}") for name, value in flat.items()}
     given.update({name: _Given(value, f"{where}: {DATASET_KEY}.{name}") for name, value in grouped.items()})
     return given
 
@@ -154,7 +163,7 @@ def _spread_single_dataset(model: type[Settings], given: dict[str, _Given]) -> d
     ]
     if problems:
         raise _one_error(problems)
-    if len(elements) != 1 or names & given.keys() - {"num_proc"} or elements[0].keys() & given.keys():
+    if len(elements) != 1 or names & given.keys() - OF_ALL or elements[0].keys() & given.keys():
         fields = read_fields(model)
         plain = [{name: _plain_value(fields[name], value) for name, value in it.items()} for it in elements]
         return {**given, DATASETS: _Given(plain, listed.origin)}
@@ -207,7 +216,7 @@ def _names_of_all_settings() -> set[str]:
     names: set[str] = set()
     while models:
         model = models.pop()
-        names.update(model.model_fields)
+        names.update(model.model_fields, model.older_names())
         models.extend(model.__subclasses__())
     return names
 

@@ -45,6 +45,8 @@ def json_schema(model: type[Settings]) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {name: _property_schema(field) for name, field in read_fields(model).items()},
     }
+    for older, name in model.older_names().items():
+        schema["properties"][older] = {**schema["properties"][name], "deprecated": True}
     if dataset_field_names(model):
         schema["properties"][DATASET_KEY] = {
             "description": f"{_first_line(HFDatasetConfig)} Each can also be given by itself.",

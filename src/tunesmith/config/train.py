@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, model_validator
 
-from tunesmith.config.data import DataSets, HFDatasetConfig, dump_chosen, take_single
+from tunesmith.config.data import (
+    PARTS,
+    DataSets,
+    HFDatasetConfig,
+    OwnSet,
+    Part,
+    check_names,
+    dump_chosen,
+    take_single,
+)
 from tunesmith.config.declare import (
     RECORDED,
     AutoBool,
@@ -92,7 +101,7 @@ class TrainConfig(HFDatasetConfig):
     datasets: DataSets = setting(
         None,
         "Several data sets, trained on together: a list of mappings such as {dataset_name: rows.jsonl, split: train}, "
-        "each with its own templates and shares, in place of those settings by themselves.",
+        "each with its own templates, shares, name, max_rows and weight, in place of those settings by themselves.",
         group="data",
         scope="data",
     )
@@ -305,11 +314,34 @@ class TrainConfig(HFDatasetConfig):
             )
         if self.concatenate and not self.packing:
             raise ValueError("concatenate fills packed sequences: set packing true, or concatenate false")
+        if self.concatenate and any(it.weight != 1 for it in self.data_sets):
+            raise ValueError("concatenate cuts examples once and for all: leave weight at 1, or concatenate false")
+        check_names(self.data_sets)
+        for part in PARTS:
+            if self.datasets and getattr(self, f"{part}_split") and not getattr(self, f"{part}_dataset"):
+                raise ValueError(
+                    f"`{part}_split` is of one data set: put {part}_split into the elements of datasets, "
+                    f"or give {part}_dataset too"
+                )
         return self
 
     @property
     def data_sets(self) -> list[HFDatasetConfig]:
         return [self] if self.datasets is None else self.datasets
+
+    @property
+    def own_sets(self) -> list[OwnSet]:
+        if self.datasets is None:
+            return super().own_sets
+        return [
+            *super().own_sets,
+            *(OwnSet(None, part, own) for part in PARTS if (own := self._common_set(part))),
+        ]
+
+    def _common_set(self, part: Part) -> HFDatasetConfig | None:
+        """Return the set in place of a part of all data sets; it is read by its own columns."""
+        dataset_name, split = getattr(self, f"{part}_dataset"), getattr(self, f"{part}_split")
+        return HFDatasetConfig(dataset_name=dataset_name, split=split or part) if dataset_name else None
 
     @property
     def model(self) -> ModelRef:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator
 from tunesmith.config.declare import (
     AutoBool,
     AutoInt,
+    DatasetName,
     Names,
     OptionalPath,
     OptionalStr,
@@ -91,9 +92,18 @@ class EvaluateConfig(TunedModelConfig):
         group="model",
         scope="run",
     )
-    test_path: OptionalPath = setting(
+    test_dataset: DatasetName = setting(
         None,
-        "JSONL file of test rows, rendered by the run's templates; unset: the run's own test set.",
+        "Test rows, a hub id or a path of anything that training reads, rendered by the run's templates; unset: the "
+        "run's own test set. Its older name is test_path.",
+        group="data",
+        scope="run",
+        older_names=("test_path",),
+    )
+    test_split: OptionalStr = setting(
+        None,
+        "Split of test_dataset, or without one of the data set that the run was trained on; unset: test, of "
+        "test_dataset.",
         group="data",
         scope="run",
     )

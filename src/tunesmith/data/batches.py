@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tunesmith.data.prepare import TokenSet
+    from tunesmith.data.epochs import Epochs
+    from tunesmith.data.token_set import Packs, TokenSet
 
 # Lengths that repeat: allocators use their blocks again, and kernels and compiled code are made once.
 FLAT_MULTIPLE = 64
@@ -82,53 +84,106 @@ class BatchPlan:
     """Which sequences each step trains on. Steps count from 1.
 
     An epoch is a seeded permutation of the sequences; its last step is smaller where they don't divide.
+    With `epochs`, each has sequences of its own, and `num_sequences` is how many the first has.
     """
 
     num_sequences: int
     global_batch: GlobalBatch
     seed: int
+    epochs: Epochs | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_sequences / self.global_batch.sequences)
+        return self._steps_of(0)
 
     def microbatches(self, step: int) -> list[np.ndarray]:
         """Return the step's microbatches, each the int64 indices of its sequences."""
-        epoch, step_in_epoch = divmod(step - 1, self.steps_per_epoch)
-        order = _permutation(self.num_sequences, self.seed, epoch)
+        epoch, step_in_epoch = self._locate(step - 1)
+        order = _permutation(self._count(epoch), self.seed, epoch)
         start = step_in_epoch * self.global_batch.sequences
         rows = order[start : start + self.global_batch.sequences]
+        if self.epochs is not None:
+            rows = rows + self.epochs.first(epoch)
         size = self.global_batch.sequences_per_microbatch
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def epoch(self, step: int) -> float:
         """Return how many epochs are done after `step` steps."""
-        return step / self.steps_per_epoch
+        if self.epochs is None:
+            return step / self.steps_per_epoch
+        epoch, step_in_epoch = self._locate(step)
+        return epoch + step_in_epoch / self._steps_of(epoch)
 
     def total_steps(self, max_steps: int, num_train_epochs: float | None) -> int:
         """Return the steps of the run: `max_steps` or the epochs, whichever ends first."""
         if num_train_epochs is None:
             return max_steps
-        # 1.1 × 10 is 11.000000000000002, which is not a twelfth step.
-        steps = math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9)
+        whole, steps = 0, 0
+        if self.epochs is not None:
+            while whole + 1 <= num_train_epochs and steps < max_steps:
+                steps += self._steps_of(whole)
+                whole += 1
+        if whole < num_train_epochs and steps < max_steps:
+            # 1.1 × 10 is 11.000000000000002, which is not a twelfth step.
+            steps += math.ceil((num_train_epochs - whole) * self._steps_of(whole) - 1e-9)
         return min(max_steps, max(1, steps))
+
+    def _locate(self, steps: int) -> tuple[int, int]:
+        """Return the epoch that stands after so many steps, and how many of them were its own."""
+        if self.epochs is None:
+            return divmod(steps, self.steps_per_epoch)
+        while self._steps_before[-1] <= steps:
+            self._steps_before.append(self._steps_before[-1] + self._steps_of(len(self._steps_before) - 1))
+        epoch = bisect_right(self._steps_before, steps) - 1
+        return epoch, steps - self._steps_before[epoch]
+
+    @cached_property
+    def _steps_before(self) -> list[int]:
+        """The steps before each epoch, as far as they have been asked for."""
+        return [0]
+
+    def _count(self, epoch: int) -> int:
+        return self.num_sequences if self.epochs is None else self.epochs.num_sequences(epoch)
+
+    def _steps_of(self, epoch: int) -> int:
+        return math.ceil(self._count(epoch) / self.global_batch.sequences)
 
 
 class Sequences:
-    """The rows that are trained on: packs of a token set, or its examples one by one (padded)."""
+    """The rows that are trained on: packs of a token set, or its examples one by one (padded).
 
-    def __init__(self, tokens: TokenSet, packing: bool, pad_token_id: int, flatten: bool = False) -> None:
+    With `epochs`, those of each epoch, counted through.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSet,
+        packing: bool,
+        pad_token_id: int,
+        flatten: bool = False,
+        epochs: Epochs | None = None,
+    ) -> None:
         self.tokens = tokens
         self.packing = packing
         self.pad_token_id = pad_token_id
         # Attention that tells examples apart by where they begin wants them in one row, without padding.
         self._flatten = flatten
+        self.epochs = epochs
+
+    def repack(self, packs: Packs) -> Sequences:
+        """Return the same examples in other packs."""
+        return Sequences(replace(self.tokens, packs=packs), True, self.pad_token_id, self._flatten)
 
     def __len__(self) -> int:
+        """Return how many there are: in the first epoch, where each has its own."""
+        if self.epochs is not None:
+            return self.epochs.num_sequences(0)
         return len(self.tokens.packs) if self.packing else self.tokens.num_examples
 
     def examples(self, sequences: np.ndarray) -> list[int]:
         """Return the indices of the examples in these sequences."""
+        if self.epochs is not None:
+            return [int(example) for i in sequences for example in self.epochs.examples(int(i))]
         if not self.packing:
             return [int(i) for i in sequences]
         return [int(example) for i in sequences for example in self.tokens.packs[int(i)]]

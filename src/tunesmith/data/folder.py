@@ -52,16 +52,21 @@ class DataFolder:
 
     def row_counts(self) -> dict[str, int]:
         """Return the rows of each set."""
-        counts: dict[str, int] = json.loads((self.path / _MANIFEST).read_text())["rows"]
+        counts: dict[str, int] = self.read_details()["rows"]
         return counts
 
-    def publish(self, row_counts: dict[str, int] | None, sets: Sequence[str], tokens: Path) -> None:
-        """Move the staged sets, if `row_counts` has any, and the staged `tokens` folder into place."""
+    def read_details(self) -> dict[str, Any]:
+        """Return what was published with the sets: their rows, and what else was told of them."""
+        details: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text())
+        return details
+
+    def publish(self, details: dict[str, Any] | None, sets: Sequence[str], tokens: Path) -> None:
+        """Move the staged sets, if there are `details` of them (`rows`), and the staged `tokens` folder into place."""
         sync_files(self.staged)
-        if row_counts is not None:
+        if details is not None:
             files = [f"{name}.jsonl" for name in sets]
             sizes = {name: (self.staged / name).stat().st_size for name in files}
-            manifest = {"settings": self.settings, "rows": row_counts, "bytes": sizes}
+            manifest = {"settings": self.settings, **details, "bytes": sizes}
             (self.staged / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
             for name in [*files, _MANIFEST]:
                 (self.staged / name).replace(self.path / name)

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +20,9 @@ from tunesmith.data.encode import RowError, tokenizer_content
 from tunesmith.data.fit import Limits, choose_limits
 from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
+from tunesmith.data.shares import check_drawn, describe_shares
 from tunesmith.data.sources import describe_files, describe_source, sources_fingerprint
-from tunesmith.data.split import SETS, check_sources, locate, write_split
+from tunesmith.data.split import SETS, SplitCounts, check_sources, locate, write_split
 from tunesmith.data.summary import count, log_long
 from tunesmith.data.token_arrays import SetStats, write_arrays
 from tunesmith.data.token_files import write_tokens
@@ -45,11 +46,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PrepareStats:
-    """The stats of the sets that are tokenized, and the rows kept for the test set."""
+    """The stats of the sets that are tokenized, and the rows kept for the test set.
+
+    `overlap` tells of a set whose rows may be in the training set too how many are; `notes` are what the log says.
+    """
 
     train: SetStats
     validation: SetStats | None
     test_rows: int
+    overlap: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +115,7 @@ def prepare(
             with folder.staging():
                 _fill(folder, config, formats, limits, fingerprint)
     prepared = open_prepared(tokens)
+    check_drawn(prepared.train, config.data_sets)
     _log(prepared, config)
     return prepared
 
@@ -149,10 +156,11 @@ def keeps_tokens(run: RunDir) -> bool:
 def describe_formats(config: TrainConfig, formats: Sequence[RowFormat]) -> list[str]:
     """Return which files of each data set are read, and how their rows are, and why."""
     lines = []
-    for settings, row_format in zip(config.data_sets, formats, strict=True):
+    for settings, row_format in zip(config.sources, formats, strict=True):
         lines += describe_files(settings)
+        name = "" if settings.name is None else f"{settings.name}, "
         lines.append(
-            f"{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
+            f"{name}{describe_source(settings)}: rows are read as {row_format.name}, because {row_format.why}"
         )
     return lines
 
@@ -165,15 +173,18 @@ def _date_of(formats: Sequence[RowFormat]) -> dict[str, str]:
 
 def _split_settings(config: TrainConfig, formats: Sequence[RowFormat]) -> dict[str, Any]:
     """What the three sets follow from, by the names that an error calls them."""
-    data_sets = config.data_sets
+    data_sets, own_sets = config.data_sets, [[own.number, own.part] for own in config.own_sets]
     return {
         "format_version": FORMAT_VERSION,
         **_rendering(),
-        "dataset_name": sources_fingerprint(data_sets),
+        "dataset_name": sources_fingerprint(config.sources),
         "templates and field_mapping": _one_or_all([row_format.identity() for row_format in formats]),
         "train_split_ratio": _one_or_all([it.train_split_ratio for it in data_sets]),
         "val_test_split_ratio": _one_or_all([it.val_test_split_ratio for it in data_sets]),
         "seed": config.seed,
+        **({"validation_dataset and test_dataset": own_sets} if own_sets else {}),
+        **_where_chosen("max_rows", [it.max_rows for it in data_sets], None),
+        **_where_chosen("group_by", [it.group_by for it in data_sets], None),
     }
 
 
@@ -182,6 +193,11 @@ def _length_settings(config: TrainConfig) -> list[Any]:
     newer = {name: getattr(config, name) for name in ("long_text", "long_examples", "concatenate")}
     chosen = {name: value for name, value in newer.items() if value != TrainConfig.model_fields[name].default}
     return [config.max_seq_length, *([chosen] if chosen else [])]
+
+
+def _where_chosen(name: str, values: list[T], default: T) -> dict[str, Any]:
+    """Return what the data sets have in place of a default; nothing if all leave it, as before there was a choice."""
+    return {} if all(value == default for value in values) else {name: _one_or_all(values)}
 
 
 def _rendering() -> dict[str, int]:
@@ -207,9 +223,10 @@ def _fill(
 ) -> None:
     """Write what the folder lacks into its staging, and publish it."""
     if folder.has_split:
-        rows_dir, row_counts = folder.path, folder.row_counts()
+        rows_dir, split = folder.path, SplitCounts.read(folder.read_details())
     else:
-        rows_dir, row_counts = folder.staged, write_split(config, formats, folder.staged)
+        rows_dir, split = folder.staged, write_split(config, formats, folder.staged)
+    row_counts = split.rows
     tokens = folder.staged / f"tokens-{fingerprint}"
     tokens.mkdir()
     num_segments = formats[0].num_segments
@@ -231,10 +248,11 @@ def _fill(
         "row_format": _one_or_all([row_format.name for row_format in formats]),
         **_date_of(formats),
         "test_rows": row_counts["test"],
+        **split.told,
         "stats": {name: asdict(value) for name, value in stats.items()},
     }
     (tokens / _TOKENS_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    folder.publish(None if folder.has_split else row_counts, SETS, tokens)
+    folder.publish(None if folder.has_split else {"rows": row_counts, **split.told}, SETS, tokens)
 
 
 def _at_source(
@@ -302,7 +320,11 @@ def open_prepared(folder: Path) -> Prepared:
         train=open_set(folder, "training"),
         validation=open_set(folder, "validation") if held_out else None,
         stats=PrepareStats(
-            stats["training"], stats["validation"] if held_out else None, manifest["test_rows"]
+            stats["training"],
+            stats["validation"] if held_out else None,
+            manifest["test_rows"],
+            manifest.get("overlap", {}),
+            manifest.get("notes", []),
         ),
     )
 
@@ -328,7 +350,20 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
     for what, number in train.findings.items():
         logger.warning("training set: %s %s", f"{number:,}", what)
     log_long(train, config)
+    for line in [*prepared.stats.notes, *describe_shares(prepared.train, config.data_sets)]:
+        logger.info(line)
+    for name, num_shared in prepared.stats.overlap.items():
+        num_rows = prepared.stats.test_rows if name == "test" else validation.rows if validation else 0
+        if num_shared:
+            logger.warning(
+                "%s of the %s %s rows are in the training set too: they tell what was memorised, not what was learned",
+                f"{num_shared:,}",
+                f"{num_rows:,}",
+                name,
+            )
+        else:
+            logger.info("none of the %s %s rows is in the training set", f"{num_rows:,}", name)
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
-            "no row is left for validation (equal rows stay on one side): no evaluation, no early stopping"
+            "no row is left for validation (equal rows, and those of a group, stay on one side): no evaluation, no early stopping"
         )

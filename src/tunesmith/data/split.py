@@ -13,19 +13,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.config.data import OwnSet
 from tunesmith.data.formats import RenderedRow, RowFormat, choose_format
+from tunesmith.data.formats.base import is_missing, list_columns
 from tunesmith.data.mixture import dataset_of, tag, without_tag
-from tunesmith.data.sources import describe_source, read_rows
+from tunesmith.data.sampling import FirstOfShuffle
+from tunesmith.data.sides import LEFT_OUT, SETS, Written, choose_sides, count_overlap
+from tunesmith.data.sources import describe_source, local_path, read_rows
 from tunesmith.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-SETS = ("training", "validation", "test")
+# No format's rows are told by this alone: a group's hash is never a row's.
+_GROUP = "group_by"
 _CHECKED_ROWS = 100
 _PROGRESS_S = 10.0
 
@@ -33,13 +38,45 @@ T = TypeVar("T")
 
 
 def check_sources(config: TrainConfig) -> list[RowFormat]:
-    """Choose the row format of each data set, and try it on the first rows; cheap, for refusing bad input early.
+    """Choose the row format of each of `config.sources`, and try it on the first rows; cheap, to refuse bad input early.
 
     Raises:
         ConfigError: a malformed template.
         DataError: a data set is absent, empty or malformed, or a column is missing.
     """
-    return [_check_source(settings) for settings in config.data_sets]
+    return [
+        *(_check_source(settings) for settings in config.data_sets),
+        *(_check_own_set(config.data_sets, own) for own in config.own_sets),
+    ]
+
+
+def _check_own_set(data_sets: Sequence[HFDatasetConfig], own: OwnSet) -> RowFormat:
+    """Check what is read in place of a part of the split."""
+    if own.number is not None and getattr(data_sets[own.number], f"{own.part}_dataset") is None:
+        check_other_split(data_sets[own.number], own.settings.split, f"{own.part}_split")
+    try:
+        return _check_source(own.settings)
+    except DataError as error:
+        raise DataError(
+            f"the {own.part} set: {error.message}",
+            f"{error.hint}; {own.part}_dataset names the set, {own.part}_split its split",
+        ) from error
+
+
+def check_other_split(settings: HFDatasetConfig, split: str, setting: str) -> None:
+    """Refuse a split that can't be another one of the data set.
+
+    Raises:
+        DataError: it is the one that is trained on, or the data set is a file.
+    """
+    path = local_path(settings)
+    if path is not None and path.is_file():
+        raise DataError(
+            f"`{setting}` names another split of `{settings.dataset_name}`, which is one file and has none",
+            f"give the other file: --{setting.removesuffix('_split')}_dataset",
+        )
+    if split == settings.split:
+        raise DataError(f"`{setting}` is `{split}`, which is trained on", "name another split")
 
 
 def _check_source(settings: HFDatasetConfig) -> RowFormat:
@@ -47,75 +84,129 @@ def _check_source(settings: HFDatasetConfig) -> RowFormat:
     where, first = next(rows)
     row_format = choose_format(settings, first, describe_source(settings))
     row_format.render(first, where)
+    if settings.group_by is not None and settings.group_by not in first:
+        raise DataError(
+            f"`group_by` names column `{settings.group_by}`, absent from {describe_source(settings)}",
+            list_columns(first),
+        )
     for where, row in islice(rows, _CHECKED_ROWS - 1):
         row_format.render(row, where)
     return row_format
 
 
-def write_split(config: TrainConfig, formats: Sequence[RowFormat], folder: Path) -> dict[str, int]:
-    """Write the three sets into `folder`, in the order of the sources, and return their rows.
+class SplitCounts(NamedTuple):
+    """The rows of each set; of those whose rows may be in the training set too how many are; and what the log says."""
 
-    Holds 16 bytes a row. An empty set is an empty file.
+    rows: dict[str, int]
+    overlap: dict[str, int]
+    notes: list[str]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is recorded besides the rows: nothing where there is nothing to tell."""
+        return {name: value for name in ("overlap", "notes") if (value := getattr(self, name))}
+
+    @classmethod
+    def read(cls, recorded: dict[str, Any]) -> SplitCounts:
+        """Return what was recorded."""
+        return cls(recorded["rows"], recorded.get("overlap", {}), recorded.get("notes", []))
+
+
+def write_split(config: TrainConfig, formats: Sequence[RowFormat], folder: Path) -> SplitCounts:
+    """Write the three sets into `folder`, in the order of the sources, and count their rows.
+
+    Holds 16 bytes a row. An empty set is an empty file. Rows beyond a data set's `max_rows` are in none.
 
     Raises:
         DataError: a row is malformed; the message names it.
     """
     everything = folder / "rows.jsonl"
     with everything.open("wb") as stream:
-        hashes = [
+        written = [
             _write_rendered(stream, settings, row_format, config.seed, tag(i, len(formats)))
-            for i, (settings, row_format) in enumerate(zip(config.data_sets, formats, strict=True))
+            for i, (settings, row_format) in enumerate(zip(config.sources, formats, strict=True))
         ]
-    sides = _choose_sides(hashes, config.data_sets)
+    number = len(config.data_sets)
+    sides = choose_sides(written[:number], config.data_sets, config.own_sets)
+    if config.own_sets:
+        own = zip(written[number:], config.own_sets, strict=True)
+        given = [np.full(len(it.hashes), SETS.index(part), np.uint8) for it, (_, part, _) in own]
+        sides = np.concatenate([sides, *given])
     counts = {name: int((sides == side).sum()) for side, name in enumerate(SETS)}
+    overlap = count_overlap(written, sides, _find_leaky(config))
     files = [(folder / f"{name}.jsonl").open("wb") for name in SETS]
     try:
         with everything.open("rb") as lines:
             for line, side in zip(lines, sides.tobytes(), strict=True):
-                files[side].write(line)
+                if side != LEFT_OUT:
+                    files[side].write(line)
     finally:
         for file in files:
             file.close()
     everything.unlink()
-    return counts
+    return SplitCounts(counts, overlap, [note for it in written for note in it.notes])
+
+
+def _find_leaky(config: TrainConfig) -> list[int]:
+    """Return the numbers of the sets that may hold rows of the training set: what is split by the rows doesn't."""
+    if any(settings.group_by is not None for settings in config.data_sets):
+        return [*range(1, len(SETS))]
+    return sorted({SETS.index(own.part) for own in config.own_sets})
 
 
 def _write_rendered(
     stream: BinaryIO, settings: HFDatasetConfig, row_format: RowFormat, seed: int, tagged: dict[str, int]
-) -> np.ndarray:
-    """Write the rendered rows of a data set; return the hash of each, uint64."""
-    hashes = array("Q")
-    key = seed.to_bytes(8, "little")
+) -> Written:
+    """Write the rendered rows of a data set, of which those beyond `max_rows` don't count."""
+    hashes, groups = array("Q"), array("Q")
+    is_grouped = bytearray()
+    first = FirstOfShuffle(settings.max_rows, seed)
     for where, row in with_progress(read_rows(settings), "read"):
+        if not first.admits():
+            continue
         rendered = row_format.render(row, where)
         stream.write(_dump({**rendered, **tagged}, where, sort_keys=False) + b"\n")
-        canonical = _dump(row_format.split_key(rendered), where, sort_keys=True)
-        hashes.append(int.from_bytes(blake2b(canonical, digest_size=8, key=key).digest(), "little"))
-    return np.frombuffer(hashes, dtype=np.uint64)
+        hashes.append(_hash(row_format.split_key(rendered), seed, where))
+        if settings.group_by is not None:
+            value = _value_of_group(row.get(settings.group_by))
+            is_grouped.append(value is not None)
+            groups.append(hashes[-1] if value is None else _hash({_GROUP: value}, seed, where))
+    is_taken = first.chosen()
+    of_rows = np.frombuffer(hashes, dtype=np.uint64)
+    taken = slice(None) if is_taken is None else is_taken
+    notes, source = [], describe_source(settings)
+    if settings.max_rows is not None:
+        notes.append(f"{source}: {len(of_rows[taken]):,} of its {first.num_seen:,} rows, by max_rows")
+    if settings.group_by is None:
+        return Written(of_rows, of_rows, is_taken, notes)
+    of_groups, has_group = np.frombuffer(groups, np.uint64), np.frombuffer(is_grouped, np.bool_)[taken]
+    num_groups, num_alone = len(np.unique(of_groups[taken][has_group])), int((~has_group).sum())
+    alone = f"; {num_alone:,} rows without one stand for themselves" if num_alone else ""
+    groups_of = "1 group" if num_groups == 1 else f"{num_groups:,} groups"
+    notes.append(f"{source}: {groups_of} of rows by `{settings.group_by}`{alone}")
+    return Written(of_rows, of_groups, is_taken, notes)
 
 
-def _choose_sides(hashes: Sequence[np.ndarray], data_sets: Sequence[HFDatasetConfig]) -> np.ndarray:
-    """Return for each row the number of its set in `SETS`, uint8.
+def _hash(content: Any, seed: int, where: str) -> int:
+    """Return a hash of 64 bits, of the seed too."""
+    key = seed.to_bytes(8, "little")
+    canonical = _dump(content, where, sort_keys=True)
+    return int.from_bytes(blake2b(canonical, digest_size=8, key=key).digest(), "little")
 
-    A row that several data sets have is held out of all if it is out of one.
-    """
-    sides = np.concatenate(
-        [
-            sum((of_row >= bound).astype(np.uint8) for bound in _cut(np.sort(of_row), settings))
-            for of_row, settings in zip(hashes, data_sets, strict=True)
-        ]
-    )
-    if len(hashes) == 1:
-        return sides
-    _, same = np.unique(np.concatenate(hashes), return_inverse=True)
-    furthest = np.zeros(len(sides), dtype=np.uint8)
-    np.maximum.at(furthest, same, sides)
-    return furthest[same]
+
+def _value_of_group(value: Any) -> Any:
+    """Return what a row's group is told by; None if the row has none, and stands for itself."""
+    if is_missing(value) or value == "":
+        return None
+    if isinstance(value, list | dict):
+        return value
+    # A gap in the column turns whole numbers into floats; other files hold them as text.
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def locate(config: TrainConfig, formats: Sequence[RowFormat], rendered: RenderedRow) -> str:
     """Return the name of the first source row that renders to `rendered`, for an error."""
-    settings, row_format = config.data_sets[dataset_of(rendered)], formats[dataset_of(rendered)]
+    settings, row_format = config.sources[dataset_of(rendered)], formats[dataset_of(rendered)]
     rendered = without_tag(rendered)
     for where, row in read_rows(settings):
         if row_format.render(row, where) == rendered:
@@ -144,37 +235,3 @@ def _dump(rendered: dict[str, Any], where: str, sort_keys: bool) -> bytes:
         raise DataError(
             f"{where} holds what JSON can't: {error}", "keep text, numbers, lists and objects"
         ) from error
-
-
-def _cut(ordered: np.ndarray, settings: HFDatasetConfig) -> tuple[int, int]:
-    """Return the hashes at which the validation and the test set begin.
-
-    Cuts lie between distinct hashes, as near to the asked shares as those allow. Some row always trains;
-    with a ratio below 1 and two distinct rows, some row is held out, for validation first.
-    """
-    num_rows, beyond = len(ordered), 1 << 64
-    if settings.train_split_ratio == 1.0 or ordered[0] == ordered[-1]:
-        return beyond, beyond
-    first_group = int(np.searchsorted(ordered, ordered[0], "right"))
-    last_group = int(np.searchsorted(ordered, ordered[-1], "left"))
-    num_train = _nearest_border(
-        ordered, round(num_rows * settings.train_split_ratio), first_group, last_group
-    )
-    num_test = round((num_rows - num_train) * settings.val_test_split_ratio)
-    at_least = num_train
-    if settings.val_test_split_ratio < 1.0:
-        at_least = int(np.searchsorted(ordered, ordered[num_train], "right"))
-    num_before_test = _nearest_border(ordered, num_rows - num_test, at_least, num_rows)
-    test_from = beyond if num_before_test == num_rows else int(ordered[num_before_test])
-    return int(ordered[num_train]), test_from
-
-
-def _nearest_border(ordered: np.ndarray, target: int, lowest: int, highest: int) -> int:
-    """Return the index nearest to `target`, within the bounds, at which a new hash begins."""
-    target = min(max(target, lowest), highest)
-    if target == len(ordered):
-        return target
-    below = int(np.searchsorted(ordered, ordered[target], "left"))
-    above = int(np.searchsorted(ordered, ordered[target], "right"))
-    nearest = below if target - below <= above - target else above
-    return min(max(nearest, lowest), highest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,7 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     _check_fit(tuned, model_config, is_recorded)
     has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
-    test_set = read_test_set(tuned, config.test_path, config.max_samples, tokenizer)
+    test_set = read_test_set(tuned, config, tokenizer)
     if base is not None:
         if base is not loaded:
             check_weights(base)
@@ -139,7 +140,9 @@ def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
 
     Other test sets than the run's own, and folders of the same name, have folders of their own.
     """
-    test_name = f"-{config.test_path.stem}" if config.test_path is not None else ""
+    test_name = f"-{Path(config.test_dataset).stem}" if config.test_dataset is not None else ""
+    if config.test_split is not None:
+        test_name += f"-{re.sub(r'[^A-Za-z0-9]+', '_', config.test_split)}"
     if tuned.run is not None:
         return tuned.run.evaluation_path(f"{tuned.folder.name}{test_name}")
     home = config.home.expanduser() if config.home else Path("runs")

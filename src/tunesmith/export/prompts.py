@@ -60,7 +60,7 @@ def _encode_rows(tuned: TunedModel, tokenizer: PreTrainedTokenizerFast) -> list[
             names = tuned.params["data"]["row_format"]
             date = recorded_date(tuned.params)
             formats = [
-                it.with_tokenizer(tokenizer, date) for it in recorded_formats(names, tuned.dataset.data_sets)
+                it.with_tokenizer(tokenizer, date) for it in recorded_formats(names, tuned.dataset.sources)
             ]
             encoded = encode_rows(formats, rows, Findings())
             return [examples[0].segments[0].input_ids for examples in encoded if examples]

@@ -84,8 +84,8 @@ class ModelRecord:
 class DataRecord:
     """The data of a run: as they were given, what tells them from others, and where they lie prepared.
 
-    `row_format` is a list where there are several data sets. `date` (ISO) is the day that the chat template has
-    written into the texts, None where it writes none.
+    `row_format` is a list where there are several data sets; `shares` tells what an epoch takes of each of them.
+    `date` (ISO) is the day that the chat template has written into the texts, None where it writes none.
     """
 
     source: str
@@ -96,14 +96,17 @@ class DataRecord:
     row_format: str | list[str]
     rendering_version: int = 1
     date: str | None = None
+    shares: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `params.json` holds: of the first version of the rendering, as of old, nothing."""
+        """Return what `params.json` holds: what isn't told of a single data set or the first rendering is left out."""
         content = asdict(self)
         if self.rendering_version == 1:
             del content["rendering_version"]
         if self.date is None:
             del content["date"]
+        if self.shares is None:
+            del content["shares"]
         return content
 
 

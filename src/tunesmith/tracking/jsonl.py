@@ -64,10 +64,16 @@ class MetricsLog:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Record an evaluation's metrics; their names begin with `eval_`, and `eval_loss` is among them.
 
-        Step 0 is before training.
+        Step 0 is before training. Those of a data set are called `eval_NAME_loss`.
         """
         self._append(step, values)
-        logger.info("step %d: validation loss %.4f", step, values["eval_loss"])
+        each = [
+            f"{name.removeprefix('eval_').removesuffix('_loss')} {value:.4f}"
+            for name, value in values.items()
+            if name.endswith("_loss") and name != "eval_loss"
+        ]
+        details = f" ({', '.join(each)})" if each else ""
+        logger.info("step %d: validation loss %.4f%s", step, values["eval_loss"], details)
         self._copy(step, values)
 
     def event(self, step: int, event: Event, message: str, **details: float | str) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
+from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.prepare import open_prepared
 from tunesmith.machine import keep_freed_memory
 from tunesmith.model.compilation import check_compiler, compile_blocks
@@ -50,11 +51,12 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     attention = attention_of(model)
     flatten = attention == VARLEN or (packing and attention.startswith("flash"))
     pad_token_id = int(tokenizer.eos_token_id)
-    sequences = Sequences(prepared.train, packing, pad_token_id, flatten)
+    epochs = plan_epochs(prepared.train, config, packing)
+    sequences = Sequences(prepared.train, packing, pad_token_id, flatten, epochs)
     validation = None
     if prepared.validation is not None:
         validation = Sequences(prepared.validation, packing, pad_token_id, flatten)
-    plan = BatchPlan(len(sequences), GlobalBatch(**params["global_batch"]), config.seed)
+    plan = BatchPlan(len(sequences), GlobalBatch(**params["global_batch"]), config.seed, epochs)
     optimizer = build_optimizer(model.parameters(), config)
     return Training(
         job=job,

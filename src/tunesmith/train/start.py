@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared, rendering_version_of
+from tunesmith.data.shares import measure_shares
 from tunesmith.data.sources import sources_fingerprint
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
@@ -59,7 +62,7 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
     if not run.params_path.exists():
         return
     params = run.read_params()
-    source = sources_fingerprint(config.data_sets, rendering_version_of(params))
+    source = sources_fingerprint(config.sources, rendering_version_of(params))
     recorded = respell(
         recorded_settings(run, type(config)),
         config,
@@ -99,8 +102,15 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         row_format=prepared.row_format,
         rendering_version=prepared.rendering_version,
         date=prepared.date,
+        shares=_measure_shares(config, prepared),
     )
     write_identity(run, config, model, data, num_workers)
+
+
+def _measure_shares(config: TrainConfig, prepared: Prepared) -> list[dict[str, Any]] | None:
+    if len(config.data_sets) == 1:
+        return None
+    return [asdict(share) for share in measure_shares(prepared.train, config.data_sets)]
 
 
 def _name_data(config: TrainConfig) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from tunesmith.config import TrainConfig
 from tunesmith.data.comparison import RowHashes, are_shared, count_repeats, hash_sets
 from tunesmith.data.prepare import Prepared, describe_formats, prepare
+from tunesmith.data.shares import measure_shares
 from tunesmith.data.split import SETS, check_sources
 from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
@@ -50,11 +51,12 @@ def inspect(config: TrainConfig, num_examples: int = 3, html: Path | None = None
     formats = check_sources(config)
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     with prepared_to_look_at(config, tokenizer) as prepared:
-        for line in describe_formats(config, formats):
+        for line in [*describe_formats(config, formats), *prepared.stats.notes]:
             console.print(escape_unseen(line), soft_wrap=True, markup=False)
         _print_examples(console, prepared.train, tokenizer, num_examples)
         _print_lengths(console, prepared.train, config.max_seq_length)
         _print_stats(console, prepared)
+        _print_shares(console, prepared, config)
         hashes = hash_sets(prepared.data_dir, formats)
         _print_duplicates(console, hashes)
         if html is not None:
@@ -149,6 +151,29 @@ def _print_stats(console: Console, prepared: Prepared) -> None:
     for what, count in prepared.stats.train.findings.items():
         console.print(f"training set: {count:,} {what}", soft_wrap=True)
     console.print(f"test set: {prepared.stats.test_rows:,} rows, not tokenized")
+
+
+def _print_shares(console: Console, prepared: Prepared, config: TrainConfig) -> None:
+    """Print what an epoch takes of each data set; nothing of a single one that is taken as it is."""
+    from rich import box
+    from rich.table import Table
+
+    if len(config.data_sets) == 1 and config.weight == 1.0:
+        return
+    table = Table(box=box.SIMPLE_HEAD, title="what an epoch takes, of the training set", title_justify="left")
+    table.add_column("data set", overflow="fold")
+    for heading in ("weight", "rows", "share", "tokens", "share"):
+        table.add_column(heading, justify="right")
+    for share in measure_shares(prepared.train, config.data_sets):
+        table.add_row(
+            share.name,
+            f"{share.weight:g}",
+            f"{share.rows:,}",
+            f"{100 * share.row_share:.1f} %",
+            f"{share.tokens:,}",
+            f"{100 * share.token_share:.1f} %",
+        )
+    console.print(table)
 
 
 def _print_duplicates(console: Console, hashes: dict[str, RowHashes]) -> None:

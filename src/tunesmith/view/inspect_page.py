@@ -205,7 +205,7 @@ def _list_data_sets(inspected: Inspected) -> list[DataSetRow]:
             percent(int(tokens[i]), int(tokens.sum())),
         )
         for i, (settings, row_format) in enumerate(
-            zip(inspected.config.data_sets, inspected.formats, strict=True)
+            zip(inspected.config.data_sets, inspected.formats, strict=False)
         )
     ]
 
@@ -292,7 +292,7 @@ def _list_templates(inspected: Inspected) -> Iterator[tuple[str, Markup]]:
     if "messages" in names and isinstance(template, str):
         yield "chat template", escape(escape_unseen(shorten_middle(template, _LONGEST_TEMPLATE_CHARS)))
     if "template" in names:
-        for settings, row_format in zip(inspected.config.data_sets, inspected.formats, strict=True):
+        for settings, row_format in zip(inspected.config.data_sets, inspected.formats, strict=False):
             if row_format.name == "template":
                 yield "input_template", mark_up(settings.input_template)
                 yield "output_template", mark_up(settings.output_template)

@@ -7,7 +7,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.batches import BatchPlan, GlobalBatch
+from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
+from tunesmith.data.epochs import plan_epochs
+from tunesmith.data.shares import measure_shares
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
@@ -119,7 +121,7 @@ def _describe_hours(config: TrainConfig, workers: Workers, speed: float) -> str:
         seconds = config.max_steps * rows * config.max_seq_length / speed
         return f"{format_duration(seconds)} for {_count_steps(config.max_steps)} of {rows} full rows."
     try:
-        num_sequences, num_tokens = _count_training_set(config)
+        steps, epochs, num_tokens = _count_steps_of(config, rows)
     except TunesmithError as error:
         if not workers.imagined:
             raise
@@ -127,9 +129,6 @@ def _describe_hours(config: TrainConfig, workers: Workers, speed: float) -> str:
             f"{format_duration(1e8 / speed)} for 100 million tokens. "
             f"How many an epoch has can't be told here: {error.message}."
         )
-    batches = BatchPlan(num_sequences, GlobalBatch(1, rows), config.seed)
-    steps = batches.total_steps(config.max_steps, config.num_train_epochs)
-    epochs = batches.epoch(steps)
     return (
         f"{format_duration(epochs * num_tokens / speed)} for {_count_steps(steps)} of {rows} rows, "
         f"{epochs:.3g} × {num_tokens:,} tokens."
@@ -140,10 +139,13 @@ def _count_steps(steps: int) -> str:
     return "1 step" if steps == 1 else f"{steps:,} steps"
 
 
-def _count_training_set(config: TrainConfig) -> tuple[int, int]:
-    """Return the sequences that an epoch trains on, and their tokens; prepares the data set for that."""
-    with prepared_to_look_at(
-        config, load_tokenizer(config.model, chat_template=config.chat_template)
-    ) as prepared:
-        train = prepared.stats.train
-        return train.packs if config.packing else train.examples, train.tokens
+def _count_steps_of(config: TrainConfig, rows: int) -> tuple[int, float, int]:
+    """Return the run's steps of so many rows, its epochs and an epoch's tokens; prepares the data set for that."""
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    with prepared_to_look_at(config, tokenizer) as prepared:
+        epochs = plan_epochs(prepared.train, config, config.packing)
+        sequences = Sequences(prepared.train, config.packing, pad_token_id=0, epochs=epochs)
+        plan = BatchPlan(len(sequences), GlobalBatch(1, rows), config.seed, epochs)
+        steps = plan.total_steps(config.max_steps, config.num_train_epochs)
+        num_tokens = sum(share.tokens for share in measure_shares(prepared.train, config.data_sets))
+        return steps, plan.epoch(steps), num_tokens
