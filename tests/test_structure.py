@@ -47,10 +47,12 @@ FLOORS = {
     "runs": 2,
     "logs": 1,
     "config": 1,
+    "remote": 1,
     "atomic_files": 0,
     "compat": 0,
     "machine": 0,
     "errors": 0,
+    "urls": 0,
 }
 
 # Who alone imports a room, whatever its floor: everything else runs without Ray.
@@ -68,6 +70,7 @@ ONLY_IN = {
     "trackio": {"tracking/trackio.py"},
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/hub.py"},
+    "fsspec": {"remote/backend.py"},
     "liger_kernel": {"compat.py"},
 }
 

@@ -22,7 +22,9 @@ from tunesmith.data.split import check_sources
 from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
+from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import check_weights, load_tokenizer
+from tunesmith.remote.copies import copies_in
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import is_finished
 from tunesmith.runs.lease import Lease, refuse_if_held
@@ -81,12 +83,18 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
     run.check_writable()
     refuse_if_held(run.lease_path)
     check_trackers(config)
+    with copies_in(config.home):
+        return _fine_tune(config, run)
+
+
+def _fine_tune(config: TrainConfig, run: RunDir) -> FineTuneResult:
     check_resumable(run, config)
     if not keeps_tokens(run):
         check_sources(config)
-    check_weights(config.model)
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
-    check_model(config)
+    here = with_model_here(config)
+    check_weights(here.model)
+    tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
+    check_model(here)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)
         prepared = prepare_run(config, tokenizer, run)
@@ -94,11 +102,11 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
             logger.info("the run's home is `%s`; `tunesmith watch` shows it from anywhere", run.home)
             run.clean()
             if is_finished(run, config):  # and then lost before its result was put in place
-                return _conclude(run, config, find_ending(run), None)
+                return _conclude(run, here, find_ending(run), None)
             record_params(run, config, prepared, allocation.num_workers)
-            job = TrainJob(config, run, prepared.folder, allocation.num_threads, lease.token)
+            job = TrainJob(here, run, prepared.folder, allocation.num_threads, lease.token)
             ending, signal_number = _train(job, allocation, lease)
-            return _conclude(run, config, ending, signal_number)
+            return _conclude(run, here, ending, signal_number)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:

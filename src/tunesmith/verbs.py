@@ -146,7 +146,7 @@ def run_schema(verb: Verb, words: list[str]) -> int:
 
 
 def _submit_to_ray(release: Release, wait: bool) -> int:
-    from tunesmith.chart.places import refuse_relative_paths
+    from tunesmith.chart.places import check_addresses, refuse_relative_paths
     from tunesmith.cluster.ray_job import address_variable, submit_ray_job
 
     if release.values or release.assignments or release.namespace:
@@ -154,6 +154,7 @@ def _submit_to_ray(release: Release, wait: bool) -> int:
             "a Ray job, as %s is set: what describes pods and their namespace isn't used", address_variable()
         )
     refuse_relative_paths(release.config, own_home=False)
+    check_addresses(release.config)
     job = submit_ray_job(release.config, release.name)
     print(job.describe(), flush=True)
     return job.wait() if wait else 0

@@ -56,7 +56,10 @@ def test_a_set_of_one_s_own_stands_in_place_of_its_part_of_the_split(
     assert prepared.stats.overlap == dict.fromkeys(parts, 0)
     # The prompts are read by what was recorded.
     tokenizer = build_tokenizer("chatml")
-    formats = [it.with_tokenizer(tokenizer, "2026-01-31") for it in recorded_formats(prepared.row_format, config.sources)]
+    formats = [
+        it.with_tokenizer(tokenizer, "2026-01-31")
+        for it in recorded_formats(prepared.row_format, config.sources)
+    ]
     prompts = [prompt_of(formats, row) for row in read_set(prepared, "test")]
     answers = {prompt.reference for prompt in prompts if prompt is not None}
     assert (

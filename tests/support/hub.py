@@ -16,15 +16,22 @@ COMMIT = "1" * 40
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve each folder `{org}/{name}` as a model; give the hub's address, and the files that it has sent."""
+    """Serve each folder `{org}/{name}` as a model and as a data set; give the hub's address, and the files it has sent."""
     sent: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            match unquote(urlsplit(self.path).path).strip("/").split("/"):
-                case ["api", "models", org, name, "revision", _]:
+            match unquote(urlsplit(self.path).path).strip("/").removeprefix("datasets/").split("/"):
+                case ["api", "models" | "datasets", org, name] | [
+                    "api",
+                    "models" | "datasets",
+                    org,
+                    name,
+                    "revision",
+                    _,
+                ] if (folder / org / name).is_dir():
                     self._send(json.dumps({"id": f"{org}/{name}", "sha": COMMIT}).encode())
-                case ["api", "models", org, name, "tree", _]:
+                case ["api", "models" | "datasets", org, name, "tree", _]:
                     self._send(json.dumps(list_tree(folder / org / name)).encode())
                 case [org, name, "resolve", _, *parts] if (
                     path := folder.joinpath(org, name, *parts)

@@ -36,7 +36,7 @@ def write_rows(path: Path, num_rows: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def small_config(model_path: Path, data: Path, home: Path, **changes: Any) -> TrainConfig:
+def small_config(model_path: Path | str, data: Path | str, home: Path, **changes: Any) -> TrainConfig:
     """Return settings for a run of seconds: four steps of four microbatches, float32."""
     settings: dict[str, Any] = {
         "model_path": model_path,

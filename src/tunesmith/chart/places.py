@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from tunesmith.config import HFDatasetConfig, TrainConfig
 from tunesmith.data.sources import local_path
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.remote.copies import check
+from tunesmith.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,22 @@ def warn_of_unmounted_paths(config: TrainConfig, mount_paths: Sequence[str]) -> 
             )
 
 
+def check_addresses(config: TrainConfig) -> None:
+    """Ask for what the job will fetch, with the credentials of this machine; what can't be asked is left to the job.
+
+    Raises:
+        DataError, ModelError: there is nothing at an address.
+    """
+    if isinstance(config.model_path, str):
+        check(config.model_path, "models")
+    for settings in config.data_sets:
+        if is_url(settings.dataset_name):
+            check(settings.dataset_name, "datasets")
+
+
 def _paths_of(config: TrainConfig) -> dict[str, Path]:
     """Return the settings that name places on disk."""
-    paths = {"model_path": config.model_path}
+    paths = {"model_path": config.model_path if isinstance(config.model_path, Path) else None}
     for i, settings in enumerate(config.data_sets):
         name = "dataset_name" if config.datasets is None else f"datasets.{i}.dataset_name"
         paths[name] = _dataset_path(settings)
@@ -65,6 +80,8 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
 
 
 def _dataset_path(settings: HFDatasetConfig) -> Path | None:
+    if is_url(settings.dataset_name):
+        return None
     try:
         is_local = local_path(settings) is not None
     except DataError:  # it can only be a path, and isn't here

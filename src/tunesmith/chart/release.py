@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tunesmith.chart.helm import CHART, install, merge_values, template
-from tunesmith.chart.places import refuse_relative_paths, warn_of_unmounted_paths
+from tunesmith.chart.places import check_addresses, refuse_relative_paths, warn_of_unmounted_paths
 from tunesmith.chart.schema import SUBDOMAIN
 from tunesmith.config import TrainConfig
 from tunesmith.config.yaml_file import write_yaml
@@ -79,6 +79,7 @@ def submit(release: Release) -> str:
     """
     with _helm_words(release) as words:
         template(words)  # whose errors are the values', before the cluster has a say
+        check_addresses(release.config)
         return install(words, release.namespace)
 
 

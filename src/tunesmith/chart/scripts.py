@@ -20,6 +20,7 @@ from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.logs import configure_logging
+from tunesmith.remote.copies import copies_in
 
 _DATASET = "hf_dataset_config"
 _CONVERTER = "custom_converter"
@@ -126,7 +127,8 @@ def _convert_data(words: Sequence[str], convert: Converter) -> list[str]:
     configure_logging()
     flags = parse_flags(TrainConfig, words)
     config = load_settings(TrainConfig, flags.yaml_path, flags.values, os.environ)
-    path, has_templates = write_converted(config, convert)
+    with copies_in(config.home):
+        path, has_templates = write_converted(config, convert)
     settings = {
         "dataset_name": str(path),
         "dataset_config": "none",

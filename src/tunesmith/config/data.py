@@ -15,6 +15,7 @@ from tunesmith.config.declare import (
     MetricName,
     OptionalStr,
     Settings,
+    SourceName,
     parse_auto,
     parse_json,
     setting,
@@ -76,9 +77,10 @@ def _check_roles(names: dict[str, str]) -> dict[str, str]:
 class HFDatasetConfig(Settings):
     """Which rows to train on, and how a row becomes text."""
 
-    dataset_name: str = setting(
+    dataset_name: SourceName = setting(
         SEED_DATASET,
-        "Hub id, or a local JSONL, JSON, CSV or Parquet file, a folder of them, or a saved data set.",
+        "Hub id; or a JSONL, JSON, CSV or Parquet file, a folder of them, or a saved data set, at a path or at an "
+        "address: s3://, gs://, hf://, of a file https:// too.",
         group="data",
         scope="data",
         min_length=1,

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
+
+from tunesmith.urls import check_url, is_url, scheme_of
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -99,6 +109,25 @@ def parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
 
 
+def _check_source(value: str) -> str:
+    return check_url(value) if is_url(value) else value
+
+
+def _place_model(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, str | Path):
+        raise ValueError("it must be a path or an address; put it in quotes to make it text")
+    if not is_url(str(value)):
+        return Path(value)
+    # A Path would make one slash of two.
+    if scheme_of(url := check_url(str(value))).startswith("http"):
+        raise ValueError(
+            f"a model is a folder, which {scheme_of(url)}:// can't list: give s3://, gs:// or hf://"
+        )
+    return url
+
+
 Mapping = Annotated[dict[str, str], BeforeValidator(_parse_mapping)]
 Names = Annotated[
     Annotated[list[str], Field(min_length=1)] | None,
@@ -109,8 +138,14 @@ Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
 OptionalPath = Annotated[Path | None, BeforeValidator(parse_none)]
-# A hub id, or a path as text or as a Path.
-DatasetName = Annotated[str | None, BeforeValidator(_path_as_text), BeforeValidator(parse_none)]
+SourceName = Annotated[str, AfterValidator(_check_source)]
+# A hub id, an address, or a path as text or as a Path.
+DatasetName = Annotated[
+    Annotated[str, AfterValidator(_check_source)] | None,
+    BeforeValidator(_path_as_text),
+    BeforeValidator(parse_none),
+]
+ModelPlace = Annotated[Path | str | None, BeforeValidator(_place_model), BeforeValidator(parse_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(parse_none)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # A part of a metric's name, which every tracker takes.

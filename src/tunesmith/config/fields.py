@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tunesmith.config import HFDatasetConfig, Settings
 from tunesmith.config.data import TURNS, TURNS_PATTERN
 from tunesmith.config.declare import NAME_PATTERN
+from tunesmith.urls import mask
 
 ENVIRONMENT_PREFIX = "TUNESMITH_"
 DATASET_KEY = "hf_dataset_config"
@@ -122,13 +123,16 @@ def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def show_value(value: Any, limit: int = 80) -> str:
-    """Return `value` on one line of at most `limit` characters, for a message or a table."""
+    """Return `value` on one line of at most `limit` characters, for a message or a table.
+
+    What opens something in an address isn't shown.
+    """
     if isinstance(value, str):
-        text = value.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        text = mask(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     elif isinstance(value, float):
         text = f"{value:g}"
     else:
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = mask(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

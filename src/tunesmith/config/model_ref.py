@@ -8,9 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model on the disk or on the hub.
+    """A model on the disk, on the hub or at an address.
 
-    `source` is the `Path` of a local folder, or a hub id. `revision` is a branch, tag or commit on the hub;
+    `source` is the `Path` of a local folder, a hub id, or the address of what isn't fetched yet. `revision` is a branch, tag or commit on the hub;
     None: its main branch. `called` is the name to use in place of the source's last part.
     """
 
@@ -21,7 +21,7 @@ class ModelRef:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder; None for a model of the hub."""
+        """The local folder; None for what lies elsewhere."""
         return self.source if isinstance(self.source, Path) else None
 
     @property

@@ -21,6 +21,7 @@ from tunesmith.config.declare import (
     AutoBool,
     AutoInt,
     FolderName,
+    ModelPlace,
     Names,
     OptionalPath,
     OptionalStr,
@@ -38,9 +39,9 @@ class TrainConfig(HFDatasetConfig):
     hf_model_id: str = setting(
         "Qwen/Qwen3-8B", "Hugging Face model id.", group="model", scope="model", min_length=1
     )
-    model_path: OptionalPath = setting(
+    model_path: ModelPlace = setting(
         None,
-        "Local folder with the model's weights and tokenizer, in place of the hub.",
+        "Folder with the model's weights and tokenizer, in place of the hub: a path, or an address of s3://, gs:// or hf://.",
         group="model",
         scope="model",
     )
@@ -315,7 +316,9 @@ class TrainConfig(HFDatasetConfig):
         if self.concatenate and not self.packing:
             raise ValueError("concatenate fills packed sequences: set packing true, or concatenate false")
         if self.concatenate and any(it.weight != 1 for it in self.data_sets):
-            raise ValueError("concatenate cuts examples once and for all: leave weight at 1, or concatenate false")
+            raise ValueError(
+                "concatenate cuts examples once and for all: leave weight at 1, or concatenate false"
+            )
         check_names(self.data_sets)
         for part in PARTS:
             if self.datasets and getattr(self, f"{part}_split") and not getattr(self, f"{part}_dataset"):
@@ -350,4 +353,6 @@ class TrainConfig(HFDatasetConfig):
         if self.model_path is None:
             return on_hub
         called = on_hub.name if "hf_model_id" in self.model_fields_set else None
+        if isinstance(self.model_path, str):
+            return ModelRef(self.model_path, None, self.trust_remote_code, called)
         return ModelRef(self.model_path.expanduser(), None, self.trust_remote_code, called)

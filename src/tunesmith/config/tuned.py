@@ -11,6 +11,7 @@ from tunesmith.config.declare import (
     AutoBool,
     AutoInt,
     DatasetName,
+    ModelPlace,
     Names,
     OptionalPath,
     OptionalStr,
@@ -63,8 +64,11 @@ class TunedModelConfig(Settings):
         scope="run",
         min_length=1,
     )
-    model_path: OptionalPath = setting(
-        None, "Local folder of the base model, in place of the recorded one.", group="model", scope="run"
+    model_path: ModelPlace = setting(
+        None,
+        "Folder of the base model, in place of the recorded one: a path, or an address of s3://, gs:// or hf://.",
+        group="model",
+        scope="run",
     )
     trust_remote_code: bool = setting(
         False, "Run Python code that comes with the model or tokenizer.", group="model", scope="run"

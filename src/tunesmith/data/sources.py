@@ -18,6 +18,8 @@ from tunesmith.data.folders import describe_listing, list_files, list_files_of_f
 from tunesmith.data.hub import hub_commit, is_saved_dataset, read_hub, read_saved, saved_files
 from tunesmith.data.packed import open_file
 from tunesmith.errors import DataError
+from tunesmith.remote.copies import fetch
+from tunesmith.urls import is_url
 
 
 def read_rows(config: HFDatasetConfig) -> Rows:
@@ -62,11 +64,13 @@ def describe_files(config: HFDatasetConfig) -> list[str]:
 def local_path(config: HFDatasetConfig) -> Path | None:
     """Return the data set's path if it is local, None if it is a hub id. What exists on disk wins.
 
+    Of an address it is that of its copy, fetched if need be.
+
     Raises:
-        DataError: the name looks like a path, and nothing is there.
+        DataError: the name looks like a path or an address, and nothing is there.
     """
     name = config.dataset_name
-    path = Path(name).expanduser()
+    path = fetch(name, "datasets") if is_url(name) else Path(name).expanduser()
     if path.exists():
         if re.search(r"[\[\]+]", config.split):
             raise DataError(

@@ -15,6 +15,7 @@ from tunesmith.errors import DataError
 from tunesmith.export.origin import name_base
 from tunesmith.runs.metrics_log import untrained_loss
 from tunesmith.runs.tuned import TunedModel
+from tunesmith.urls import is_url, name_of
 
 # Said elsewhere in the card, or true of one machine alone.
 _UNLISTED = {"hf_model_id", "model_path", "dataset_name", "datasets", "trust_remote_code"}
@@ -71,6 +72,9 @@ def _name_data_sets(tuned: TunedModel) -> list[tuple[str, bool]]:
         return []
     named = []
     for settings in tuned.dataset.data_sets:
+        if is_url(settings.dataset_name):
+            named.append((name_of(settings.dataset_name), False))
+            continue
         is_on_hub = False
         with contextlib.suppress(DataError):  # a local one that is gone
             is_on_hub = local_path(settings) is None

@@ -10,7 +10,9 @@ from typing import Any
 from tunesmith.config import HFDatasetConfig, ModelRef, TrainConfig, TunedModelConfig
 from tunesmith.config.layers import settings_from_dump
 from tunesmith.errors import ModelError
+from tunesmith.remote.copies import fetch
 from tunesmith.runs.folder import ADAPTER_CONFIG
+from tunesmith.urls import is_url
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -31,7 +33,7 @@ def recorded_base(
         recorded.model_path is not None or config.base_model == recorded.hf_model_id
     )
     if config.model_path is not None:
-        changes["model_path"] = config.model_path.expanduser().absolute()
+        changes["model_path"] = _here(config.model_path)
     elif "base_model" in config.model_fields_set and not means_recorded:
         changes |= {"model_path": None, "hf_model_id": config.base_model, "model_revision": None}
     elif recorded.model_path is not None:
@@ -41,12 +43,22 @@ def recorded_base(
     return recorded.model_copy(update=changes).model
 
 
+def _here(place: Path | str) -> Path:
+    """Return the folder at a path, or the copy of what lies at an address, as an absolute path."""
+    return place.expanduser().absolute() if isinstance(place, Path) else fetch(place, "models")
+
+
 def _recorded_path(model: dict[str, Any], folder: Path) -> Path:
-    """Return where the run's local base model lies now: it was recorded from the folder the run was started in."""
+    """Return where the run's local base model lies now: it was recorded from the folder the run was started in.
+
+    A copy of what lies at an address is fetched again if it is gone.
+    """
     candidates = [Path(model.get("path") or model["source"]), Path(model["source"]).expanduser()]
     if (folder / ADAPTER_CONFIG).is_file():
         candidates.append(Path(read_adapter_config(folder)["base_model_name_or_path"] or ""))
     found = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if found is None and is_url(model["source"]):
+        return fetch(model["source"], "models")
     if found is None:
         raise ModelError(
             f"the base model of this run, `{model['source']}`, is not there any more", "give its --model_path"
@@ -58,7 +70,7 @@ def named_base(folder: Path, config: TunedModelConfig, origin: dict[str, Any]) -
     """Return the base model of what no run is known for: as given, else as recorded beside the weights."""
     trusts = config.trust_remote_code
     if config.model_path is not None:
-        return ModelRef(config.model_path.expanduser().absolute(), None, trusts)
+        return ModelRef(_here(config.model_path), None, trusts)
     if "base_model" in config.model_fields_set:
         return ModelRef(config.base_model, None, trusts)
     source, revision = origin.get("base"), None

@@ -20,6 +20,7 @@ from tunesmith.config.layers import dump_settings, settings_from_dump
 from tunesmith.errors import RunError
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending
+from tunesmith.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def check_unchanged(what: str, name: str, recorded: str, current: str) -> None:
     if recorded == current:
         return
     bring_back = "bring it back"
-    if not Path(name).expanduser().exists():
+    if not is_url(name) and not Path(name).expanduser().exists():
         bring_back += " (the hub's older commit: --model_revision, --dataset_revision)"
     raise RunError(
         f"the {what} `{name}` has changed since this run was started ({recorded} → {current})",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tunesmith.config import HFDatasetConfig, ModelRef, TunedModelConfig
 from tunesmith.errors import ConfigError, RunError
 from tunesmith.logs import log_to_file
+from tunesmith.remote.copies import copies_in
 from tunesmith.runs.base_model import exported_dataset, named_base, recorded_base, recorded_settings
 from tunesmith.runs.folder import (
     ADAPTER_CONFIG,
@@ -75,7 +76,7 @@ def taken(config: TunedModelConfig, log_name: str) -> Iterator[TunedModel]:
     """Give what `find_tuned` returns; log which and why, and all inside, to `{home}/logs/{log_name}.log`."""
     tuned = find_tuned(config)
     home = tuned.run.home if tuned.run else config.home
-    with ExitStack() as stack:
+    with ExitStack() as stack, copies_in(home):
         if home is not None:
             try:
                 stack.enter_context(log_to_file(home.expanduser() / "logs" / f"{log_name}.log"))
@@ -98,7 +99,8 @@ def find_tuned(config: TunedModelConfig) -> TunedModel:
         _refuse_unfinished(Path(named))
     folder = Path(named).expanduser() if named is not None else None
     if folder is not None and _holds_model(folder) and not _lies_in_run(folder):
-        return _from_folder(folder.absolute(), config)
+        with copies_in(config.home):
+            return _from_folder(folder.absolute(), config)
     return _from_run(config, folder)
 
 
@@ -130,10 +132,12 @@ def _from_run(config: TunedModelConfig, folder: Path | None) -> TunedModel:
         checkpoint, why = _choose_checkpoint(config, run)
     params = run.read_params()
     recorded = recorded_settings(params)
+    with copies_in(run.home):
+        base = recorded_base(config, recorded, params, checkpoint.path, trusts=True)
     return TunedModel(
         "state" if recorded.full_ft else "adapter",
         checkpoint.path,
-        recorded_base(config, recorded, params, checkpoint.path, trusts=True),
+        base,
         run,
         params,
         checkpoint.step,
@@ -152,7 +156,7 @@ def _newest_run(config: TunedModelConfig, home: Path) -> tuple[RunDir, str]:
         )
     asked = config.base_model.rstrip("/").rsplit("/", 1)[-1]
     if config.model_path is not None and "base_model" not in config.model_fields_set:
-        asked = config.model_path.resolve().name
+        asked = ModelRef(config.model_path).name
     matching = [run for run in runs if run.model_name == asked]
     if not matching and {"base_model", "model_path"} & config.model_fields_set:
         found = ", ".join(sorted({f"`{run.model_name}`" for run in runs}))

@@ -11,6 +11,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared, rendering_version_of
 from tunesmith.data.shares import measure_shares
 from tunesmith.data.sources import sources_fingerprint
+from tunesmith.model.fetched import with_model_here
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.quantized import check_quantization
@@ -87,11 +88,11 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         RunError: the data or the model under the same name have changed since the run was started.
     """
     recorded = run.read_params()["model"]["fingerprint"] if run.params_path.exists() else None
-    folder = config.model.folder
+    here = with_model_here(config).model
     model = ModelRecord(
         source=str(config.model.source),
-        path=str(folder.absolute()) if folder else None,
-        fingerprint=model_fingerprint(config.model, like=recorded),
+        path=str(here.folder.absolute()) if here.folder else None,
+        fingerprint=model_fingerprint(here, like=recorded),
     )
     data = DataRecord(
         source=_name_data(config),

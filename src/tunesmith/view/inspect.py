@@ -18,7 +18,9 @@ from tunesmith.data.shares import measure_shares
 from tunesmith.data.split import SETS, check_sources
 from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
+from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import load_tokenizer
+from tunesmith.remote.copies import copies_in
 from tunesmith.runs.identity import locate_run, recorded_date
 from tunesmith.view.counts import list_counts
 from tunesmith.view.inspect_page import Inspected, check_page_path, write_page
@@ -48,8 +50,14 @@ def inspect(config: TrainConfig, num_examples: int = 3, html: Path | None = None
     if html is not None:
         check_page_path(html)
     console = Console(highlight=False)
+    with copies_in(config.home):
+        _inspect(config, console, num_examples, html)
+
+
+def _inspect(config: TrainConfig, console: Console, num_examples: int, html: Path | None) -> None:
     formats = check_sources(config)
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    here = with_model_here(config, weights=False)
+    tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
     with prepared_to_look_at(config, tokenizer) as prepared:
         for line in [*describe_formats(config, formats), *prepared.stats.notes]:
             console.print(escape_unseen(line), soft_wrap=True, markup=False)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.shares import measure_shares
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
 from tunesmith.planning.fitting import Plan, find_fitting, make_plan
 from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.throughput import count_flops_per_token
 from tunesmith.planning.workers import Workers
+from tunesmith.remote.copies import copies_in
 from tunesmith.view.inspect import prepared_to_look_at
 from tunesmith.view.units import format_bytes, format_duration
 
@@ -41,8 +44,12 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if workers.imagined:
-        config = _with_model_at_hand(config)
+    with copies_in(config.home):
+        return _plan(config, workers, console)
+
+
+def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
+    config = _with_model_at_hand(config, workers.imagined)
     model = build_planned_model(config, load_model_config(config.model), workers.dtype)
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
@@ -52,12 +59,19 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
     return planned.fits
 
 
-def _with_model_at_hand(config: TrainConfig) -> TrainConfig:
-    """Return the settings with the hub's model where `model_path`, a cluster's folder, isn't on this machine."""
-    at_hand = config.model_path is None or config.model_path.expanduser().is_dir()
-    if at_hand or "hf_model_id" not in config.model_fields_set:
+def _with_model_at_hand(config: TrainConfig, imagined: bool) -> TrainConfig:
+    """Return the settings with the model on this machine; for imagined workers, with the hub's where it isn't here."""
+    missing = "is not here"
+    try:
+        config = with_model_here(config, weights=False)
+    except ModelError as error:
+        missing = f"can't be had here ({error.message})"
+        if not imagined or "hf_model_id" not in config.model_fields_set:
+            raise
+    at_hand = config.model_path is None or Path(config.model_path).expanduser().is_dir()
+    if not imagined or at_hand or "hf_model_id" not in config.model_fields_set:
         return config
-    logger.info("`%s` isn't here; planned for `%s` instead", config.model_path, config.hf_model_id)
+    logger.info("`%s` %s; planned for `%s` instead", config.model_path, missing, config.hf_model_id)
     return config.model_copy(update={"model_path": None})
 
 
