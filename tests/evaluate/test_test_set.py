@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.data_sets import write_rows
+from support.runs import losses, small_config, start, train_here
 from support.tokenizers import build_tokenizer
 from tunesmith.config import EvaluateConfig, HFDatasetConfig
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings, settings_from_dump
 from tunesmith.config.reference import json_schema
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluate.plan import evaluation_folder
+from tunesmith.evaluate.plan import evaluation_folder, make_plan
 from tunesmith.evaluate.test_set import read_test_set
-from tunesmith.runs.tuned import TunedModel
+from tunesmith.runs.tuned import TunedModel, find_tuned
 
 
 def rows_named(name: str, number: int) -> list[dict[str, Any]]:
@@ -116,3 +117,21 @@ def test_another_split_of_what_was_trained_on_is_asked(tmp_path: Path) -> None:
     assert [prompt.text for prompt in found.samples.values()] == ["dev 0?", "dev 1?"]
     with pytest.raises(DataError, match="`test_split` is `train`, which is trained on"):
         read_test_set(tuned, EvaluateConfig(test_split="train"), build_tokenizer("byte_bpe"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_s_own_test_set_is_asked_by_default(
+    model_of: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "own.jsonl", [{"question": f"own {i}", "answer": f"{i}"} for i in range(4)])
+    held = write_rows(
+        tmp_path / "held.jsonl", [{"question": f"held {i}", "answer": f"{i}"} for i in range(3)]
+    )
+    changes = {"test_dataset": path, "validation_dataset": held, "max_steps": 1}
+    run = train_here(start(small_config(model_of("llama"), rows, tmp_path / "home", **changes)))
+    assert set(losses(run, "eval_loss")) == {0, 1}
+    config = EvaluateConfig(checkpoints_dir=str(run.path), engine="transformers")
+    plan = make_plan(config, find_tuned(config), use_gpu=False)
+    assert [prompt.text for prompt in plan.test_set.samples.values()] == [f"own {i} " for i in range(4)]
+    assert evaluation_folder(config, plan.tuned).name == plan.tuned.folder.name
+    assert run.read_params()["data"]["row_format"] == ["template"] * 3

@@ -115,4 +115,5 @@ def _measure_shares(config: TrainConfig, prepared: Prepared) -> list[dict[str, A
 
 
 def _name_data(config: TrainConfig) -> str:
-    return ", ".join(settings.dataset_name for settings in config.data_sets)
+    # Another split of the same set has its name.
+    return ", ".join(dict.fromkeys(settings.dataset_name for settings in config.sources))
