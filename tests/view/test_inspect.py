@@ -87,3 +87,33 @@ def test_inspect_shows_conversations(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert printed.count("⟦Hello<|im_end|>⟧") == 2
     assert "rows are read as messages" in printed
+
+
+def test_inspect_shows_what_an_epoch_takes_of_each_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = config_for(tmp_path, "byte_bpe", [{"text": "abc"}] * 30)
+    second = write_rows(tmp_path / "more.jsonl", [{"text": "def", "user": i % 5} for i in range(30)])
+    held = write_rows(tmp_path / "held.jsonl", [{"text": "def"}, {"text": "ghi"}])
+    whole = {"train_split_ratio": 1.0}
+    data_sets = [
+        {"dataset_name": first.dataset_name, "name": "letters", "weight": 0.5, **whole},
+        {"dataset_name": str(second), "max_rows": 20, "group_by": "user", **whole},
+    ]
+    inspect(TrainConfig(datasets=data_sets, model_path=first.model_path, validation_dataset=str(held)))
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    letters, more = (next(row for row in rows if row[:1] == [name]) for name in ("letters", "more"))
+    assert letters[1:5] == ["0.5", "15", "42.9", "%"]
+    assert more[1:5] == ["1", "20", "57.1", "%"]
+    assert "letters, `rows.jsonl` (train): rows are read as text" in printed
+    assert "`more.jsonl` (train): 20 of its 30 rows, by max_rows" in printed
+    assert "`more.jsonl` (train): 5 groups of rows by `user`" in printed
+    assert "overlap: 1 of 2 validation rows are in the training set too (50.0 %)" in printed
+
+
+def test_inspect_of_a_single_data_set_tells_no_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(config_for(tmp_path, "byte_bpe", [{"text": f"row {i}"} for i in range(10)]))
+    assert "what an epoch takes" not in capsys.readouterr().out

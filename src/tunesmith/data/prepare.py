@@ -361,7 +361,7 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
                 f"{num_rows:,}",
                 name,
             )
-        else:
+        elif num_rows:
             logger.info("none of the %s %s rows is in the training set", f"{num_rows:,}", name)
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
