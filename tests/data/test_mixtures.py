@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences, microbatch
 from tunesmith.data.epochs import Epochs, plan_epochs
 from tunesmith.data.prepare import prepare
 from tunesmith.data.sampling import FirstOfShuffle
-from tunesmith.data.shares import check_drawn
+from tunesmith.data.shares import check_drawn, measure_shares
 from tunesmith.data.split import SETS
 from tunesmith.errors import DataError
 from tunesmith.runs.identity import default_run_name
@@ -305,3 +305,19 @@ def test_at_their_defaults_the_settings_rename_nothing(tmp_path: Path) -> None:
             for name, value in (("weight", 2.0), ("max_rows", 5))
         }
         assert len(renamed | {default_run_name(one)}) == 3
+
+
+def test_shares_count_each_row_once_however_its_examples_lie(tmp_path: Path) -> None:
+    _, prepared = prepare_both(tmp_path)
+    config = TrainConfig(datasets=[{"dataset_name": "a", "weight": 2.0}, {"dataset_name": "b"}])
+    tokens = replace(
+        prepared.train,
+        lengths=np.array([10, 5, 10, 5, 20], dtype=np.int32),
+        num_trained=np.array([1, 2, 3, 4, 5], dtype=np.int32),
+        rows=np.array([3, 0, 3, 1, 2]),
+        dataset_ids=np.array([1, 0, 1, 0, 0], dtype=np.int32),
+    )
+    first, second = measure_shares(tokens, config.data_sets)
+    assert (first.rows, first.examples, first.tokens, first.trained_tokens) == (6, 6, 60, 22)
+    assert (second.rows, second.examples, second.tokens, second.trained_tokens) == (1, 2, 20, 4)
+    assert (first.row_share, first.token_share) == (6 / 7, 0.75)

@@ -38,8 +38,9 @@ def measure_shares(tokens: TokenSet, data_sets: Sequence[HFDatasetConfig]) -> li
     """Return the shares of the data sets in their training set, of rows of which nothing is trained without."""
     ids, number = tokens.dataset_ids, len(data_sets)
     weights = np.array([settings.weight for settings in data_sets])
-    # The examples of a row stand behind one another.
-    begins_row = np.diff(tokens.rows, prepend=-1) != 0
+    # A row may have several examples.
+    begins_row = np.zeros(tokens.num_examples, dtype=bool)
+    begins_row[np.unique(tokens.rows, return_index=True)[1]] = True
     columns = [
         np.bincount(ids, values, minlength=number) * weights
         for values in (begins_row, None, tokens.lengths, tokens.num_trained)
