@@ -117,3 +117,13 @@ def test_inspect_of_a_single_data_set_tells_no_shares(
 ) -> None:
     inspect(config_for(tmp_path, "byte_bpe", [{"text": f"row {i}"} for i in range(10)]))
     assert "what an epoch takes" not in capsys.readouterr().out
+
+
+def test_inspect_spells_out_what_a_terminal_would_obey(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "red \x1b[31m turned \u202e back\r again [bold]"}]
+    inspect(config_for(tmp_path, "byte_bpe", rows, train_split_ratio=1.0))
+    printed = capsys.readouterr().out
+    assert " \\x1b[31m turned \\u202e back\\x0d again [bold]" in printed
+    assert not {"\x1b", "\u202e", "\r"} & set(printed)

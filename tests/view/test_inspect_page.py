@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from support.browser import listening, needs_browser, photograph, read_console, 
 from support.tokenizers import build_tokenizer
 from tunesmith.cli import main
 from tunesmith.config import TrainConfig
+from tunesmith.view import inspect_page
 from tunesmith.view.inspect import inspect
 from tunesmith.view.visible import escape_unseen
 
@@ -157,14 +159,21 @@ def test_what_rows_hold_stands_on_the_page_to_the_letter_and_only_as_text(tmp_pa
 
 
 def test_a_page_of_long_rows_of_odd_characters_stays_below_two_megabytes(tmp_path: Path) -> None:
-    odd = "\x1b\u202e<&\"'\x00 " * 150
+    odd = "\x1b\u202e<&\"'\x00 " * 60
     page = write_page(
-        tmp_path, {"odd.jsonl": [ask(f"{i} {odd}", odd) for i in range(260)]}, max_seq_length=4096
+        tmp_path, {"odd.jsonl": [ask(f"{i} {odd}", odd) for i in range(210)]}, max_seq_length=4096
     )
     assert 500_000 < page.stat().st_size < 2_000_000
     cards = Page(page.read_text()).cards
     assert len(cards) > 100
     assert all(card["trained"] and " tokens …" in card["text"] for card in cards)
+
+
+def test_what_has_no_room_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_page, "_CARDS_BYTES", 20_000)
+    page = write_page(tmp_path, {"rows.jsonl": [ask(f"What is {i}?", f"It is {i}.") for i in range(60)]})
+    (left_out,) = re.findall(r"(\d+) more had no room on the page", page.read_text())
+    assert 5 < len(Page(page.read_text()).cards) == 60 - int(left_out) < 30
 
 
 def test_rows_of_several_sets_are_counted_as_equal_and_as_nearly_equal(tmp_path: Path) -> None:
@@ -197,14 +206,18 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_rows_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = tmp_path / "absent.jsonl"
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "run.yaml").write_text("max_steps: 5")
     for page, said in (
         (tmp_path / "no" / "page.html", "which is no folder"),
-        (tmp_path, "`--html` is a folder"),
+        (tmp_path / "folder.html", "`--html` is a folder"),
+        (tmp_path / "run.yaml", "which isn't named like a page"),
     ):
         assert main(["inspect", f"--dataset_name={absent}", f"--html={page}"]) == 2
         error = capsys.readouterr().err
         assert said in error and "hint: " in error and "absent.jsonl" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert (tmp_path / "run.yaml").read_text() == "max_steps: 5"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_verb_writes_the_page_over_an_older_one_and_prints_as_before(
@@ -245,7 +258,8 @@ def test_nothing_in_a_row_acts_in_a_browser(tmp_path: Path) -> None:
     assert found.tags.count("script") == found.tags.count("style") == 1 and "img" not in found.tags
     for nasty in (*NASTIES, *lures):
         assert any(card["trained"] == [f"{escape_unseen(nasty)}<|im_end|>"] for card in found.cards)
-    photograph(page, height=4000)
+    if "TUNESMITH_SCREENSHOTS" in os.environ:
+        photograph(page, height=4000)
 
 
 @needs_browser
@@ -261,9 +275,8 @@ def test_filters_hide_what_they_do_not_fit_and_without_the_script_all_is_shown(t
         return [card["text"] for card in cards]
 
     assert texts(shown("")) == texts(everything)
-    for kind in ("truncated", "dropped", "repeated"):
-        fitting = [card for card in everything if kind in card["data-kinds"].split()]
-        assert fitting and texts(shown(f"#kind={kind}")) == texts(fitting)
+    fitting = [card for card in everything if "dropped" in card["data-kinds"].split()]
+    assert fitting and texts(shown("#kind=dropped")) == texts(fitting)
     fitting = [card for card in everything if (card["data-data"], card["data-set"]) == ("1", "training")]
     assert fitting and texts(shown("#data=1&set=training")) == texts(fitting)
     assert texts(shown("#text=what+is+7%3F")) == [text for text in texts(everything) if "What is 7?" in text]

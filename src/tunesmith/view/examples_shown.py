@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,11 @@ def show_set(name: str, data_dir: Path, tokens: TokenSet, hashes: dict[str, RowH
     )
 
 
-def share_out(num_training: int, num_validation: int) -> tuple[int, int]:
-    """Return how many of either set are shown."""
+def share_out(num_training: int, num_validation: int = 0) -> list[int]:
+    """Return how many of either set are shown; of the second none where it is empty."""
     of_validation = min(num_validation, max(_NUM_HELD_OUT, NUM_SHOWN - num_training))
-    return min(num_training, NUM_SHOWN - of_validation), of_validation
+    of_training = min(num_training, NUM_SHOWN - of_validation)
+    return [of_training, of_validation] if num_validation else [of_training]
 
 
 def choose_shown(shown: ShownSet, limit: int, seed: int) -> list[Choice]:
@@ -84,11 +85,10 @@ def _by_kind(shown: ShownSet, random: np.random.Generator) -> Iterator[Choice]:
         yield _of_example(tokens, example)
     # What is truncated may be short by now; the rows that it was made of are the longest ones.
     longest = np.argsort(-shown.hashes.sizes, kind="stable")[: 2 * _OF_A_KIND]
-    kinds: list[Iterable[int]] = [longest, _some(np.flatnonzero(shown.is_repeated), _OF_A_KIND, random)]
-    kinds.append(_some(np.flatnonzero(shown.is_shared), _OF_A_KIND, random))
-    for rows in kinds:
-        for row in rows:
-            yield from _of_row(tokens, int(row))
+    repeated = _some(np.flatnonzero(shown.is_repeated), _OF_A_KIND, random)
+    shared = _some(np.flatnonzero(shown.is_shared), _OF_A_KIND, random)
+    for row in [*longest.tolist(), *repeated, *shared]:
+        yield from _of_row(tokens, row)
     for dataset_id in np.unique(shown.hashes.dataset_ids):
         of_dataset = np.flatnonzero(tokens.dataset_ids == dataset_id)
         for example in _some(of_dataset, _OF_A_DATASET, random):

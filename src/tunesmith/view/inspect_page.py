@@ -26,7 +26,7 @@ from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ConfigError
 from tunesmith.view.cards import Card, CardMaker
 from tunesmith.view.counts import Count, compare_sets, list_counts
-from tunesmith.view.examples_shown import choose_shown, share_out, show_set
+from tunesmith.view.examples_shown import ShownSet, choose_shown, share_out, show_set
 from tunesmith.view.page import render_page
 from tunesmith.view.pieces import Speller
 from tunesmith.view.stretches import fill_evenly
@@ -90,9 +90,12 @@ def check_page_path(path: Path) -> None:
     """Refuse a page that couldn't be written, before the work that it costs.
 
     Raises:
-        ConfigError: its folder is absent or can't be written, or it is a folder itself.
+        ConfigError: its folder is absent or can't be written, or it isn't named like a page.
     """
     folder = path.parent
+    if path.suffix.lower() not in (".html", ".htm"):
+        # What stands behind `--html` may be the run's own file, to be overwritten.
+        raise ConfigError(f"`--html` is `{path}`, which isn't named like a page", "write --html page.html")
     if path.is_dir():
         raise ConfigError(
             f"`--html` is a folder: `{path}`", f"name a file in it: --html {path / 'page.html'}"
@@ -120,7 +123,12 @@ def write_page(inspected: Inspected, path: Path) -> None:
 
 def _render(inspected: Inspected) -> bytes:
     config, train = inspected.config, inspected.prepared.train
-    cards, num_left_out = _make_cards(inspected)
+    shown = [
+        show_set(name, inspected.prepared.data_dir, tokens, inspected.hashes)
+        for name, tokens in inspected.sets.items()
+    ]
+    sizes = [len(of_set.dropped) + of_set.tokens.num_examples for of_set in shown]
+    cards, num_left_out = _make_cards(inspected, shown, share_out(*sizes))
     return render_page(
         "tunesmith.view",
         "inspect_page",
@@ -138,17 +146,16 @@ def _render(inspected: Inspected) -> bytes:
         cards=cards,
         kinds=_count_kinds(cards),
         num_left_out=num_left_out,
-        num_in_all=sum(tokens.num_examples for tokens in inspected.sets.values()),
+        num_in_all=sum(sizes),
     )
 
 
-def _make_cards(inspected: Inspected) -> tuple[list[Card], int]:
-    """Return the cards in the order of their rows, and how many had no room."""
-    config, data_dir, sets = inspected.config, inspected.prepared.data_dir, inspected.sets
-    shown = [show_set(name, data_dir, tokens, inspected.hashes) for name, tokens in sets.items()]
-    sizes = [len(of_set.dropped) + of_set.tokens.num_examples for of_set in shown]
-    limits = share_out(*sizes, *[0] * (2 - len(sizes)))
-    chosen = [choose_shown(of_set, limit, config.seed) for of_set, limit in zip(shown, limits, strict=False)]
+def _make_cards(
+    inspected: Inspected, shown: Sequence[ShownSet], limits: Sequence[int]
+) -> tuple[list[Card], int]:
+    """Return the cards of the sets in the order of their rows, and how many had no room."""
+    config = inspected.config
+    chosen = [choose_shown(of_set, limit, config.seed) for of_set, limit in zip(shown, limits, strict=True)]
     lengths = [
         int(of_set.tokens.lengths[choice.example]) if choice.example is not None else config.max_seq_length
         for of_set, choices in zip(shown, chosen, strict=True)
