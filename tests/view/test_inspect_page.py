@@ -188,7 +188,7 @@ def test_rows_of_several_sets_are_counted_as_equal_and_as_nearly_equal(tmp_path:
     repeated = [int(cell.split(" ")[0]) for cell in table["repeated rows"]]
     assert sum(repeated) == 200, "each item is there twice, and both are on one side"
     assert table["in the training set too"] == ["–", "0", "0"]
-    nearly = [int(cell.split(" ")[0]) for cell in table["but for case and white space"][1:]]
+    nearly = [int(cell.split(" ")[0]) for cell in table["counting nearly equal ones"][1:]]
     assert all(
         0 < shared <= int(of_sets[name]) for name, shared in zip(("validation", "test"), nearly, strict=True)
     )

@@ -86,19 +86,7 @@ class CardMaker:
         self, choice: Choice, fate: Fate, allowance: int, kinds: list[str], notes: list[str]
     ) -> Card:
         segments = [segment for example in fate.examples for segment in example.segments]
-        is_untrained = fate.counts.untrained > 0
-        if is_untrained:
-            notes = ["dropped: it has no completion, so nothing of it could be trained", *notes]
-        elif fate.counts.over_long:
-            notes = [
-                f"dropped: it is longer than max_seq_length ({self._max_seq_length:,}), and long_examples is drop",
-                *notes,
-            ]
-        else:
-            notes = [
-                f"dropped: its prompt alone fills max_seq_length ({self._max_seq_length:,}), so no trained token is left",
-                *notes,
-            ]
+        notes.insert(0, f"dropped: {_why_dropped(fate, self._max_seq_length)}")
         each = min(allowance, _OF_DROPPED_SHOWN) // max(1, len(segments))
         body = Markup("<hr>").join(self._mark_untrained(segment.input_ids, each) for segment in segments)
         return Card(
@@ -166,6 +154,15 @@ def _mark_piece(text: str, ids: tuple[int, ...], is_added: bool) -> str:
     title = f"{' '.join(map(str, ids))} “{spelt}”"
     added = ' class="x"' if is_added else ""
     return f'<i{added} title="{escape(title)}">{mark_up(text)}</i>'
+
+
+def _why_dropped(fate: Fate, max_seq_length: int) -> str:
+    """Return why nothing is left of a row; every reason that `Counts` tells has its sentence here."""
+    if fate.counts.untrained:
+        return "it has no completion, so nothing of it could be trained"
+    if fate.counts.over_long:
+        return f"it is longer than max_seq_length ({max_seq_length:,}), and long_examples is drop"
+    return f"its prompt alone fills max_seq_length ({max_seq_length:,}), so no trained token is left"
 
 
 def _find_whole(fate: Fate, ids: np.ndarray) -> list[int] | None:

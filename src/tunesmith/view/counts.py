@@ -76,18 +76,18 @@ def _compare(name: str, of_set: RowHashes, training: RowHashes) -> list[Count]:
             "that say the same as an earlier one of the set",
         ),
         Count(
-            "  but for case and white space",
+            "  counting nearly equal ones",
             share(count_repeats([of_set.alike])),
-            "besides, those that differ in these alone",
+            "which differ in case and white space alone",
         ),
         Count(
             "in the training set too",
             shared(of_set.equal, training.equal),
-            "rows that are trained on and measured by; none where this program splits the rows",
+            "rows that are both trained on and measured by",
         ),
         Count(
-            "  but for case and white space",
+            "  counting nearly equal ones",
             shared(of_set.alike, training.alike),
-            "besides, those that differ in these alone",
+            "which differ in case and white space alone",
         ),
     ]

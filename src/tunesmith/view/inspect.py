@@ -24,6 +24,7 @@ from tunesmith.remote.copies import copies_in
 from tunesmith.runs.identity import locate_run, recorded_date
 from tunesmith.view.counts import list_counts
 from tunesmith.view.inspect_page import Inspected, check_page_path, write_page
+from tunesmith.view.lengths import bin_lengths
 from tunesmith.view.visible import escape_unseen, shorten_middle
 
 if TYPE_CHECKING:
@@ -132,13 +133,11 @@ def mark_trained(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, trained: n
 def _print_lengths(console: Console, tokens: TokenSet, max_seq_length: int) -> None:
     console.print(f"\nlengths of the training examples, in tokens (max_seq_length {max_seq_length})")
     longest = int(tokens.lengths.max())
-    edges = np.unique(np.linspace(0, longest, min(_BINS, longest) + 1).astype(int))
-    # Bins are (low, high], so that the longest examples share one with their like.
-    counts = np.diff(np.searchsorted(np.sort(tokens.lengths), edges, "right"))
-    width = len(f"{longest:,}")
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        bar = "█" * round(_BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
-        console.print(f"  {low + 1:>{width},} – {high:>{width},}  {bar} {count:,}")
+    bins = bin_lengths(tokens.lengths, longest, _BINS)
+    width, highest = len(f"{longest:,}"), max(it.count for it in bins)
+    for it in bins:
+        bar = "█" * round(_BAR_WIDTH * it.count / highest) or ("▏" if it.count else "")
+        console.print(f"  {it.low + 1:>{width},} – {it.high:>{width},}  {bar} {it.count:,}")
 
 
 def _print_stats(console: Console, prepared: Prepared) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -27,23 +27,20 @@ from tunesmith.errors import ConfigError
 from tunesmith.view.cards import Card, CardMaker
 from tunesmith.view.counts import Count, compare_sets, list_counts
 from tunesmith.view.examples_shown import ShownSet, choose_shown, share_out, show_set
+from tunesmith.view.lengths import describe_lengths, draw_lengths
 from tunesmith.view.page import render_page
 from tunesmith.view.pieces import Speller
+from tunesmith.view.shaping import list_settings, list_templates
 from tunesmith.view.stretches import fill_evenly
-from tunesmith.view.visible import escape_unseen, mark_up, shorten_middle
+from tunesmith.view.visible import escape_unseen
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
     from transformers import PreTrainedTokenizerFast
 
-_BINS = 32
 _QUOTED = re.compile(r"`([^`]+)`")
 _TOKENS_SHOWN = 36_000
 # With what stands above them, two megabytes at most.
 _CARDS_BYTES = 1_750_000
-_LONGEST_TEMPLATE_CHARS = 60_000
-_ALWAYS_LISTED = {"split", "train_split_ratio", "val_test_split_ratio"}
-_SETTINGS_LEFT_OUT = {"datasets", "dataset_name", "num_proc", "data_dir"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +52,11 @@ class Inspected:
     tokenizer: PreTrainedTokenizerFast
     prepared: Prepared
     hashes: dict[str, RowHashes]
+
+    @property
+    def sources(self) -> list[tuple[HFDatasetConfig, RowFormat]]:
+        """The settings and the format of each data set, by `dataset_id`."""
+        return list(zip(self.config.sources, self.formats, strict=True))
 
     @property
     def sets(self) -> dict[str, TokenSet]:
@@ -74,16 +76,6 @@ class DataSetRow:
     num_examples: int
     num_tokens: int
     share: str
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar of the histogram: examples of more than `low` and at most `high` tokens; `height` in percent."""
-
-    low: int
-    high: int
-    count: int
-    height: float
 
 
 def check_page_path(path: Path) -> None:
@@ -138,11 +130,11 @@ def _render(inspected: Inspected) -> bytes:
         percent=percent,
         sets=["training", *(["validation"] if "validation" in inspected.sets else []), "test"],
         counts=list(_tabulate(inspected)),
-        bars=_draw_lengths(train.lengths, config.max_seq_length),
-        lengths=_describe_lengths(train.lengths),
+        bars=draw_lengths(train.lengths, config.max_seq_length),
+        lengths=describe_lengths(train.lengths),
         max_seq_length=config.max_seq_length,
-        settings=list(_list_settings(config)),
-        texts=list(_list_templates(inspected)),
+        settings=list(list_settings(config)),
+        texts=list(list_templates(inspected.sources, inspected.tokenizer)),
         cards=cards,
         kinds=_count_kinds(cards),
         num_left_out=num_left_out,
@@ -211,9 +203,7 @@ def _list_data_sets(inspected: Inspected) -> list[DataSetRow]:
             int(tokens[i]),
             percent(int(tokens[i]), int(tokens.sum())),
         )
-        for i, (settings, row_format) in enumerate(
-            zip(inspected.config.data_sets, inspected.formats, strict=False)
-        )
+        for i, (settings, row_format) in enumerate(inspected.sources)
     ]
 
 
@@ -239,67 +229,3 @@ def _join(of_sets: Mapping[str, list[Count]]) -> Iterator[tuple[str, str, list[s
         if line[0].is_rare and all(count is None or count.value == "0" for count in line):
             continue
         yield line[0].label, line[0].explanation, [count.value if count else "" for count in line]
-
-
-def _draw_lengths(lengths: np.ndarray, max_seq_length: int) -> list[Bar]:
-    """Return the histogram of the lengths, from nothing to `max_seq_length` or, if all are far shorter, the longest."""
-    longest = int(lengths.max(initial=1))
-    reach = max_seq_length if max_seq_length <= 2 * longest else longest
-    reach = max(reach, longest)
-    edges = np.unique(np.linspace(0, reach, min(_BINS, reach) + 1).astype(int))
-    # Bins are (low, high], so that the longest examples share one with their like.
-    counts = np.diff(np.searchsorted(np.sort(lengths), edges, "right"))
-    return [
-        Bar(int(low), int(high), int(count), round(100 * int(count) / int(counts.max()), 2))
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
-
-
-def _describe_lengths(lengths: np.ndarray) -> list[tuple[str, str]]:
-    low, middle, high = np.quantile(lengths, [0.0, 0.5, 0.95])
-    return [
-        ("shortest", f"{low:,.0f}"),
-        ("median", f"{middle:,.0f}"),
-        ("mean", f"{lengths.mean():,.1f}"),
-        ("95 % are at most", f"{high:,.0f}"),
-        ("longest", f"{lengths.max():,}"),
-    ]
-
-
-def _list_settings(config: TrainConfig) -> Iterator[list[tuple[str, Markup]]]:
-    """Yield the settings that shape the data: a list for each data set, what isn't its default, then what is of all."""
-    for settings in config.data_sets:
-        yield [("dataset_name", mark_up(settings.dataset_name)), *_list_chosen(settings)]
-    own = TrainConfig.model_fields.keys() - HFDatasetConfig.model_fields.keys() - _SETTINGS_LEFT_OUT
-    of_data = sorted(name for name in own if _group(TrainConfig.model_fields[name]) == "data")
-    yield [(name, _value(getattr(config, name))) for name in [*of_data, "seed"]]
-
-
-def _group(field: FieldInfo) -> Any:
-    return field.json_schema_extra["group"] if isinstance(field.json_schema_extra, dict) else None
-
-
-def _list_chosen(settings: HFDatasetConfig) -> Iterator[tuple[str, Markup]]:
-    for name, field in HFDatasetConfig.model_fields.items():
-        value = getattr(settings, name)
-        is_chosen = name in settings.model_fields_set and value != field.default
-        if name not in _SETTINGS_LEFT_OUT and (name in _ALWAYS_LISTED or is_chosen):
-            yield name, _value(value)
-
-
-def _value(value: Any) -> Markup:
-    text = value if isinstance(value, str) else str(value)
-    return mark_up(shorten_middle(text, _LONGEST_TEMPLATE_CHARS))
-
-
-def _list_templates(inspected: Inspected) -> Iterator[tuple[str, Markup]]:
-    """Yield what turns the rows into text: the chat template where there are conversations, else what fills in."""
-    names = {row_format.name for row_format in inspected.formats}
-    template = inspected.tokenizer.chat_template
-    if "messages" in names and isinstance(template, str):
-        yield "chat template", escape(escape_unseen(shorten_middle(template, _LONGEST_TEMPLATE_CHARS)))
-    if "template" in names:
-        for settings, row_format in zip(inspected.config.data_sets, inspected.formats, strict=False):
-            if row_format.name == "template":
-                yield "input_template", mark_up(settings.input_template)
-                yield "output_template", mark_up(settings.output_template)
