@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 
 from tunesmith.config import TrainConfig
-from tunesmith.data.sources import read_rows
+from tunesmith.data.sources import describe_files, read_rows
 from tunesmith.errors import DataError
 
 ROWS = [{"text": "a b"}, {"text": "ü 👍"}]
@@ -111,6 +111,15 @@ def test_each_split_of_one_file_is_read_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no split `train`") as caught:
         read(path)
     assert caught.value.hint == "its splits are `test`, `dev`"
+
+
+def test_where_the_rows_lie_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    config = TrainConfig(dataset_name=str(path))
+    path.write_bytes(holder(version=1, data=ROWS))
+    assert describe_files(config) == ["`rows.json` (train): rows are those under `data` in `rows.json`"]
+    path.write_bytes(LINES)
+    assert describe_files(config) == []
 
 
 def test_csv_headers_lose_the_blanks_around_them(tmp_path: Path) -> None:

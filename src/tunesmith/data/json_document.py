@@ -50,7 +50,7 @@ class JsonDocument:
                 f"`{self.file}`, line {self.line}: `{character}` expected, {got} found",
                 "the file must be one JSON array of objects, or one JSON object a line",
             )
-        self._skip(self._at + 1)
+        self._at += 1
 
     def decode(self, name: str) -> Any:
         """Return the next value; `name` is what errors call it."""
@@ -134,6 +134,8 @@ class JsonDocument:
         return len(self._text) > len(parts[0])
 
     def _skip(self, end: int) -> None:
+        if end == self._at:
+            return
         self.line += self._text.count("\n", self._at, end)
         self._at = end
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,6 @@ from tunesmith.data.json_holder import choose_list, look_at_first
 from tunesmith.data.json_text import ROW_DECODER, RefusedJSONError
 from tunesmith.data.text_file import decoded_lines
 from tunesmith.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 _BETWEEN = re.compile(r"\s*,?\s*")
 _ONE_OBJECT = 'each row must be one JSON object, as {"text": "…"}'
@@ -42,12 +39,23 @@ def read_json(file: Path, split: str) -> Rows:
         return
     found = look_at_first(file)
     if found.is_alone and (key := choose_list(found, file, split)) is not None:
-        logger.info("`%s`: the rows are those under `%s`", file, key)
         yield from _number(file, document, document.items_under(key), f" of `{key}`")
     elif found.ends_its_line:
         yield from _read_lines(file)
     else:
         yield from _number(file, document, document.values())
+
+
+def find_holder(file: Path, split: str) -> str | None:
+    """Return the key under which the rows of a file lie; None if they are the file's own values.
+
+    Raises:
+        DataError: as `read_json` does.
+    """
+    if JsonDocument(file).peek() != "{":
+        return None
+    found = look_at_first(file)
+    return choose_list(found, file, split) if found.is_alone else None
 
 
 def _number(file: Path, document: JsonDocument, values: Iterator[Any], of: str = "") -> Rows:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.arrow_rows import Row, Rows
-from tunesmith.data.content import explain_name, is_data_name, suffix_of
+from tunesmith.data.content import explain_name, is_data_name, kind_of, suffix_of
 from tunesmith.data.files import read_file
 from tunesmith.data.folders import describe_listing, list_files, list_files_of_first_version
 from tunesmith.data.hub import hub_commit, is_saved_dataset, read_hub, read_saved, saved_files
+from tunesmith.data.json_rows import find_holder
 from tunesmith.data.packed import open_file
 from tunesmith.errors import DataError
 from tunesmith.remote.copies import fetch
@@ -53,11 +54,15 @@ def describe_source(config: HFDatasetConfig) -> str:
 
 
 def describe_files(config: HFDatasetConfig) -> list[str]:
-    """Return which files of a folder are read, and which aren't and why; of what is no folder of files, nothing."""
+    """Return which files of a folder are read, which aren't and why, and where in its file a list of rows lies."""
     path = local_path(config)
-    if path is None or not path.is_dir() or is_saved_dataset(path):
+    if path is None or is_saved_dataset(path):
         return []
-    lines = describe_listing(list_files(path, config.split), path)
+    listing = list_files(path, config.split)
+    lines = describe_listing(listing, path) if path.is_dir() else []
+    first = listing.read[0]
+    if kind_of(first) == "JSON" and (key := find_holder(first, config.split)) is not None:
+        lines.append(f"rows are those under `{key}` in `{first.name}`")
     return [f"{describe_source(config)}: {line}" for line in lines]
 
 
