@@ -12,9 +12,9 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 
 from support.runs import small_config, start
 from tunesmith.config import TrainConfig
-from tunesmith.data import prepare
+from tunesmith.data import folders, prepare
 from tunesmith.data.folders import list_files
-from tunesmith.data.sources import read_rows
+from tunesmith.data.sources import read_rows, source_fingerprint
 from tunesmith.errors import DataError
 from tunesmith.train.start import check_resumable
 
@@ -139,6 +139,42 @@ def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no file of rows") as caught:
         chosen(tmp_path)
     assert caught.value.hint == "`rows.xlsx` is a spreadsheet: save it as CSV in UTF-8"
+
+
+def test_a_folder_of_a_script_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "rows.py")
+    with pytest.raises(DataError, match="holds no file of rows") as caught:
+        chosen(tmp_path)
+    assert "a script is no data set" in str(caught.value.hint)
+
+
+def test_a_link_to_nothing_is_no_less_rows(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    config = TrainConfig(dataset_name=str(tmp_path))
+    for ask in (lambda: list(read_rows(config)), lambda: source_fingerprint(config)):
+        with pytest.raises(DataError, match=r"can't read .*b\.jsonl"):
+            ask()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_subfolder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "closed/b.jsonl")
+    (tmp_path / "closed").chmod(0)
+    try:
+        with pytest.raises(DataError, match=r"can't read .*closed.*Permission denied"):
+            chosen(tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+def test_a_folder_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_MOST_ENTRIES", 3)
+    make(tmp_path, "a.jsonl", "x/b.jsonl")
+    assert chosen(tmp_path) == ["a.jsonl", "x/b.jsonl"]
+    make(tmp_path, "x/c.jsonl")
+    with pytest.raises(DataError, match="more than 3 files and folders"):
+        chosen(tmp_path)
 
 
 def test_the_log_names_what_is_read_and_what_is_not(

@@ -433,6 +433,18 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> N
         prepare_rows(tmp_path, alpaca(5))
 
 
+def test_a_set_of_which_most_rows_are_lost_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = [{"text": None}] * 30
+    kept = [{"text": f"row {i}"} for i in range(20)]
+    prepare_rows(tmp_path, [*kept, *lost], train_split_ratio=1)
+    assert "30 of the 50 training rows have nothing to train" in caplog.text
+    caplog.clear()
+    prepare_rows(tmp_path, [*kept, *lost[:10]], train_split_ratio=1)
+    assert "nothing to train" not in caplog.text
+
+
 # Bad input leaves nothing behind.
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from support.runs import small_config, start, write_rows
+from tunesmith.api import fine_tune
 from tunesmith.config import TrainConfig
 from tunesmith.errors import RunError
 from tunesmith.runs.identity import default_run_name, locate_run
+from tunesmith.runs.lease import Lease
 from tunesmith.train.same_run import find_run
 from tunesmith.train.start import check_resumable
 
@@ -98,6 +100,13 @@ def test_the_old_name_comes_first(place: Path) -> None:
     begun, other = start(config).run, start(given()).run
     assert begun != other
     assert (find_run(config), find_run(given())) == (begun, other)
+
+
+def test_the_command_goes_on_with_it(place: Path) -> None:
+    begun = start(given()).run
+    with Lease(begun.lease_path), pytest.raises(RunError, match="--run_name") as caught:
+        fine_tune(given(dataset_name="./rows.jsonl"))
+    assert str(begun.path) in caught.value.message
 
 
 def test_a_torn_run_beside_it_is_no_matter(place: Path) -> None:

@@ -47,10 +47,11 @@ def list_files(path: Path, split: str) -> Listing:
             what, hint = explain_name(path)
             raise DataError(f"`{path}` is {what}", hint)
         return Listing([path], [])
-    found = [file for file in _walk(path) if not _is_beside_rows(file)]
+    everything = list(_walk(path))
+    found = [file for file in everything if not _is_beside_rows(file)]
     files = [file for file in found if holds_rows(path / file)]
     if not files:
-        raise DataError(f"the folder `{path}` holds no file of rows", _hint_for_none(found))
+        raise DataError(f"the folder `{path}` holds no file of rows", _hint_for_none(found or everything))
     chosen = _choose(path, files, split)
     _check_formats(path, chosen, split)
     unread = [(file, _reason(file, split)) for file in files if file not in set(chosen)]
@@ -91,8 +92,14 @@ def describe_listing(listing: Listing, folder: Path) -> list[str]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the paths of the data files below `folder`, relative to it and in order, but for hidden ones."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"can't read `{error.filename}`: {error.strerror}", "check the folder and its permissions"
+        ) from error
+
     count, found = 0, []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         count += len(folders) + len(names)
         if count > _MOST_ENTRIES:
@@ -102,7 +109,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             )
         here = Path(root).relative_to(folder)
         found += [here / name for name in names if is_data_name(Path(name))]
-    yield from (file for file in sorted(found) if (folder / file).is_file())
+    # A link to nothing counts: reading it fails, rather than leaving its rows out.
+    yield from (file for file in sorted(found) if (folder / file).is_file() or (folder / file).is_symlink())
 
 
 def _is_beside_rows(file: Path) -> bool:

@@ -363,6 +363,12 @@ def _log(prepared: Prepared, config: TrainConfig) -> None:
             )
         elif num_rows:
             logger.info("none of the %s %s rows is in the training set", f"{num_rows:,}", name)
+    if train.untrained * 2 > train.rows:
+        logger.warning(
+            "%s of the %s training rows have nothing to train: is the right column named, and is it filled?",
+            f"{train.untrained:,}",
+            f"{train.rows:,}",
+        )
     if validation is None and any(it.train_split_ratio < 1 for it in config.data_sets):
         logger.warning(
             "no row is left for validation (equal rows, and those of a group, stay on one side): no evaluation, no early stopping"

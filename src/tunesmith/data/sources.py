@@ -6,6 +6,7 @@ Everything streams: no reader holds more than a batch of rows.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -119,8 +120,8 @@ def sources_fingerprint(data_sets: Sequence[HFDatasetConfig], rendering_version:
 def _digest_files(files: Sequence[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.suffix.lower()}\0{file.stat().st_size}\0".encode())
         with open_file(file) as stream:
+            digest.update(f"{file.suffix.lower()}\0{os.fstat(stream.fileno()).st_size}\0".encode())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
