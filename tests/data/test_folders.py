@@ -159,7 +159,10 @@ def test_a_link_to_nothing_is_no_less_rows(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
 def test_a_subfolder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, "a.jsonl", "closed/b.jsonl")
+    make(tmp_path, "a.jsonl", "lost+found/b.jsonl")
+    (tmp_path / "lost+found").chmod(0)
+    assert chosen(tmp_path) == ["a.jsonl"]
+    make(tmp_path, "closed/b.jsonl")
     (tmp_path / "closed").chmod(0)
     try:
         with pytest.raises(DataError, match=r"can't read .*closed.*Permission denied"):

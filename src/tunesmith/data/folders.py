@@ -54,7 +54,8 @@ def list_files(path: Path, split: str) -> Listing:
         raise DataError(f"the folder `{path}` holds no file of rows", _hint_for_none(found or everything))
     chosen = _choose(path, files, split)
     _check_formats(path, chosen, split)
-    unread = [(file, _reason(file, split)) for file in files if file not in set(chosen)]
+    read = set(chosen)
+    unread = [(file, _reason(file, split)) for file in files if file not in read]
     unread += [(file, explain_name(file)[0]) for file in found if not holds_rows(file)]
     return Listing([path / file for file in chosen], [(path / file, reason) for file, reason in unread])
 
@@ -100,7 +101,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     count, found = 0, []
     for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        # A mounted disk's own folder, which nobody but root may read.
+        folders[:] = [name for name in folders if not name.startswith((".", "__")) and name != "lost+found"]
         count += len(folders) + len(names)
         if count > _MOST_ENTRIES:
             raise DataError(
