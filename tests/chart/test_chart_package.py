@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import gzip
 import io
@@ -92,6 +93,22 @@ def test_the_same_sources_make_the_same_zip_in_another_folder(tmp_path: Path) ->
         check=True,
     )
     assert written.read_bytes() == package_zip()
+
+
+def test_what_runs_is_in_it_line_by_line_and_no_more() -> None:
+    """A traceback in a pod names the lines of the source."""
+    with ZipFile(io.BytesIO(package_zip())) as archive:
+        packed = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    for name, text in packed.items():
+        source = (REPOSITORY / "src" / name).read_text()
+        own, theirs = (
+            [(type(node), getattr(node, "lineno", 0)) for node in ast.walk(ast.parse(it))]
+            for it in (source, text)
+        )
+        assert own == theirs, name
+    assert sum(map(len, packed.values())) < 0.9 * sum(
+        len((REPOSITORY / "src" / name).read_text()) for name in packed
+    )
 
 
 def test_a_config_map_and_helms_own_record_hold_it() -> None:

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "unknown setting of the run": ({"run": {"lora_rnk": 8}}, ["/run", "'lora_rnk'"]),
     "wrong type in the run": ({"run": {"lora_rank": "many"}}, ["/run/lora_rank"]),
     "out of range in the run": ({"run": {"lora_dropout": 1.5}}, ["/run/lora_dropout"]),
-    "unknown setting of the data set": ({"run": {"hf_dataset_config": {"name": "a"}}}, ["/run/hf_dataset_config", "'name'"]),
+    "unknown setting of the data set": ({"run": {"hf_dataset_config": {"subset": "a"}}}, ["/run/hf_dataset_config", "'subset'"]),
     "unknown key of a pod": ({"worker": {"pod_spec": {}}}, ["/worker", "'pod_spec'"]),
 }  # fmt: skip
 

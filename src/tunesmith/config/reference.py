@@ -196,4 +196,4 @@ def _show_default(field: SettingField) -> str:
 
 
 def _first_line(model: type[Settings]) -> str:
-    return (model.__doc__ or model.__name__).strip().splitlines()[0]
+    return ((model.__doc__ or "").strip() or model.__name__).splitlines()[0]
