@@ -109,6 +109,16 @@ def test_a_model_at_an_address_keeps_it_whole_and_is_called_by_its_last_part() -
     assert EvaluateConfig(model_path=url).model_path == url
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("hf_model_id", "given as model_path"), ("home", "on a disk"), ("data_dir", "on a disk")],
+)
+def test_an_address_in_another_setting_is_refused_and_its_secret_never_shown(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_settings(TrainConfig, None, {name: f"s3://KEY:{SECRET}@bucket/x"}, {})
+    assert SECRET not in str(error.value)
+
+
 @pytest.mark.parametrize("given", ["models/tiny", "/models/tiny", "./tiny", Path("tiny")])
 def test_a_model_at_a_path_is_a_path(given: str | Path) -> None:
     assert TrainConfig(model_path=given).model_path == Path(given)

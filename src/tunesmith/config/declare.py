@@ -113,6 +113,18 @@ def _check_source(value: str) -> str:
     return check_url(value) if is_url(value) else value
 
 
+def _check_hub_id(value: str) -> str:
+    if is_url(value):
+        raise ValueError("it is a model's id on the hub; an address is given as model_path")
+    return value
+
+
+def _check_on_disk(value: Any) -> Any:
+    if is_url(str(value)):
+        raise ValueError("it must be a path on a disk; only data sets and models are read from addresses")
+    return value
+
+
 def _place_model(value: Any) -> Any:
     if value is None:
         return None
@@ -137,7 +149,8 @@ Names = Annotated[
 Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator(_parse_list)]
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
-OptionalPath = Annotated[Path | None, BeforeValidator(parse_none)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_check_on_disk), BeforeValidator(parse_none)]
+HubId = Annotated[str, AfterValidator(_check_hub_id)]
 SourceName = Annotated[str, AfterValidator(_check_source)]
 # A hub id, an address, or a path as text or as a Path.
 DatasetName = Annotated[

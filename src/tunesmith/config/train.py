@@ -21,6 +21,7 @@ from tunesmith.config.declare import (
     AutoBool,
     AutoInt,
     FolderName,
+    HubId,
     ModelPlace,
     Names,
     OptionalPath,
@@ -36,7 +37,7 @@ from tunesmith.config.model_ref import ModelRef
 class TrainConfig(HFDatasetConfig):
     """Everything `tunesmith train` can be told; each field is a flag, a YAML key and an environment variable."""
 
-    hf_model_id: str = setting(
+    hf_model_id: HubId = setting(
         "Qwen/Qwen3-8B", "Hugging Face model id.", group="model", scope="model", min_length=1
     )
     model_path: ModelPlace = setting(

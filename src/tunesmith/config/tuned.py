@@ -11,6 +11,7 @@ from tunesmith.config.declare import (
     AutoBool,
     AutoInt,
     DatasetName,
+    HubId,
     ModelPlace,
     Names,
     OptionalPath,
@@ -57,7 +58,7 @@ class TunedModelConfig(Settings):
         group="model",
         scope="run",
     )
-    base_model: str = setting(
+    base_model: HubId = setting(
         "Qwen/Qwen3-8B",
         "Hugging Face id of the base model, where the run or adapter doesn't record it; also picks the run by model.",
         group="model",
