@@ -22,7 +22,11 @@ _SECRET_NAME = (
     r"|[\w.-]*(?:key|key[-_]?id|accessid|sig|auth)|code|policy"
 )
 _SECRET_PART = re.compile(rf"(?i)([?&#;](?:{_SECRET_NAME})=)[^&#;\s`\"']*")
-_USER = re.compile(r"(?i)(://)(?:[^\s/`\"'@]+|(?!arn:)[^\s/`\"'@:]+:(?!\d+(?:/|$))[^\s`\"'@]+)@")
+# Who asks, before the host: all up to an @, which may come after a slash where there is a colon that begins no port.
+_PORT = r"\d+(?:[/?#\s`\"':,)\]]|$)"
+_USER = re.compile(rf"(?i)(:/+)(?:[^/`\"'@]+|(?!arn:|\[)[^/`\"'@:]+:(?!{_PORT})[^`\"'@]+)@")
+# Or, where no @ follows, a colon that begins no port.
+_PAIR = re.compile(rf"(?i)(:/+)(?!arn:|\[)[^\s/`\"'@:]+:(?!{_PORT})[^\s/`\"'?#]+")
 
 
 def is_url(text: object) -> bool:
@@ -60,17 +64,14 @@ def check_url(url: str) -> str:
     place = re.split(r"[/?#]", url[len(scheme) + 3 :])[0]
     if not place:
         raise ValueError(f"after {scheme}:// comes the name of a {'host' if scheme[0] == 'h' else 'bucket'}")
-    has_user = "@" in place or (
-        ":" in place and scheme in ("s3", "gs", "hf") and not place.startswith("arn:")
-    )
-    if has_user or _USER.search(url) or _SECRET_PART.search(url):
+    if "@" in place or any(pattern.search(url) for pattern in (_USER, _PAIR, _SECRET_PART)):
         raise ValueError(
             "an address with a password, a key or a signature would be recorded with the run; leave it out: "
             f"credentials come from {credentials_of(url)}"
         )
     if scheme in ("http", "https") and not name_of(url):
         raise ValueError(f"{scheme}:// names one file, and this address ends with none")
-    if name_of(url) in (".", ".."):
+    if name_of(url) in (".", "..") or re.search(r"[\x00-\x1f]", name_of(url)):
         raise ValueError("its last part names nothing")
     return url
 
@@ -84,4 +85,4 @@ def name_of(url: str) -> str:
 
 def mask(text: str) -> str:
     """Return the text with passwords and signatures in addresses blotted out."""
-    return _SECRET_PART.sub(r"\1***", _USER.sub(r"\1***@", text))
+    return _SECRET_PART.sub(r"\1***", _PAIR.sub(r"\1***", _USER.sub(r"\1***@", text)))

@@ -45,6 +45,8 @@ def test_an_address_is_taken_as_it_is(url: str, name: str) -> None:
         f"s3://KEY:{SECRET}@bucket/rows.jsonl",
         f"s3://KEY:{SECRET}/with/slash@bucket/rows.jsonl",
         f"hf://user:{SECRET}@datasets/org/name/rows.jsonl",
+        f"s3://KEY:{SECRET}/bucket/rows.jsonl",
+        f"https://user:{SECRET}%40host/rows.jsonl",
         f"https://host/rows.jsonl?X-Amz-Algorithm=A&X-Amz-Credential={SECRET}",
         f"https://host/rows.jsonl?X-Amz-Signature={SECRET}&versionId=3",
         f"https://host/rows.jsonl?X-Amz-Security-Token={SECRET}",
@@ -77,6 +79,29 @@ def test_an_address_that_holds_a_secret_is_refused_and_never_shown(
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        f"s3:/KEY:{SECRET}@bucket/x.jsonl",
+        f"https://user:{SECRET} with white space@host/x.jsonl",
+        f"ftp://user:{SECRET}@host/x.jsonl",
+        f"s3://KEY:{SECRET}@bucket/a b.jsonl?sig={SECRET}",
+    ],
+)
+def test_what_is_refused_for_another_reason_shows_no_secret_either(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"\*\*\*") as error:
+        load_settings(TrainConfig, None, {"dataset_name": url}, {})
+    assert SECRET not in str(error.value) and "white space@" not in str(error.value)
+
+
+def test_what_a_library_says_is_shown_but_for_secrets() -> None:
+    said = "can't reach http://127.0.0.1:8000: refused by https://host:1/a?page=2&sig=abc as s3://u:p@b"
+    assert (
+        mask(said)
+        == "can't reach http://127.0.0.1:8000: refused by https://host:1/a?page=2&sig=*** as s3://***@b"
+    )
+
+
+@pytest.mark.parametrize(
     ("url", "said"),
     [
         ("abfs://container/x.jsonl", "addresses begin with s3://, gs://, hf://, https://"),
@@ -86,6 +111,9 @@ def test_an_address_that_holds_a_secret_is_refused_and_never_shown(
         ("https://host/", "names one file"),
         ("s3://bucket/a b.jsonl", "no white space"),
         ("s3://bucket/..", "names nothing"),
+        ("https://host/%2e%2e", "names nothing"),
+        ("https://host/a%00.jsonl", "names nothing"),
+        ("https://[host/x.jsonl", "IPv6"),
     ],
 )
 def test_what_cannot_be_an_address_is_refused_with_the_reason(url: str, said: str) -> None:
