@@ -164,6 +164,16 @@ def test_inspect_fetches_no_weights(
     assert (copy / "tokenizer.json").is_file() and not list(copy.glob("*.safetensors"))
 
 
+def test_sets_of_ones_own_are_fetched_too(bucket: Bucket, model_of: ModelOf, tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"{i} plus 1?", "answer": str(i + 1)}).encode() + b"\n" for i in range(9)]
+    config = config_of(
+        str(model_of("llama")), bucket.put("own/train.jsonl", b"".join(rows[:7])), tmp_path
+    ).model_copy(update={"validation_dataset": bucket.put("own/validation.jsonl", b"".join(rows[7:]))})
+    with copies_in(tmp_path):
+        prepared = prepare_run(config, load_tokenizer(config.model), locate_run(config))
+    assert (prepared.stats.train.rows, prepared.stats.validation.rows) == (7, 2)
+
+
 def test_what_is_submitted_is_looked_at_with_the_credentials_here(
     bucket: Bucket, model_of: ModelOf, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,6 +185,8 @@ def test_what_is_submitted_is_looked_at_with_the_credentials_here(
         check_addresses(config)
     assert "`s3://rows/submitted/train.jsonl` is there: 1 file, 0.0 MB" in caplog.text
     assert "`s3://rows/submitted/llama` is there: " in caplog.text
+    with pytest.raises(DataError, match=r"there is nothing at `s3://rows/no-set.jsonl`"):
+        check_addresses(config.model_copy(update={"test_dataset": "s3://rows/no-set.jsonl"}))
     with pytest.raises(ModelError, match="there is nothing at `s3://rows/no-model`"):
         check_addresses(config.model_copy(update={"model_path": "s3://rows/no-model"}))
 

@@ -139,7 +139,13 @@ def test_a_model_at_an_address_keeps_it_whole_and_is_called_by_its_last_part() -
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("hf_model_id", "given as model_path"), ("home", "on a disk"), ("data_dir", "on a disk")],
+    [
+        ("hf_model_id", "given as model_path"),
+        ("validation_dataset", "leave it out"),
+        ("test_dataset", "leave it out"),
+        ("home", "on a disk"),
+        ("data_dir", "on a disk"),
+    ],
 )
 def test_an_address_in_another_setting_is_refused_and_its_secret_never_shown(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:

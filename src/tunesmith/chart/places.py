@@ -55,9 +55,9 @@ def check_addresses(config: TrainConfig) -> None:
     """
     if isinstance(config.model_path, str):
         check(config.model_path, "models")
-    for settings in config.data_sets:
-        if is_url(settings.dataset_name):
-            check(settings.dataset_name, "datasets")
+    for url in dict.fromkeys(settings.dataset_name for settings in config.sources):
+        if is_url(url):
+            check(url, "datasets")
 
 
 def _paths_of(config: TrainConfig) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from tunesmith.data.split import check_other_split
 from tunesmith.errors import DataError
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
+from tunesmith.urls import is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,7 +88,7 @@ def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig
         try:
             path = local_path(named)
         except DataError as error:
-            if Path(config.test_dataset).expanduser().exists():
+            if is_url(config.test_dataset) or Path(config.test_dataset).expanduser().exists():
                 raise
             raise DataError(
                 f"there is no test file `{config.test_dataset}`",
