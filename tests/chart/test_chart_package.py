@@ -61,8 +61,8 @@ prepare(config, load_tokenizer(config.model), Path(sys.argv[3]))
 """
 
 REPORT = """
-from tunesmith.evaluate import report
-print(*(len(report._read(f"report.{suffix}")) for suffix in ("html", "css", "js")))
+from tunesmith.view import page
+print(*(len(page._read("tunesmith.evaluate", f"report.{suffix}")) for suffix in ("html", "css", "js")))
 """
 
 

@@ -74,7 +74,7 @@ def test_what_became_of_each_row_adds_up_to_what_became_of_all(
     config = TrainConfig(dataset_name=str(source), train_split_ratio=1.0, max_seq_length=64)
     tokenizer = build_tokenizer(kind)
     prepared = prepare(config, tokenizer, tmp_path / "sets")
-    formats = [row_format.with_tokenizer(tokenizer) for row_format in check_sources(config)]
+    formats = [row_format.with_tokenizer(tokenizer, "2026-01-31") for row_format in check_sources(config)]
     fates = find_fates(prepared.data_dir / "training.jsonl", range(len(rows)), formats, 64)
     stats, counts = prepared.stats.train, [fate.counts for fate in fates.values()]
     assert stats.truncated == sum(it.truncated for it in counts) > 0
