@@ -33,7 +33,7 @@ COURSE = f"{HERE}::test_a_setting_of_the_training_changes_its_course"
 EFFECTS = {
     "dataset_name": "test_sources::test_a_file_of_each_kind_gives_its_rows_in_order",
     "dataset_config": "test_hub::test_a_configuration_of_a_hub_data_set_is_read",
-    "split": "test_sources::test_a_folder_gives_the_files_of_the_split_in_order",
+    "split": "test_folders::test_another_split_is_never_read_however_it_is_named",
     "train_split_ratio": "test_prepare::test_a_thousand_rows_split_into_the_shares_asked_for",
     "val_test_split_ratio": "test_prepare::test_a_thousand_rows_split_into_the_shares_asked_for",
     "input_template": "test_formats::test_a_template_fills_columns_and_keeps_doubled_braces",

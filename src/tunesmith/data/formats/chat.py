@@ -92,7 +92,7 @@ class ChatRenderer:
         examples = [
             MarkedText(turn.text, self._trained_spans(turn, messages[index]), turn.ends)
             for index, turn in zip(turns, rendered, strict=True)
-            if self._says_something(turn)
+            if _says_something(messages[index]) and self._end_of_turn.sub("", turn.text[turn.start :]).strip()
         ]
         if _continue_each_other(examples):
             spans = tuple([span for example in examples for span in example.spans])
@@ -151,9 +151,6 @@ class ChatRenderer:
                 spans = without(spans, block.span())
         return [MarkedText(turn.text, tuple(spans), turn.ends)] if spans else []
 
-    def _says_something(self, turn: Turn) -> bool:
-        return bool(self._end_of_turn.sub("", turn.text[turn.start :]).strip())
-
     def _trained_spans(self, turn: Turn, message: Mapping[str, Any]) -> tuple[Span, ...]:
         start = turn.start if self._trains_reasoning else answer_start(turn, message)
         return ((start, len(turn.text)),)
@@ -187,6 +184,12 @@ class ChatRenderer:
             raise DataError(f"the chat template doesn't render {left_out[0]} of the row", _UNRENDERED_HINT)
         for what in left_out:
             findings[f"rows of which the chat template leaves out {what}"] += 1
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Tell whether there is anything to learn: a template may write something into an empty answer too."""
+    reasoning, answer = split_reasoning(message)
+    return bool(answer.strip() or reasoning.strip() or message.get("tool_calls"))
 
 
 def _trained_turns(row: dict[str, Any]) -> list[int]:
