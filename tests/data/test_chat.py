@@ -93,7 +93,10 @@ NO_SYSTEM = (
 @pytest.mark.parametrize(
     ("row", "left_out"),
     [
-        ({"messages": [say("system", "Hi"), say(USER, "Hi"), say(ASSISTANT, "Hello")]}, "a `system` message"),
+        (
+            {"messages": [say("system", "Hi"), say(USER, "Hi"), say(ASSISTANT, "Hello")]},
+            "the text of a `system` message",
+        ),
         ({"messages": [say(USER, ""), say(USER, "Hi"), say(ASSISTANT, "Hello")]}, "an empty `user` message"),
         ({"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello", tool_calls=[call({})])]}, "a tool call"),
         ({"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello")], "tools": [tool("f")]}, "the list of tools"),
@@ -103,17 +106,38 @@ NO_SYSTEM = (
 )
 def test_what_the_template_leaves_out_is_refused_or_counted(row: dict[str, Any], left_out: str) -> None:
     tokenizer = with_template(NO_SYSTEM)
-    with pytest.raises(DataError, match=f"the chat template doesn't render {left_out}"):
+    with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
         encode(row, tokenizer)
     texts, findings = encode(row, tokenizer, unrendered="count")
     assert texts == [GREETING]
     assert findings[f"rows of which the chat template leaves out {left_out}"] == 1
 
 
+def test_a_text_beside_a_call_is_missed_too() -> None:
+    either = NO_SYSTEM.replace(
+        "+ m.content +", "+ (m.tool_calls[0].function.name if m.tool_calls else m.content) +"
+    )
+    talk = [say(USER, "Rain?"), say(ASSISTANT, "Let me see.", tool_calls=[call({})])]
+    with pytest.raises(DataError, match="leaves out the text of an `assistant` message"):
+        encode({"messages": talk}, with_template(either))
+
+
 def test_a_text_that_the_template_changes_is_refused() -> None:
     shouting = NO_SYSTEM.replace("+ m.content", "+ m.content | upper")
-    with pytest.raises(DataError, match="the text of a `user` message as it is written"):
+    with pytest.raises(DataError, match="the text of a `user` message, or changes it"):
         encode({"messages": [say(USER, "Hi"), say(ASSISTANT, "HELLO")]}, with_template(shouting))
+
+
+@pytest.mark.parametrize("written", ["m.content | tojson", "m.content | replace('\\n', '')", "m.content"])
+def test_what_a_tool_returns_may_be_written_as_json(written: str) -> None:
+    template = NO_SYSTEM.replace("('user',", "('tool', 'user',").replace(
+        "+ m.content +", "+ (" + written + " if m.role == 'tool' else m.content) +"
+    )
+    result = '{"sky": "blue",\n "wind": 3}'
+    talk = [say(USER, "Rain?"), say(ASSISTANT, "Let me see."), say("tool", result), say(ASSISTANT, "No.")]
+    (text,), findings = encode({"messages": talk}, with_template(template))
+    assert text.endswith("⟦No.<|im_end|>⟧")
+    assert not findings
 
 
 def test_a_key_that_nothing_uses_is_named_with_its_count() -> None:

@@ -117,7 +117,7 @@ def test_a_call_is_trained_as_an_object_and_is_what_is_expected(as_text: bool) -
     prompt = chosen.with_tokenizer(tokenizer, DATE).prompt(rendered)
     assert prompt is not None
     assert prompt.reference == expected
-    with pytest.raises(DataError, match="doesn't render a tool call"):
+    with pytest.raises(DataError, match="leaves out a tool call"):
         spelled(row)
 
 

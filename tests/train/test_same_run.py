@@ -162,3 +162,16 @@ def test_several_data_sets_are_compared_one_by_one(place: Path) -> None:
         check_resumable(begun, swapped)
     with pytest.raises(RunError, match="`datasets`"):
         check_resumable(begun, both(rows, {**more, "train_split_ratio": 0.5}))
+
+
+def test_sets_of_ones_own_and_chat_templates_may_be_spelt_otherwise_too(place: Path) -> None:
+    shutil.copy(place / "rows.jsonl", place / "held.jsonl")
+    (place / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    shutil.copy(place / "plain.jinja", place / "copy.jinja")
+    changes = {"validation_dataset": "held.jsonl", "chat_template": "plain.jinja"}
+    begun = start(given(**changes)).run
+    config = given(validation_dataset="./held.jsonl", chat_template="copy.jinja")
+    assert find_run(config) == begun
+    check_resumable(begun, config)
+    (place / "copy.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert find_run(config) != begun

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.config import HFDatasetConfig, TrainConfig
 from tunesmith.data.formats.template import TemplateFormat
 from tunesmith.errors import TunesmithError
+from tunesmith.model.chat_template import read_if_file
 from tunesmith.runs.folder import RunDir, find_runs
 from tunesmith.runs.identity import default_run_name, locate_run, recorded_settings
 
@@ -62,6 +63,9 @@ def respell(
         old, new = getattr(recorded, name), getattr(config, name)
         if old != new and _is_place(new) and (_is_same_place(old, new) or has_same_model()):
             changes[name] = new
+    templates = [it.chat_template and read_if_file(it.chat_template) for it in (recorded, config)]
+    if templates[0] == templates[1]:
+        changes["chat_template"] = config.chat_template
     if len(recorded.data_sets) == len(config.data_sets):
         pairs = list(zip(recorded.data_sets, config.data_sets, strict=True))
         named = [(old.dataset_name, new.dataset_name) for old, new in pairs]
@@ -85,6 +89,9 @@ def _spelt_as(recorded: HFDatasetConfig, config: HFDatasetConfig, is_same: bool)
     changes: dict[str, Any] = {}
     if is_same and _is_place(config.dataset_name):
         changes["dataset_name"] = config.dataset_name
+    for name in ("validation_dataset", "test_dataset"):
+        if _is_same_place(getattr(recorded, name), getattr(config, name)):
+            changes[name] = getattr(config, name)
     # Without templates of the user's, the columns decide how rows are read.
     if recorded.gives_template and config.gives_template and _template_of(recorded) == _template_of(config):
         changes |= {name: getattr(config, name) for name in _TEMPLATE_SETTINGS}

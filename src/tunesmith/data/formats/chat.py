@@ -181,7 +181,7 @@ class ChatRenderer:
         if not left_out:
             left_out = list(find_changed(messages, turn))
         if left_out and self._refuses:
-            raise DataError(f"the chat template doesn't render {left_out[0]} of the row", _UNRENDERED_HINT)
+            raise DataError(f"the chat template leaves out {left_out[0]}", _UNRENDERED_HINT)
         for what in left_out:
             findings[f"rows of which the chat template leaves out {what}"] += 1
 

@@ -153,7 +153,7 @@ class ChatTemplate:
         return self._unrendered[shape]
 
     def _compare(self, messages: Messages, has_tools: bool) -> list[str]:
-        marked = [_mark(message, f"qmark{i}x") for i, message in enumerate(messages)]
+        marked = [_mark(message, i) for i, message in enumerate(messages)]
         tools = [_MARKED_TOOL] if has_tools else None
         text = self._try(marked, tools)
         if text is None:
@@ -165,8 +165,8 @@ class ChatTemplate:
             mark, role, calls = f"qmark{i}x", message["role"], message.get("tool_calls") or []
             others = [*marked[:i], *marked[i + 1 :]]
             if message["content"] and mark not in shown:
-                left_out.append(f"{_article(role)} `{role}` message")
-            elif any(f"{mark}f{j}" not in shown for j in range(len(calls))):
+                left_out.append(f"the text of {with_article(role)} message")
+            elif any(f"qcall{i}x{j}" not in shown for j in range(len(calls))):
                 left_out.append("a tool call")
             elif not message["content"] and not calls and others and self._try(others, tools) == text:
                 left_out.append(f"an empty `{role}` message")
@@ -186,12 +186,12 @@ def _shape_of(message: Mapping[str, Any]) -> tuple[Any, ...]:
     return message["role"], bool(message["content"].strip()), len(calls) if calls else 0
 
 
-def _mark(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Return a message of the same shape whose texts stand nowhere else."""
+def _mark(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return a message of the same shape whose texts stand nowhere else, by its number in the conversation."""
     marked = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    marked["content"] = mark if message["content"].strip() else ""
+    marked["content"] = f"qmark{number}x" if message["content"].strip() else ""
     if calls := message.get("tool_calls"):
-        marked["tool_calls"] = [_mark_call(call, f"{mark}f{j}") for j, call in enumerate(calls)]
+        marked["tool_calls"] = [_mark_call(call, f"qcall{number}x{j}") for j, call in enumerate(calls)]
     return marked
 
 
@@ -209,5 +209,6 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
-def _article(noun: str) -> str:
-    return "an" if noun == "assistant" else "a"
+def with_article(role: str) -> str:
+    """Return a role as an error names it: an `assistant`, a `user`."""
+    return f"{'an' if role == 'assistant' else 'a'} `{role}`"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data.align import Span
-from tunesmith.data.formats.chat_template import END_THINK, THINK, Messages, split_reasoning
+from tunesmith.data.formats.chat_template import END_THINK, THINK, Messages, split_reasoning, with_article
 from tunesmith.errors import DataError
 
 _REST_OF_BLOCK = re.compile(rf"(?:\s*{THINK})?.*?{END_THINK}\s*", re.DOTALL)
+# What JSON may be written with and without.
+_NOT_SAID = re.compile(r"[\s\\\"]")
 _CLOSING = re.compile(rf"\s*{END_THINK}\s*")
 
 
@@ -30,11 +33,18 @@ def find_changed(messages: Messages, turn: Turn) -> Iterator[str]:
         reasoning, answer = (
             split_reasoning(message) if message["role"] == "assistant" else ("", message["content"])
         )
-        if answer.strip() not in turn.text:
-            yield f"the text of a `{message['role']}` message as it is written"
+        if not _appears(answer.strip(), turn.text, is_result=message["role"] == "tool"):
+            yield f"the text of {with_article(message['role'])} message, or changes it"
         # Of earlier turns the reasoning isn't seen at inference either.
         elif index == len(messages) - 1 and reasoning.strip() not in turn.text[turn.start :]:
             yield "the reasoning"
+
+
+def _appears(text: str, whole: str, is_result: bool) -> bool:
+    """Tell whether a text stands in the whole: as it is, or as JSON, in which templates write what tools return."""
+    if text in whole or json.dumps(text, ensure_ascii=False)[1:-1] in whole:
+        return True
+    return is_result and _NOT_SAID.sub("", text) in _NOT_SAID.sub("", whole)
 
 
 def without(spans: Sequence[Span], hole: Span) -> list[Span]:
