@@ -3,10 +3,13 @@
 The peer only tokenizes, in batches, with the same fast tokenizer, one process and one thread; its rows are loaded
 before the clock starts. Ours reads them, marks what is trained, packs and writes. `prepare` is the whole of it:
 reading the source, splitting and publishing too.
+
+The word after the length says of which rows: `templates`, or `messages`, of which the peer applies the chat template.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -29,7 +32,7 @@ _TURNS = 3
 
 
 def main() -> None:
-    model, data, max_length = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    model, data, max_length, kind = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -37,13 +40,14 @@ def main() -> None:
     for turn in range(_TURNS + 1):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            rows = data if kind == "templates" else _as_messages(data, folder / "messages.jsonl")
             start = time.perf_counter()
-            prepared = prepare(_config(model, data, max_length), tokenizer, folder)
+            prepared = prepare(_config(model, rows, max_length, kind), tokenizer, folder / "sets")
             tokens = prepared.stats.train.tokens
             measured = [
                 tokens / (time.perf_counter() - start),
                 tokens / _time_stage(prepared, tokenizer, max_length, folder / "again.arrow"),
-                _time_map(data, tokenizer, folder),
+                _time_map(rows, tokenizer, folder, kind),
             ]
         if turn:  # the first warms up
             for name, speed in zip(("prepare", "tokenize and pack", "datasets.map"), measured, strict=True):
@@ -51,12 +55,25 @@ def main() -> None:
     answer({"tokens_per_s": speeds, "full": prepared.stats.train.packing_efficiency, "tokens": tokens})
 
 
-def _config(model: Path, data: Path, max_length: int) -> TrainConfig:
+def _as_messages(data: Path, path: Path) -> Path:
+    """Write the rows as conversations of one question and its answer."""
+    with data.open() as rows, path.open("w") as file:
+        for line in rows:
+            row = json.loads(line)
+            talk = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            file.write(json.dumps({"messages": talk}) + "\n")
+    return path
+
+
+def _config(model: Path, data: Path, max_length: int, kind: str) -> TrainConfig:
+    templates = {"input_template": "{prompt}", "output_template": "{completion}"}
     return TrainConfig(
         model_path=model,
         dataset_name=str(data),
-        input_template="{prompt}",
-        output_template="{completion}",
+        **(templates if kind == "templates" else {}),
         train_split_ratio=1.0,
         max_seq_length=max_length,
         num_proc=1,
@@ -73,7 +90,7 @@ def _time_stage(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, max_leng
     return time.perf_counter() - start
 
 
-def _time_map(data: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
+def _time_map(data: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, kind: str) -> float:
     """Return the tokens per second of the map alone."""
     rows = Dataset.from_json(str(data), cache_dir=str(folder / "cache"))
 
@@ -81,8 +98,12 @@ def _time_map(data: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> f
         texts = [a + b for a, b in zip(batch["prompt"], batch["completion"], strict=True)]
         return {"input_ids": tokenizer(texts)["input_ids"]}
 
+    def apply_template(batch: dict[str, list[list[dict[str, str]]]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer.apply_chat_template(batch["messages"], return_dict=False)}
+
     start = time.perf_counter()
-    mapped = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
+    way = tokenize if kind == "templates" else apply_template
+    mapped = rows.map(way, batched=True, remove_columns=rows.column_names)
     seconds = time.perf_counter() - start
     return sum(len(ids) for ids in mapped["input_ids"]) / seconds
 

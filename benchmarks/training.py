@@ -161,6 +161,10 @@ def _run_ours(script: str, *arguments: str, num_threads: int | None = None) -> A
     return run_process(_OURS, script, *arguments, num_threads=num_threads)
 
 
+def _prepare_rows(setting: Setting, kind: str) -> Any:
+    return _run_ours("tokens.py", setting.task.model, setting.task.train, str(setting.task.max_length), kind)
+
+
 PARTS: dict[str, Callable[[Setting], Any]] = {
     "training": run_training,
     "levers": run_levers,
@@ -168,7 +172,8 @@ PARTS: dict[str, Callable[[Setting], Any]] = {
     "checkpoints": lambda it: _run_ours(
         "checkpoints.py", "default", json.dumps(asdict(it.task)), num_threads=it.task.num_threads
     ),
-    "tokens": lambda it: _run_ours("tokens.py", it.task.model, it.task.train, str(it.task.max_length)),
+    "tokens": lambda it: _prepare_rows(it, "templates"),
+    "conversations": lambda it: _prepare_rows(it, "messages"),
     "workers": lambda it: _run_ours(
         "two_workers.py", "default", json.dumps(asdict(replace(it.task, num_threads=1))), num_threads=1
     ),
@@ -259,7 +264,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--turns", type=int, default=3, help="how often each way runs")
     parser.add_argument("--steps", type=int, default=4, help="steps a turn; the first isn't counted")
-    parser.add_argument("--rows", type=int, default=400_000, help="rows of the large data set")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large data set")
     parser.add_argument("--results", type=Path, default=FOLDER / "results" / "cpu.json")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="the page to fill")
     parser.add_argument(

@@ -81,6 +81,7 @@ def results_of_all_parts() -> dict[str, Any]:
         "start-up": {"tunesmith": [9.0, 11.0], "empty": [7.0, 9.0]},
         "checkpoints": {"step_s": [1.0, 2.0], "saved_step_s": [1.5, 2.5]},
         "tokens": {"tokens_per_s": {"tokenize and pack": [3.0], "datasets.map": [2.0]}, "full": 0.99},
+        "conversations": {"tokens_per_s": {"tokenize and pack": [3.0], "datasets.map": [2.5]}, "full": 0.99},
         "workers": {"1": [100.0], "2": [190.0]},
         "large-data": [
             {

@@ -146,6 +146,13 @@ def test_an_output_template_without_a_placeholder_is_refused() -> None:
     assert "`q`, `a`" in str(caught.value.hint)
 
 
+def test_an_input_template_without_a_placeholder_is_refused_unless_it_is_empty() -> None:
+    for text in ("Question:\n", "{{content}}"):  # as another tool writes placeholders
+        with pytest.raises(ConfigError, match="`input_template` has no placeholder"):
+            choose(["text"], input_template=text, output_template="{text}")
+    assert choose(["text"], input_template="", output_template="{text}").name == "template"
+
+
 def test_jinja_is_told_from_a_column() -> None:
     for template in ("{% if q %}{q}{% endif %}", "{q|trim}"):
         with pytest.raises(DataError, match="no such column") as caught:

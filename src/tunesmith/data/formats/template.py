@@ -134,6 +134,11 @@ class TemplateFormat(ColumnsFormat):
                 "`output_template` has no placeholder: every row would train the same answer",
                 f"{list_columns(columns)}; write one as {{column}}",
             )
+        if settings.input_template.strip() and not self.input_template.names:
+            raise ConfigError(
+                "`input_template` has no placeholder: every row would ask the same",
+                f"{list_columns(columns)}; write one as {{column}}, or leave the template empty to train the output alone",
+            )
 
     def absent_from(self, columns: Iterable[str]) -> list[str]:
         """Return the placeholders whose columns aren't among `columns`, the output template's first."""
