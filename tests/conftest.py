@@ -45,8 +45,15 @@ def _tests_with_ray(file: Path) -> set[str]:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _RayTogether:
-    """Choose how `pytest -n` shares out the tests."""
+    """Choose how `pytest -n` shares out the tests: in the order that they are collected in."""
+    config.option.loadscopereorder = False
     return _RayTogether(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that start a Ray: they take longest, and one process runs them all."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     """Valid contents of a YAML file, with the data set's settings flat or grouped, or with several data sets."""
     names = draw(st.sets(st.sampled_from(sorted(set(TrainConfig.model_fields) - {"datasets"})), max_size=8))
     config = {name: draw(values_of(name)) for name in sorted(names)}
+    if config.get("concatenate"):
+        config.pop("weight", None)
     rates = sorted(config.get(name, 1e-5) for name in ("min_learning_rate", "learning_rate"))
     config |= {"min_learning_rate": rates[0], "learning_rate": max(rates[1], 1e-9)}
     for name in {"run_name", "results_dir"} & config.keys():
