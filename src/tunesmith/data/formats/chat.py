@@ -61,8 +61,7 @@ class ChatRenderer:
         self._refuses = refuses_unrendered
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
-        longest_first = sorted(special, key=len, reverse=True)
-        self._end_of_turn = re.compile("(?:" + "|".join(map(re.escape, longest_first)) + r")(?=\s*\Z)")
+        self._longest_first = sorted(special, key=len, reverse=True)
         self._is_used = dict.fromkeys(_KNOWN_KEYS, True)
 
     @property
@@ -92,7 +91,7 @@ class ChatRenderer:
         examples = [
             MarkedText(turn.text, self._trained_spans(turn, messages[index]), turn.ends)
             for index, turn in zip(turns, rendered, strict=True)
-            if _says_something(messages[index]) and self._end_of_turn.sub("", turn.text[turn.start :]).strip()
+            if _says_something(messages[index]) and turn.said.strip()
         ]
         if _continue_each_other(examples):
             spans = tuple([span for example in examples for span in example.spans])
@@ -112,7 +111,7 @@ class ChatRenderer:
         turn = self._render_turn(messages, row.get("tools"), answers[-1])
         reference = row["messages"][answers[-1]]["content"]
         if messages[answers[-1]].get("tool_calls"):
-            reference = self._end_of_turn.sub("", turn.text[turn.start :])
+            reference = turn.said
         return Question(turn.text, turn.start, reference) if turn.start and reference.strip() else None
 
     def _render_turn(self, messages: Messages, tools: Any, turn: int) -> Turn:
@@ -129,15 +128,21 @@ class ChatRenderer:
         else:
             before = apply(messages[:turn], tools, add_generation_prompt=False) if turn else ""
             start = content_start(before, text, messages[turn]["content"], turn)
-        found = self._end_of_turn.search(text, start)
-        return Turn(text[: found.end()] if found else text, start, found is not None)
+        return self._end_turn(text, start)
+
+    def _end_turn(self, text: str, start: int) -> Turn:
+        """Return the turn that begins at `start`, up to the end token behind which there is white space alone."""
+        whole = text.rstrip()
+        for token in self._longest_first:
+            if whole.endswith(token, start):
+                return Turn(whole, start, len(whole) - len(token))
+        return Turn(text, start, len(text))
 
     def _render_everything(
         self, messages: Messages, tools: Any, untrained: Sequence[int], findings: Findings
     ) -> list[MarkedText]:
         text = self._template.apply(messages, tools, add_generation_prompt=False)
-        found = self._end_of_turn.search(text)
-        turn = Turn(text[: found.end()] if found else text, 0, found is not None)
+        turn = self._end_turn(text, 0)
         self._check_whole(messages, tools, turn, findings)
         spans: Sequence[Span] = [(0, len(turn.text))]
         for index in untrained:

@@ -21,6 +21,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Where models keep their reasoning: Qwen3 and vLLM, gpt-oss, OpenRouter.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_KEYS = frozenset(REASONING_KEYS)
 THINK, END_THINK = "<think>", "</think>"
 _INLINE = re.compile(rf"\s*{THINK}(?P<reasoning>.*?){END_THINK}\s*(?P<answer>.*)", re.DOTALL)
 _OTHER_ROLES = {"function": "tool", "developer": "system"}
@@ -29,11 +30,14 @@ _USER = {"role": "user", "content": "Qmark1"}
 
 def split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
     """Return the reasoning of an assistant's message, "" if it has none, and its answer."""
+    content = message["content"]
+    if THINK not in content and _KEYS.isdisjoint(message):
+        return "", content
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and message[key].strip():
-            return message[key], message["content"]
-    found = _INLINE.fullmatch(message["content"])
-    return (found["reasoning"].strip("\n"), found["answer"]) if found else ("", message["content"])
+            return message[key], content
+    found = _INLINE.fullmatch(content)
+    return (found["reasoning"].strip("\n"), found["answer"]) if found else ("", content)
 
 
 class ChatTemplate:

@@ -20,11 +20,24 @@ _CLOSING = re.compile(rf"\s*{END_THINK}\s*")
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation up to the end of one turn, whose own characters begin at `start`."""
+    """A conversation up to the end of one turn, whose own characters begin at `start`.
+
+    They end at `content_end`, or with the end token that comes there.
+    """
 
     text: str
     start: int
-    ends: bool
+    content_end: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether the turn has an end token."""
+        return self.content_end < len(self.text)
+
+    @property
+    def said(self) -> str:
+        """The turn's own characters, without its end token."""
+        return self.text[self.start : self.content_end]
 
 
 def find_changed(messages: Messages, turn: Turn) -> Iterator[str]:
