@@ -285,3 +285,63 @@ def test_the_date_is_kept_with_the_data(tmp_path: Path) -> None:
     undated = prepare(config, build_tokenizer("chatml"), tmp_path / "data", "2026-01-31")
     assert undated.date is None
     assert undated.fingerprint == prepare(config, build_tokenizer("chatml"), tmp_path / "data").fingerprint
+
+
+# What was found by trying.
+
+
+@pytest.mark.parametrize("said", ["user", "s", "<"])
+def test_a_turn_begins_with_its_own_content_wherever_that_stands_too(said: str) -> None:
+    talk = [say(USER, said), say(ASSISTANT, "s user"), say(USER, said), say(ASSISTANT, "B")]
+    assert trained({"messages": talk}, train_on="user,assistant") == [
+        f"{said}<|im_end|>", "s user<|im_end|>", f"{said}<|im_end|>", "B<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_an_untrained_message_that_changes_what_is_before_it_is_refused() -> None:
+    talk = [say(USER, "a"), say(ASSISTANT, "BAD", weight=0), say(USER, "b"), say(ASSISTANT, "B")]
+    with pytest.raises(DataError, match="can't be trained faithfully"):
+        encode({"messages": talk}, build_tokenizer("qwen3"), train_on="all_turns")
+
+
+def test_the_answer_behind_reasoning_is_the_last_thing_said() -> None:
+    channels = NO_SYSTEM.replace(
+        "+ m.content +", "+ ('<a>' + m.thinking + '<f>' if m.thinking and loop.last else '') + m.content +"
+    )
+    row = {"messages": [say(USER, "a"), say(ASSISTANT, "f", thinking="fa")]}
+    (text,), _ = encode(row, with_template(channels), train_on_reasoning=False)
+    assert text.endswith("<a>fa<f>⟦f<|im_end|>⟧")
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n4", "</think>\n\n4", "4"])
+def test_an_empty_block_is_written_once(block: str) -> None:
+    keyed = NO_SYSTEM.replace(
+        "+ m.content +",
+        "+ ('<think>' + (m.reasoning_content or '') + '</think>' if m.role == 'assistant' else '') + m.content +",
+    )
+    (text,), _ = encode({"messages": [say(USER, "2+2?"), say(ASSISTANT, block)]}, with_template(keyed))
+    assert text.endswith("⟦<think></think>4<|im_end|>⟧")
+
+
+def test_half_a_block_is_reasoning_behind_an_open_one() -> None:
+    row = {"messages": [say(USER, "2+2?"), say(ASSISTANT, "Hm.\n</think>\n\n4")]}
+    assert encode(row, with_template(R1))[0] == ["<U>2+2?<A><think>\n⟦Hm.\n</think>\n\n4<|im_end|>⟧"]
+
+
+def test_a_template_that_always_goes_on_is_refused() -> None:
+    always = NO_SYSTEM.replace("{% if add_generation_prompt %}", "{% if true %}")
+    with pytest.raises(DataError, match="begins another turn behind each answer"):
+        encode({"messages": [say(USER, "Hi"), say(ASSISTANT, "Hello")]}, with_template(always))
+
+
+def test_a_template_that_fails_is_an_error_of_the_row() -> None:
+    failing = NO_SYSTEM.replace("+ m.content +", "+ m.content.format() +")
+    with pytest.raises(DataError, match="refuses the conversation"):
+        encode({"messages": [say(USER, "{0}"), say(ASSISTANT, "Hello")]}, with_template(failing))
+
+
+def test_a_greeting_behind_a_system_message_answers_nothing() -> None:
+    talk = [say("system", "S"), say(ASSISTANT, "Welcome"), say(USER, "a"), say(ASSISTANT, "A")]
+    assert (
+        trained({"messages": talk}) == trained({"messages": talk[1:]}, system_prompt="S") == ["A<|im_end|>"]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,10 @@ def test_a_column_that_is_named_comes_before_those_of_usual_names() -> None:
 def test_the_reason_tells_what_else_fitted() -> None:
     row = {"messages": [say(USER, "Hi")], "prompt": "a", "completion": "b", "text": "c"}
     why = choose_format(settings_of(), row, "rows").why
-    assert why == "there is a column `messages`; as prompt_completion and text they could be read too"
+    assert (
+        why
+        == "there is a column `messages`; as prompt_completion and text they could be read too; not used: `prompt`, `completion`, `text`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,3 +262,64 @@ def test_the_system_prompt_goes_before_conversations_without_one() -> None:
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n" + GREETING
     own = {"messages": [say("system", "Sing."), *turns]}
     assert encode(own, tokenizer, system_prompt="Be brief.") == encode(own, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"function": {"name": "weather", "parameters": {"city": "Ulm"}}},
+        {"name": "weather", "input": {"city": "Ulm"}},
+        {"function": {"name": "weather", "args": '{"city": "Ulm"}'}},
+    ],
+)
+def test_the_arguments_of_a_call_have_several_names(made: dict[str, Any]) -> None:
+    nested = made if "function" in made else {"function": made}
+    row = {"messages": [say(USER, "Rain?"), say(ASSISTANT, None, tool_calls=[nested])]}
+    assert spelled(row, with_template(TOOLS_TEMPLATE))[0].endswith(
+        '⟦<call>{"name": "weather", "arguments": {"city": "Ulm"}}</call><|im_end|>⟧'
+    )
+    wrapped = {
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": json.dumps(nested)},
+        ]
+    }
+    assert spelled(wrapped, with_template(TOOLS_TEMPLATE)) == spelled(row, with_template(TOOLS_TEMPLATE))
+
+
+@pytest.mark.parametrize("call_made", [{"function": "weather"}, {"function": {"arguments": {}}}, 3, None])
+def test_a_call_without_a_name_is_refused(call_made: Any) -> None:
+    with pytest.raises(DataError, match="call of message 2"):
+        read({"messages": [say(USER, "Rain?"), say(ASSISTANT, "", tool_calls=[call_made])]})
+
+
+def test_a_column_of_system_messages_may_hold_parts() -> None:
+    talk = [say(USER, "Hi"), say(ASSISTANT, "Hello")]
+    row = {"messages": talk, "system": [{"type": "text", "text": "Be brief."}]}
+    assert spelled(row) == ["<|im_start|>system\nBe brief.<|im_end|>\n" + GREETING]
+
+
+def test_what_is_not_read_is_refused_or_named() -> None:
+    talk = [say(USER, "<image>What?"), say(ASSISTANT, "A cat")]
+    with pytest.raises(DataError, match="`images` of line 1"):
+        read({"messages": talk, "images": ["cat.png"]})
+    with pytest.raises(DataError, match="`history`"):
+        read({"instruction": "And now?", "output": "Rain", "history": [["a", "b"]]})
+    chosen, _ = read({"prompt": "a", "completion": "b", "label": False})
+    assert chosen.why.endswith("; not used: `label`")
+
+
+def test_switches_and_decimals_are_written_as_people_write_them() -> None:
+    chosen, rendered = read({"text": True})
+    assert rendered["output"] == "true"
+    assert chosen.render({"text": Decimal("0.00000010")}, "line 1")["output"] == "0.00000010"
+
+
+def test_objects_that_arrow_keeps_as_maps_are_objects(tmp_path: Path) -> None:
+    kind = pyarrow.struct([("properties", pyarrow.map_(pyarrow.string(), pyarrow.string()))])
+    table = pyarrow.table(
+        {"tools": pyarrow.array([{"properties": [("city", "string")]}], kind), "text": ["a"]}
+    )
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    ((_, row),) = read_rows(TrainConfig(dataset_name=str(tmp_path / "rows.parquet")))
+    assert row["tools"] == {"properties": {"city": "string"}}

@@ -52,6 +52,10 @@ def _restore(value: Any, kind: pyarrow.DataType, is_inner: bool) -> Any:
             for key, held in value.items()
             if held is not None or not is_inner
         }
-    if isinstance(value, list) and not pyarrow.types.is_map(kind):
+    if pyarrow.types.is_map(kind):
+        # With other keys than text it is no object.
+        pairs = [(key, _restore(held, kind.item_type, is_inner=True)) for key, held in value]
+        return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else pairs
+    if isinstance(value, list):
         return [_restore(held, kind.value_type, is_inner) for held in value]
     return value

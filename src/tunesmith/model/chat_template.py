@@ -28,9 +28,14 @@ def read_if_file(given: str) -> str:
     if path is None or not path.is_file():
         return given
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         # Some folders keep it so, as chat_template.json or tokenizer_config.json.
-        return str(json.loads(text)["chat_template"]) if path.suffix == ".json" else text
+        found = json.loads(text)["chat_template"] if path.suffix == ".json" else text
+        if isinstance(found, list):
+            found = {it["name"]: it["template"] for it in found}["default"]
+        if not isinstance(found, str) or not found.strip():
+            raise ValueError("it holds none")
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"can't read a chat template from `{path}`: {error}", "give a file that holds a Jinja template"

@@ -57,7 +57,7 @@ def choose_format(settings: HFDatasetConfig, first: Mapping[str, Any], source: s
             f"`{unused[0]}` is for conversations, and the rows of {source} are read as {chosen.name}, because {chosen.why}",
             f"leave {unused[0]} out, or name the conversations' column: field_mapping messages=COLUMN",
         )
-    return chosen.knowing(others)
+    return chosen.knowing(others, [column for column in first if column not in chosen.used_columns()])
 
 
 _DEFAULTS = HFDatasetConfig()
@@ -83,14 +83,14 @@ def _check_mapping(settings: HFDatasetConfig, first: Mapping[str, Any], source: 
     mapping = chosen_mapping(settings)
     if not mapping or settings.gives_template:
         return
-    own = list(dict.fromkeys(name for it in ROW_FORMATS for name in it.own_columns))
+    own = list(dict.fromkeys([*(name for it in ROW_FORMATS for name in it.own_columns), "system", "tools"]))
     if not set(own) & set(mapping):
         raise ConfigError(
             f"`field_mapping` names `{next(iter(mapping))}`, which is no format's column, and no templates were given",
             f"set input_template and output_template with {{placeholders}}, or name one of {', '.join(own)}",
         )
     for name, column in mapping.items():
-        if name in own and column not in first:
+        if (name in own or set(mapping) & {"messages", "conversations"}) and column not in first:
             raise DataError(
                 f"`field_mapping` names column `{column}`, absent from {source}", list_columns(first)
             )

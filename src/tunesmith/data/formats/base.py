@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -68,8 +69,11 @@ class RowFormat(Protocol):
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         """Return the format for rows that it has rendered already."""
 
-    def knowing(self, others: Sequence[str]) -> Self:
-        """Return the format with what else fitted the rows told in `why`."""
+    def used_columns(self) -> set[str]:
+        """Return the columns that are read of a row, as far as it has them."""
+
+    def knowing(self, others: Sequence[str], unused: Sequence[str]) -> Self:
+        """Return the format with what else fitted the rows, and which columns it leaves alone, told in `why`."""
 
     def identity(self) -> str:
         """Return what shapes the text, as canonical JSON."""
@@ -114,6 +118,9 @@ class RowFormat(Protocol):
         """
 
 
+_MOST_NAMED = 8
+
+
 class ColumnsFormat:
     """What formats share that are chosen by their columns, and hold one text per example."""
 
@@ -121,13 +128,20 @@ class ColumnsFormat:
     num_segments: ClassVar[int] = 1
     date: str | None = None
 
-    def knowing(self, others: Sequence[str]) -> Self:
+    def knowing(self, others: Sequence[str], unused: Sequence[str]) -> Self:
         others = list(dict.fromkeys(others))
-        if not others:
-            return self
-        listed = " and ".join([*filter(None, [", ".join(others[:-1])]), others[-1]])
-        why = f"{self.why}; as {listed} they could be read too"  # type: ignore[attr-defined]
+        why: str = self.why  # type: ignore[attr-defined]
+        if others:
+            listed = " and ".join([*filter(None, [", ".join(others[:-1])]), others[-1]])
+            why += f"; as {listed} they could be read too"
+        if unused:
+            named = ", ".join(f"`{column}`" for column in unused[:_MOST_NAMED])
+            more = f" and {len(unused) - _MOST_NAMED:,} more" if len(unused) > _MOST_NAMED else ""
+            why += f"; not used: {named}{more}"
         return replace(self, why=why)  # type: ignore[type-var]
+
+    def used_columns(self) -> set[str]:
+        return set(self.own_columns)
 
     def warnings(self) -> list[str]:
         return []
@@ -162,6 +176,10 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
             f"column `{column}` of {where} holds a number beyond all floats",
             "write it as text, or leave it out",
         )
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Decimal):
+        return format(value, "f")
     if isinstance(value, Number):
         return str(value)
     raise DataError(

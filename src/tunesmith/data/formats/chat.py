@@ -10,13 +10,20 @@ from tunesmith.config.data import ROLES
 from tunesmith.data.align import Span
 from tunesmith.data.encode import MarkedText
 from tunesmith.data.formats.base import Findings
-from tunesmith.data.formats.chat_template import END_THINK, THINK, ChatTemplate, Messages, split_reasoning
+from tunesmith.data.formats.chat_template import (
+    END_THINK,
+    MARK,
+    THINK,
+    ChatTemplate,
+    Messages,
+    split_reasoning,
+)
 from tunesmith.data.formats.conversation import is_answer
 from tunesmith.data.formats.turns import (
     Turn,
     answer_start,
-    content_start,
     find_changed,
+    not_faithful,
     reopen,
     turn_start,
     without,
@@ -63,6 +70,11 @@ class ChatRenderer:
         special |= set(tokenizer.all_special_tokens)
         self._longest_first = sorted(special, key=len, reverse=True)
         self._is_used = dict.fromkeys(_KNOWN_KEYS, True)
+        if self._template.goes_on:
+            raise DataError(
+                "the chat template begins another turn behind each answer, so that answers would be trained with it",
+                "give --chat_template a template that does so with add_generation_prompt alone",
+            )
 
     @property
     def date(self) -> str | None:
@@ -89,7 +101,12 @@ class ChatRenderer:
         if turns:
             self._check_whole(messages[: turns[-1] + 1], tools, rendered[-1], findings)
         examples = [
-            MarkedText(turn.text, self._trained_spans(turn, messages[index]), turn.ends)
+            # Behind others' turns no end token belongs where the template writes none.
+            MarkedText(
+                turn.text,
+                self._trained_spans(turn, messages[index]),
+                turn.ends or messages[index]["role"] != "assistant",
+            )
             for index, turn in zip(turns, rendered, strict=True)
             if _says_something(messages[index]) and turn.said.strip()
         ]
@@ -126,9 +143,25 @@ class ChatRenderer:
             else:
                 start = turn_start(prompt, text, answer or reasoning, turn)
         else:
-            before = apply(messages[:turn], tools, add_generation_prompt=False) if turn else ""
-            start = content_start(before, text, messages[turn]["content"], turn)
+            start = self._content_start(messages[: turn + 1], tools, text)
         return self._end_turn(text, start)
+
+    def _content_start(self, messages: Messages, tools: Any, text: str) -> int:
+        """Return where the content of the last message begins in `text`, found by what stands there in its place."""
+        marked = self._template.apply(
+            [*messages[:-1], {**messages[-1], "content": MARK}], tools, add_generation_prompt=False
+        )
+        start = marked.rfind(MARK)
+        if (
+            start < 0
+            or marked[:start] != text[:start]
+            or not text.startswith(messages[-1]["content"].strip(), start)
+        ):
+            raise DataError(
+                f"the chat template renders message {len(messages)} otherwise than it is written, so it can't be trained",
+                "use another chat template, or leave the message untrained",
+            )
+        return start
 
     def _end_turn(self, text: str, start: int) -> Turn:
         """Return the turn that begins at `start`, up to the end token behind which there is white space alone."""
@@ -146,11 +179,13 @@ class ChatRenderer:
         self._check_whole(messages, tools, turn, findings)
         spans: Sequence[Span] = [(0, len(turn.text))]
         for index in untrained:
-            start, end = (
-                len(self._template.apply(messages[:stop], tools, add_generation_prompt=False)) if stop else 0
+            before, behind = (
+                self._template.apply(messages[:stop], tools, add_generation_prompt=False) if stop else ""
                 for stop in (index, index + 1)
             )
-            spans = without(spans, (start, end))
+            if not (text.startswith(before) and text.startswith(behind)):
+                raise not_faithful(index)
+            spans = without(spans, (len(before), len(behind)))
         if not self._trains_reasoning:
             for block in _BLOCK.finditer(turn.text):
                 spans = without(spans, block.span())

@@ -23,15 +23,18 @@ Messages = Sequence[Mapping[str, Any]]
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _KEYS = frozenset(REASONING_KEYS)
 THINK, END_THINK = "<think>", "</think>"
-_INLINE = re.compile(rf"\s*{THINK}(?P<reasoning>.*?){END_THINK}\s*(?P<answer>.*)", re.DOTALL)
+# Models that are asked with an open block begin behind its opening.
+_INLINE = re.compile(rf"\s*(?:{THINK})?(?P<reasoning>.*?){END_THINK}\s*(?P<answer>.*)", re.DOTALL)
 _OTHER_ROLES = {"function": "tool", "developer": "system"}
+# A text that stands nowhere else.
+MARK = "Qmark4"
 _USER = {"role": "user", "content": "Qmark1"}
 
 
 def split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
     """Return the reasoning of an assistant's message, "" if it has none, and its answer."""
     content = message["content"]
-    if THINK not in content and _KEYS.isdisjoint(message):
+    if END_THINK not in content and _KEYS.isdisjoint(message):
         return "", content
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and message[key].strip():
@@ -71,8 +74,6 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses them.
         """
-        from jinja2 import TemplateError
-
         if self._takes_parts:
             messages = [_in_parts(message) for message in messages]
         try:
@@ -83,7 +84,7 @@ class ChatTemplate:
                 tokenize=False,
                 **({"strftime_now": self._today.strftime} if self.date else {}),
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template may fail in any way
             roles = ", ".join(f"`{message['role']}`" for message in messages)
             raise DataError(
                 f"the chat template refuses the conversation: {error}",
@@ -103,10 +104,25 @@ class ChatTemplate:
         if role != "assistant":
             return message
         reasoning, answer = split_reasoning(message)
-        if not reasoning.strip() or self._reasoning_key is None or message.get(self._reasoning_key):
+        if self._reasoning_key is None or message.get(self._reasoning_key):
             return message
+        if not reasoning.strip():
+            # Of an empty block the template writes its own.
+            return message if answer == message["content"] else {**message, "content": answer}
         others = {key: value for key, value in message.items() if key not in REASONING_KEYS}
         return {**others, "content": answer, self._reasoning_key: reasoning}
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """True for a template that writes the next generation prompt behind an answer, whether it is asked to or not."""
+        text = self._try([_USER, _answer("Qmark2")]) or ""
+        tokens = sorted(self._tokenizer.all_special_tokens, key=len, reverse=True)
+        tokens += [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        _, answered, behind = text.rpartition("Qmark2")
+        rest = behind
+        for token in tokens:
+            rest = rest.replace(token, "")
+        return bool(answered and rest.strip()) and rest != behind
 
     @cached_property
     def _role_for(self) -> dict[str, str]:
@@ -187,7 +203,7 @@ _MARKED_TOOL = {
 
 def _shape_of(message: Mapping[str, Any]) -> tuple[Any, ...]:
     calls = message.get("tool_calls")
-    return message["role"], bool(message["content"].strip()), len(calls) if calls else 0
+    return message["role"], bool(message["content"].strip()), tuple(map(frozenset, calls or ()))
 
 
 def _mark(message: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -19,8 +19,16 @@ from tunesmith.errors import DataError
 _HINT = 'a conversation is a list such as [{"role": "user", "content": "…"}, …]'
 _KEYS_HINT = f"{_HINT}; message_keys names other keys, as role=speaker,content=text"
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# Where LLaMA-Factory's rows keep what isn't text.
+_MEDIA = ("images", "videos", "audios")
 _SHAREGPT_KEYS = (("from", "role"), ("value", "content"))
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+_SAME_ROLES = {
+    "tool": ("function",),
+    "function": ("tool",),
+    "system": ("developer",),
+    "developer": ("system",),
+}
 # What a message says about whether it is trained: OpenAI's and Mistral's key, then axolotl's and its kin's.
 _TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss")
 
@@ -72,6 +80,11 @@ class ConversationReader:
         Raises:
             DataError: it is malformed; the message names the row.
         """
+        for column in _MEDIA:
+            if row.get(column):
+                raise DataError(
+                    f"`{column}` of {where} holds something, and only text is trained", "leave such rows out"
+                )
         messages: list[dict[str, Any]] = []
         marks: list[bool | None] = []
         for column in self.columns:
@@ -79,7 +92,7 @@ class ConversationReader:
             for message, mark in self._read_column(column, row, where):
                 messages.append(message)
                 marks.append(mark)
-        if (system := self._system_of(row)) and messages[0]["role"] not in ("system", "developer"):
+        if (system := self._system_of(row, where)) and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": system})
             marks.insert(0, None)
         rendered: RenderedRow = {"messages": messages, **self._choose_trained(messages, marks)}
@@ -99,10 +112,11 @@ class ConversationReader:
             for index, message in enumerate(listed, start=1)
         ]
 
-    def _system_of(self, row: Mapping[str, Any]) -> str | None:
+    def _system_of(self, row: Mapping[str, Any], where: str) -> str | None:
         """Return what is put before a conversation without a system message."""
         given = row.get(self.system_column)
-        return given if isinstance(given, str) and given else self.system_prompt
+        text = "" if is_missing(given) else _read_content(given, f"`{self.system_column}` of {where}")
+        return text or self.system_prompt
 
     def _choose_trained(
         self, messages: list[dict[str, Any]], marks: list[bool | None]
@@ -118,7 +132,7 @@ class ConversationReader:
         elif self.train_on == LAST_ASSISTANT_TURN:
             chosen = set(answers[-1:])
         else:
-            roles = self.train_on.split(",")
+            roles = {name for role in self.train_on.split(",") for name in (role, *_SAME_ROLES.get(role, ()))}
             chosen = {
                 index
                 for index, message in enumerate(messages)
@@ -136,6 +150,8 @@ class ConversationReader:
         kept = {key: value for key, value in message.items() if not is_missing(value)}
         if not isinstance(kept.get("role"), str):
             raise DataError(f"{place} has no `role`", _KEYS_HINT)
+        if kept.get("tool_calls") == []:
+            del kept["tool_calls"]
         if not {"content", "tool_calls", "function_call"} & set(message):
             raise DataError(f"{place} has no `content`", _KEYS_HINT)
         role = self.roles.get(kept["role"], kept["role"])
@@ -156,7 +172,8 @@ class ConversationReader:
 
     def _with_usual_keys(self, message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
         for usual, own in self.keys.items():
-            if usual in ("role", "content") and own not in message and "tool_calls" not in message:
+            calls = {self.keys.get(key, key) for key in ("tool_calls", "function_call")}
+            if usual in ("role", "content") and own not in message and not calls & set(message):
                 listed = ", ".join(f"`{key}`" for key in message)
                 raise DataError(
                     f"{place} has no `{own}`, which message_keys names", f"its keys are {listed or 'none'}"
@@ -177,7 +194,8 @@ class ConversationReader:
 
 def is_answer(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
     """Tell whether a message is trained where nothing else is said: an assistant's that answers something."""
-    return index > 0 and messages[index]["role"] == "assistant"
+    asks = any(message["role"] not in ("system", "developer") for message in messages[:index])
+    return messages[index]["role"] == "assistant" and asks
 
 
 def _read_content(content: Any, place: str) -> str:

@@ -58,6 +58,9 @@ class MessagesFormat(ColumnsFormat):
             refuses_unrendered=settings.unrendered == "refuse",
         )
 
+    def used_columns(self) -> set[str]:
+        return {*self.reader.columns, self.reader.system_column, self.reader.tools_column}
+
     def identity(self) -> str:
         columns = [] if self.reader.columns == ("messages",) else self.reader.columns
         options = self.reader.identity()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # One step of a template: a doubled brace, a placeholder, a stray brace, or text without braces.
 _PIECE = re.compile(r"(?P<escape>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])|(?P<literal>[^{}]+)")
 _DOUBLED = re.compile(r"(?<!\{)\{\{(?!\{)\s*(?P<name>[^{}]*?)\s*\}\}(?!\})")
+_PRINTF = re.compile(r"%\((?P<name>[^()]*)\)s")
 _NAME = re.compile(r"[^{}\[\].!:\s](?:[^{}\[\].!:]*[^{}\[\].!:\s])?")
 
 
@@ -124,6 +125,12 @@ class TemplateFormat(ColumnsFormat):
             (self.output_template, settings.output_template),
         ):
             doubled = [match for match in _DOUBLED.finditer(text) if match["name"] in known]
+            printf = [match for match in _PRINTF.finditer(text) if match["name"] in known]
+            if printf:
+                raise ConfigError(
+                    f"`{template.setting}` has `{printf[0][0]}`, which is text and no column",
+                    f"a placeholder is a column's name in braces: write {{{printf[0]['name']}}}",
+                )
             if doubled:
                 raise ConfigError(
                     f"`{template.setting}` has `{doubled[0][0]}`, which is the text `{{{doubled[0]['name']}}}` and no column",
@@ -145,6 +152,9 @@ class TemplateFormat(ColumnsFormat):
         mapped, present = dict(self.columns), set(columns)
         names = dict.fromkeys([*self.output_template.names, *self.input_template.names])
         return [name for name in names if mapped[name] not in present]
+
+    def used_columns(self) -> set[str]:
+        return {column for _, column in self.columns}
 
     def identity(self) -> str:
         """Return the templates with their columns filled in."""
@@ -216,6 +226,11 @@ class AlpacaFormat(TemplateFormat):
         return name != "input" or dict(self.columns)["input"] != "input"
 
     def render(self, row: Mapping[str, Any], where: str) -> RenderedRow:
+        if row.get("history"):
+            raise DataError(
+                f"{where} has a `history`, which the templates leave out",
+                "write such rows as conversations, or give input_template and output_template",
+            )
         return super().render({"input": None, **row}, where)
 
 

@@ -45,6 +45,9 @@ class TextFormat(ColumnsFormat):
     def from_settings(cls, settings: HFDatasetConfig) -> Self:
         return cls("it was recorded")
 
+    def used_columns(self) -> set[str]:
+        return {self.column}
+
     def identity(self) -> str:
         return json.dumps([self.name, [] if self.column == "text" else [self.column]])
 

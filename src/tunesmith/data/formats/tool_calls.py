@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.data.formats.base import is_missing
+from tunesmith.data.json_text import ROW_DECODER
 from tunesmith.errors import DataError
 
 _CALL_HINT = 'a call is such as {"type": "function", "function": {"name": "…", "arguments": {…}}}'
@@ -22,6 +22,11 @@ def read_calls(calls: Any, place: str) -> list[Any]:
 
 def _read_call(call: Any, place: str) -> dict[str, Any]:
     call = _parsed(call, f"a call of {place}", _CALL_HINT)
+    if isinstance(call, Mapping) and "function" in call and not isinstance(call["function"], Mapping):
+        raise DataError(
+            f"the `function` of a call of {place} is a {type(call['function']).__name__}, not an object",
+            _CALL_HINT,
+        )
     if not isinstance(call, Mapping):
         raise DataError(f"a call of {place} is a {type(call).__name__}, not an object", _CALL_HINT)
     if isinstance(call.get("function"), Mapping):
@@ -29,9 +34,18 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
     return _with_arguments(call, place)
 
 
+# What others call the arguments of a call: Gemini and ShareGPT, Anthropic.
+_ARGUMENTS = ("parameters", "args", "input")
+
+
 def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if not isinstance(function.get("name"), str):
+        raise DataError(f"a call of {place} has no `name`", _CALL_HINT)
     if "arguments" not in function:
-        return dict(function)
+        other = next((key for key in _ARGUMENTS if key in function), None)
+        if other is None:
+            return dict(function)
+        function = {"arguments" if key == other else key: value for key, value in function.items()}
     arguments = _parsed(function["arguments"] or {}, f"`arguments` of a call of {place}", _CALL_HINT)
     if not isinstance(arguments, Mapping):
         raise DataError(
@@ -40,13 +54,18 @@ def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {**function, "arguments": arguments}
 
 
-def read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
+def read_function_calls(value: Any, place: str) -> list[Mapping[str, Any]]:
     """Return ShareGPT's `function_call`, which is a call or a list of them as JSON text, as tool calls."""
     calls = _parsed(
         value, f"the call of {place}", 'a function_call is such as {"name": "…", "arguments": {…}}'
     )
+    listed = calls if isinstance(calls, list) else [calls]
+    # Some wrap it as OpenAI does.
     return [
-        {"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])
+        call
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)
+        else {"type": "function", "function": call}
+        for call in listed
     ]
 
 
@@ -86,6 +105,6 @@ def _parsed(value: Any, what: str, hint: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        return ROW_DECODER.decode(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} is not valid JSON: {error}", hint) from error

@@ -79,7 +79,10 @@ def answer_start(turn: Turn, message: Mapping[str, Any]) -> int:
     end = turn.text.find(reasoning.strip(), turn.start) + len(reasoning.strip())
     if closing := _CLOSING.match(turn.text, end):
         return closing.end()
-    return max(turn.text.find(answer.strip(), end), turn.start) if answer.strip() else turn.start
+    said = turn.text[end : turn.content_end].rstrip()
+    if said.endswith(answer.strip()):
+        return end + len(said) - len(answer.strip())
+    return max(turn.text.find(answer.strip(), end), end)
 
 
 def reopen(prompt: str, text: str, message: Mapping[str, Any], turn: int) -> tuple[str, int]:
@@ -90,7 +93,7 @@ def reopen(prompt: str, text: str, message: Mapping[str, Any], turn: int) -> tup
     reasoning, answer = split_reasoning(message)
     before, opening = prompt[: prompt.rindex(THINK)], prompt[prompt.rindex(THINK) :]
     if not text.startswith(before):
-        raise _not_faithful(turn)
+        raise not_faithful(turn)
     content = message["content"].lstrip()
     if content.startswith(THINK):
         written = content[: len(content) - len(answer)]
@@ -112,27 +115,17 @@ def turn_start(prompt: str, text: str, content: str, turn: int) -> int:
     content = content.strip()
     start = text.rfind(content, max(0, parts - len(content) + 1), parts + len(content)) if content else -1
     if start < 0:
-        raise _not_faithful(turn)
+        raise not_faithful(turn)
     return start
 
 
-def _not_faithful(turn: int) -> DataError:
+def not_faithful(turn: int) -> DataError:
+    """Return the error of a message (from 0) that is rendered otherwise than inference would see it."""
     return DataError(
         f"the chat template renders message {turn + 1} otherwise than its generation prompt begins it, "
         "so it can't be trained faithfully",
         "use another chat template, or give input_template and output_template",
     )
-
-
-def content_start(before: str, text: str, content: str, turn: int) -> int:
-    """Return where the content of a message that no generation prompt opens begins in `text`."""
-    start = text.find(content.strip(), _common(before, text))
-    if start < 0:
-        raise DataError(
-            f"the chat template renders message {turn + 1} otherwise than it is written, so it can't be trained",
-            "use another chat template, or leave the message untrained",
-        )
-    return start
 
 
 def _common(one: str, other: str) -> int:
