@@ -84,7 +84,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         config["hf_dataset_config"] = grouped
     else:
         grouped.pop("num_proc", None)
-        config["datasets"] = [grouped, {"dataset_name": draw(plain_texts)}, {}]
+        config["datasets"] = [{"dataset_name": "first", **grouped}, {"dataset_name": draw(plain_texts)}]
     return config
 
 

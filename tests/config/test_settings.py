@@ -188,12 +188,24 @@ def test_several_data_sets_read_back_as_they_were_given(tmp_path: Path) -> None:
         ("{hf_dataset_config: {split: x}, datasets: [{dataset_name: a}]}", {}, "hf_dataset_config.split"),
         ("datasets: [{dataset_nam: a}]", {}, "run.yaml: datasets.0`: unknown setting `dataset_nam`"),
         ("datasets: [{dataset_name: a, train_split_ratio: 3}]", {}, "datasets.0.train_split_ratio` is `3`"),
-        ("datasets: [{}, {train_split_ratio: 3}]", {}, "a number above 0 and at most 1"),
-        ("datasets: [{}, {train_split_ratio: true}]", {}, "datasets.1.train_split_ratio` is `true`"),
+        (
+            "datasets: [{dataset_name: a}, {dataset_name: b, train_split_ratio: 3}]",
+            {},
+            "a number above 0 and at most 1",
+        ),
+        (
+            "datasets: [{dataset_name: a}, {dataset_name: b, train_split_ratio: true}]",
+            {},
+            "datasets.1.train_split_ratio` is `true`",
+        ),
         ("datasets: [a.jsonl]", {}, "datasets.0` is `a.jsonl`; it must be a mapping"),
         ("datasets: []", {}, "it must be a list of mappings"),
         ("datasets: a.jsonl", {}, "it must be a list of mappings"),
-        ("datasets: [{num_proc: 2}, {}]", {}, "`num_proc` is of all `datasets` together"),
+        (
+            "datasets: [{dataset_name: a, num_proc: 2}, {dataset_name: b}]",
+            {},
+            "`num_proc` is of all `datasets` together",
+        ),
     ],
 )
 def test_data_sets_that_cannot_be_are_refused(

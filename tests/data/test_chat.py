@@ -345,3 +345,21 @@ def test_a_greeting_behind_a_system_message_answers_nothing() -> None:
     assert (
         trained({"messages": talk}) == trained({"messages": talk[1:]}, system_prompt="S") == ["A<|im_end|>"]
     )
+
+
+def test_what_was_counted_is_refused_where_it_is_not_to_be(tmp_path: Path) -> None:
+    talk = [say("system", "Be brief."), say(USER, "Hi"), say(ASSISTANT, "Hello")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    config = TrainConfig(
+        dataset_name=str(tmp_path / "rows.jsonl"),
+        train_split_ratio=1.0,
+        max_seq_length=64,
+        num_proc=1,
+        unrendered="count",
+    )
+    prepared = prepare(config, with_template(NO_SYSTEM), tmp_path / "sets")
+    assert sum(prepared.stats.train.findings.values()) == 1
+    with pytest.raises(DataError, match="leaves out the text of a `system` message"):
+        prepare(
+            config.model_copy(update={"unrendered": "refuse"}), with_template(NO_SYSTEM), tmp_path / "sets"
+        )

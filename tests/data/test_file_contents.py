@@ -12,8 +12,11 @@ from typing import Any
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 
-from tunesmith.config import TrainConfig
+from support.tokenizers import build_tokenizer
+from tunesmith.config import HFDatasetConfig, TrainConfig
+from tunesmith.data.prepare import prepare
 from tunesmith.data.sources import describe_files, read_rows
 from tunesmith.errors import DataError
 
@@ -223,3 +226,25 @@ def test_a_long_value_is_parsed_once_over_many_chunks(tmp_path: Path) -> None:
     row = {"text": "x" * 5_000_000, "ü": ["ü" * 1000] * 1000}
     path.write_text(json.dumps({"data": [row, row]}, ensure_ascii=False))
     assert read(path) == [row, row]
+
+
+def test_splits_that_one_file_holds_are_prepared_apart(tmp_path: Path) -> None:
+    path = tmp_path / "both.json"
+    path.write_text(json.dumps({"train": [{"text": "trained"}], "test": [{"text": "tested"}]}))
+    texts = []
+    for split in ("train", "test"):
+        config = TrainConfig(
+            dataset_name=str(path), split=split, train_split_ratio=1.0, max_seq_length=32, num_proc=1
+        )
+        prepared = prepare(config, build_tokenizer("byte_bpe"), tmp_path / "sets")
+        texts.append(json.loads((prepared.data_dir / "training.jsonl").read_text())["output"])
+    assert texts == ["trained", "tested"]
+
+
+def test_a_column_or_a_key_that_parquet_has_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(
+        pyarrow.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "twice.parquet"
+    )
+    with pytest.raises(DataError, match="the column `text` twice"):
+        list(read_rows(HFDatasetConfig(dataset_name=str(tmp_path / "twice.parquet"))))

@@ -279,16 +279,18 @@ def test_data_sets_are_called_by_their_name_else_by_their_file_or_place() -> Non
         "x",
         "last",
     ]
-    assert names({"dataset_name": "a/x.csv"}, {"dataset_name": "x.json"}, {"name": "x"}) == [
+    assert names(
+        {"dataset_name": "a/x.csv"}, {"dataset_name": "x.json"}, {"dataset_name": "y", "name": "x"}
+    ) == [
         "x_2",
         "x_3",
         "x",
         "last",
     ]
     with pytest.raises(ValueError, match="two of the `datasets` have the name `x`"):
-        names({"name": "x"}, {"name": "x"})
+        names({"dataset_name": "a", "name": "x"}, {"dataset_name": "b", "name": "x"})
     with pytest.raises(ValueError, match="name"):
-        names({"name": "two words"})
+        names({"dataset_name": "a", "name": "two words"})
 
 
 def test_at_their_defaults_the_settings_rename_nothing(tmp_path: Path) -> None:

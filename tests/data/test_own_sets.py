@@ -12,10 +12,11 @@ import pytest
 from support.data_sets import CHAT, SUM_TEMPLATES, SUMS, prepare_both, read_set, write_rows
 from support.tokenizers import build_tokenizer
 from tunesmith.config import TrainConfig
+from tunesmith.config.layers import load_settings
 from tunesmith.data.mixture import dataset_of, prompt_of, recorded_formats, without_tag
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.split import SETS
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": f"{i} + 1? ", "completion": f"{i + 1}"} for i in range(50, 70)]
 
@@ -211,3 +212,33 @@ def test_one_set_stands_in_place_of_a_part_of_all_data_sets(tmp_path: Path) -> N
     element = {"dataset_name": held, "validation_dataset": held}
     with pytest.raises(ValueError, match="put validation_dataset into the elements"):
         TrainConfig(datasets=[element, element], validation_dataset=held)
+
+
+def test_a_set_beside_several_is_read_as_they_agree(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    names = [str(write_rows(tmp_path / f"{name}.jsonl", [talk] * 4)) for name in ("a", "b", "held")]
+    both = {"system_prompt": "Be brief.", "train_on": "last_assistant_turn"}
+    config = TrainConfig(
+        datasets=[{"dataset_name": names[0], **both}, {"dataset_name": names[1], **both, "weight": 2.0}],
+        validation_dataset=names[2],
+        max_seq_length=64,
+        num_proc=1,
+    )
+    prepared = prepare(config, build_tokenizer("chatml"), tmp_path / "sets")
+    held = json.loads((prepared.data_dir / "validation.jsonl").read_text().splitlines()[0])
+    assert held["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("element", [{}, {"weight": 2.0}, {"name": "a"}])
+def test_a_data_set_of_several_has_to_be_named(element: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="names no data set in its element 1"):
+        TrainConfig(datasets=[{"dataset_name": "a.jsonl"}, element])
+
+
+def test_a_key_twice_is_refused_on_the_command_line_too() -> None:
+    for name, text in (
+        ("datasets", '[{"dataset_name": "a", "dataset_name": "b"}]'),
+        ("field_mapping", '{"instruction": "q", "instruction": "a"}'),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            load_settings(TrainConfig, None, {name: text}, {})

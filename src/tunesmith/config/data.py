@@ -34,6 +34,21 @@ MESSAGE_KEYS = (
     "role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "thinking", "weight"
 )  # fmt: skip
 
+# The settings that say how a row is read.
+READING = frozenset(
+    {
+        "field_mapping",
+        "input_template",
+        "output_template",
+        "message_keys",
+        "role_names",
+        "system_prompt",
+        "train_on",
+        "train_on_reasoning",
+        "unrendered",
+    }
+)
+
 SEED_FIELD_MAPPING = {"instruction": "instruction", "input": "input", "output": "output"}
 
 _SUFFIX = re.compile(r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz|zst|bz2|xz|zip)$")
@@ -342,6 +357,12 @@ def take_single(data: dict[str, Any]) -> dict[str, Any]:
     elements = [it.model_dump(exclude_unset=True) if isinstance(it, HFDatasetConfig) else it for it in listed]
     if not all(isinstance(it, dict) for it in elements):
         return data  # refused as what they are
+    for number, element in enumerate(elements):
+        if "dataset_name" not in element:
+            given = ", ".join(element) or "nothing"
+            raise ValueError(
+                f"`datasets` names no data set in its element {number}: it has {given}, and no dataset_name"
+            )
     in_elements = {name for it in elements for name in it}
     alone = [
         name for name in data if name in HFDatasetConfig.model_fields and name not in OF_ALL - in_elements

@@ -64,7 +64,10 @@ def _parse_mapping(value: Any) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return yaml.safe_load(value)
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            # What is there twice is refused as what it is.
+            return yaml.safe_load(value) if len(set(keys)) == len(keys) else value
         except yaml.YAMLError:
             return value
     pairs = [pair.partition("=") for pair in value.split(",")]
@@ -92,9 +95,20 @@ def _none_is_empty(value: Any) -> Any:
 def parse_json(value: Any) -> Any:
     """Return what a text of JSON means; what isn't one as it is, to be refused as what it is."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+        return json.loads(value, object_pairs_hook=_without_repeats) if isinstance(value, str) else value
+    except (json.JSONDecodeError, _RepeatedKeyError):
         return value
+
+
+class _RepeatedKeyError(ValueError):
+    """An object of JSON that has a key twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _RepeatedKeyError
+    return made
 
 
 def parse_none(value: Any) -> Any:

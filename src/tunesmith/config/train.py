@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, m
 
 from tunesmith.config.data import (
     PARTS,
+    READING,
     DataSets,
     HFDatasetConfig,
     OwnSet,
@@ -343,9 +344,17 @@ class TrainConfig(HFDatasetConfig):
         ]
 
     def _common_set(self, part: Part) -> HFDatasetConfig | None:
-        """Return the set in place of a part of all data sets; it is read by its own columns."""
+        """Return the set in place of a part of all data sets; it is read as they agree that rows are, and by its columns."""
         dataset_name, split = getattr(self, f"{part}_dataset"), getattr(self, f"{part}_split")
-        return HFDatasetConfig(dataset_name=dataset_name, split=split or part) if dataset_name else None
+        if not dataset_name:
+            return None
+        first, *others = self.data_sets
+        shared = {
+            name: getattr(first, name)
+            for name in READING & first.model_fields_set
+            if all(getattr(it, name) == getattr(first, name) for it in others)
+        }
+        return HFDatasetConfig(**shared, dataset_name=dataset_name, split=split or part)
 
     @property
     def model(self) -> ModelRef:

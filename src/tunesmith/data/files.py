@@ -34,6 +34,11 @@ def _read_parquet(file: Path) -> Rows:
     count = 0
     try:
         with open_file(file) as stream, parquet.ParquetFile(stream) as reader:
+            names = reader.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(
+                    f"`{file}` has the column `{twice[0]}` twice", "give each column a name of its own"
+                )
             floats = float_columns(reader.schema_arrow)
             columns = reader.iter_batches(BATCH_ROWS, columns=floats) if floats else ()
             gapped = find_gapped(columns, f"`{file}`")
@@ -41,7 +46,7 @@ def _read_parquet(file: Path) -> Rows:
                 for row in without_points(iterate_rows(batch), gapped):
                     count += 1
                     yield f"`{file}`, row {count}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # of a struct that has a key twice, the second
         raise DataError(
             f"`{file}` is not a valid Parquet file: {str(error).splitlines()[0]}", "write the file again"
         ) from error

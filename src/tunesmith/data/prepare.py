@@ -20,6 +20,7 @@ from tunesmith.data.encode import RowError, tokenizer_content
 from tunesmith.data.fit import Limits, choose_limits
 from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
+from tunesmith.data.formats.base import LEFT_OUT, UNRENDERED_HINT
 from tunesmith.data.shares import check_drawn, describe_shares
 from tunesmith.data.sources import describe_files, describe_source, sources_fingerprint
 from tunesmith.data.split import SETS, SplitCounts, check_sources, locate, write_split
@@ -116,8 +117,16 @@ def prepare(
                 _fill(folder, config, formats, limits, fingerprint)
     prepared = open_prepared(tokens)
     check_drawn(prepared.train, config.data_sets)
+    _check_unrendered(prepared, config)
     _log(prepared, config)
     return prepared
+
+
+def _check_unrendered(prepared: Prepared, config: TrainConfig) -> None:
+    """Refuse what another command has prepared and counted."""
+    left_out = [what for what in prepared.stats.train.findings if what.startswith(LEFT_OUT)]
+    if left_out and all(it.unrendered == "refuse" for it in config.sources):
+        raise DataError(f"the training set has {left_out[0]}", UNRENDERED_HINT)
 
 
 def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: RunDir) -> Prepared:

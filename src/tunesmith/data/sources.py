@@ -103,10 +103,12 @@ def source_fingerprint(config: HFDatasetConfig, rendering_version: int | None = 
         parts = (config.dataset_name, config.dataset_config, config.split, commit)
         return hashlib.blake2b("".join(f"{part}\0" for part in parts).encode(), digest_size=16).hexdigest()
     if is_saved_dataset(path):
-        return _digest_files(saved_files(path, config.split))
+        return _digest_files(saved_files(path, config.split), [])
     if rendering_version == 1:
-        return _digest_files(list_files_of_first_version(path, config.split))
-    return _digest_files(list_files(path, config.split).read)
+        return _digest_files(list_files_of_first_version(path, config.split), [])
+    files = list_files(path, config.split).read
+    held = [find_holder(file, config.split) for file in files if kind_of(file) == "JSON"]
+    return _digest_files(files, [key for key in held if key is not None])
 
 
 def sources_fingerprint(data_sets: Sequence[HFDatasetConfig], rendering_version: int | None = None) -> str:
@@ -117,8 +119,9 @@ def sources_fingerprint(data_sets: Sequence[HFDatasetConfig], rendering_version:
     return hashlib.blake2b("\0".join(fingerprints).encode(), digest_size=16).hexdigest()
 
 
-def _digest_files(files: Sequence[Path]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digest_files(files: Sequence[Path], keys: Sequence[str]) -> str:
+    """Return a digest of what the files hold, and of the keys under which their rows lie."""
+    digest = hashlib.blake2b("".join(f"{key}\0" for key in keys).encode(), digest_size=16)
     for file in files:
         with open_file(file) as stream:
             digest.update(f"{file.suffix.lower()}\0{os.fstat(stream.fileno()).st_size}\0".encode())

@@ -23,6 +23,12 @@ RenderedRow = dict[str, Any]
 """A row as text, before any tokenizer: what the sets' JSON lines hold."""
 
 
+# What a finding begins with that would refuse the data set if it weren't to be counted.
+LEFT_OUT = "rows of which the chat template leaves out"
+UNRENDERED_HINT = (
+    "use a model whose chat template knows it, give --chat_template, or leave such rows out; with --unrendered count "
+    "they are trained as they come out, and counted"
+)
 Findings = Counter[str]
 """What was found in the rows that their owner should know, in words, and how often."""
 

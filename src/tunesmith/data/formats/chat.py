@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunesmith.config.data import ROLES
 from tunesmith.data.align import Span
 from tunesmith.data.encode import MarkedText
-from tunesmith.data.formats.base import Findings
+from tunesmith.data.formats.base import LEFT_OUT, UNRENDERED_HINT, Findings
 from tunesmith.data.formats.chat_template import (
     END_THINK,
     MARK,
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
 # What is read of a message here; a template may read more.
 _KNOWN_KEYS = {"role", "content", "tool_calls"}
-_UNRENDERED_HINT = (
-    "use a model whose chat template knows it, give --chat_template, or leave such rows out; with --unrendered count "
-    "they are trained as they come out, and counted"
-)
 _BLOCK = re.compile(rf"{THINK}.*?{END_THINK}\s*", re.DOTALL)
 
 
@@ -221,9 +217,9 @@ class ChatRenderer:
         if not left_out:
             left_out = list(find_changed(messages, turn))
         if left_out and self._refuses:
-            raise DataError(f"the chat template leaves out {left_out[0]}", _UNRENDERED_HINT)
+            raise DataError(f"the chat template leaves out {left_out[0]}", UNRENDERED_HINT)
         for what in left_out:
-            findings[f"rows of which the chat template leaves out {what}"] += 1
+            findings[f"{LEFT_OUT} {what}"] += 1
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
