@@ -95,6 +95,9 @@ def test_parquet_is_read_whatever_it_is_called(tmp_path: Path) -> None:
         {"question": "which?", "choices": [{"label": "A"}], "answer": "A"},
         {"text": "a", "tags": []},
         {"text": "a", "tags": ["x"], "more": {"y": 1}},
+        {"instruction": "Do", "output": "X", "examples": [{"text": "no"}]},
+        {"prompt": "p", "completion": "c", "items": [{"text": "no"}], "n": 1},
+        {"text": "a", "records": [{"text": "no"}]},
     ],
 )
 @pytest.mark.parametrize("name", ["one.json", "one.jsonl"])
@@ -114,6 +117,12 @@ def test_each_split_of_one_file_is_read_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no split `train`") as caught:
         read(path)
     assert caught.value.hint == "its splits are `test`, `dev`"
+    # A name as it is written comes before one of the same meaning.
+    path.write_bytes(holder(eval=ROWS[:1], test=ROWS, train=ROWS, train_extra=ROWS[:1]))
+    assert [len(read(path, split)) for split in ("eval", "test", "train", "train_extra")] == [1, 2, 2, 1]
+    with pytest.raises(DataError, match="holds several lists of split `Train`") as caught:
+        read(path, "Train")
+    assert caught.value.hint == "name one: `train`, `train_extra`"
 
 
 def test_where_the_rows_lie_is_told(tmp_path: Path) -> None:

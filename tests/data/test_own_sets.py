@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from support.data_sets import CHAT, SUM_TEMPLATES, SUMS, prepare_both, read_set, write_rows
 from support.tokenizers import build_tokenizer
@@ -15,7 +16,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.config.layers import load_settings
 from tunesmith.data.mixture import dataset_of, prompt_of, recorded_formats, without_tag
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.split import SETS
+from tunesmith.data.split import SETS, check_sources
 from tunesmith.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": f"{i} + 1? ", "completion": f"{i + 1}"} for i in range(50, 70)]
@@ -156,6 +157,46 @@ def test_what_can_t_be_a_set_of_one_s_own_is_refused(
         prepare(config, build_tokenizer("byte_bpe"), tmp_path / "datasets")
     assert message in caught.value.message and hint in str(caught.value.hint)
     assert not (tmp_path / "datasets").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "other"),
+    [
+        (("train", "dev"), "train", "training"),
+        (("train", "dev"), "train", "Train"),
+        (("train", "dev"), "TRAIN", "train"),
+        (("a", "b"), "train", "b"),
+    ],
+)
+def test_what_is_trained_on_is_refused_by_any_name(
+    names: tuple[str, ...], split: str, other: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in names:
+        write_rows(folder / f"{name}.jsonl", [{"text": name}])
+    config = TrainConfig(dataset_name=str(folder), split=split, validation_split=other)
+    with pytest.raises(
+        DataError, match=f"`validation_split` is `{other}`, which is trained on: `.*jsonl` holds"
+    ):
+        check_sources(config)
+
+
+def test_a_saved_set_without_splits_is_not_validated_on_too(tmp_path: Path) -> None:
+    Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "saved"))
+    config = TrainConfig(dataset_name=str(tmp_path / "saved"), validation_split="validation")
+    with pytest.raises(DataError, match="`validation_split` is `validation`, which is trained on"):
+        check_sources(config)
+
+
+def test_another_split_may_lie_in_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"train": [{"text": "a"}], "val": [{"text": "b"}]}))
+    config = TrainConfig(dataset_name=str(path), validation_split="validation", num_proc=1)
+    prepared = prepare(config, build_tokenizer("byte_bpe"), tmp_path / "datasets")
+    assert [[row["output"] for row in rows_of(prepared, name)] for name in SETS] == [["a"], ["b"], []]
+    with pytest.raises(DataError, match="`validation_split` is `training`, which is trained on"):
+        check_sources(TrainConfig(dataset_name=str(path), validation_split="training"))
 
 
 def test_each_of_several_data_sets_has_its_own(tmp_path: Path) -> None:

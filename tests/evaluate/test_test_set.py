@@ -115,8 +115,9 @@ def test_another_split_of_what_was_trained_on_is_asked(tmp_path: Path) -> None:
     tuned = TunedModel("model", tmp_path, None, params=recorded, dataset=dataset)
     found = read_test_set(tuned, EvaluateConfig(test_split="dev"), build_tokenizer("byte_bpe"))
     assert [prompt.text for prompt in found.samples.values()] == ["dev 0?", "dev 1?"]
-    with pytest.raises(DataError, match="`test_split` is `train`, which is trained on"):
-        read_test_set(tuned, EvaluateConfig(test_split="train"), build_tokenizer("byte_bpe"))
+    for trained in ("train", "Training"):
+        with pytest.raises(DataError, match=f"`test_split` is `{trained}`, which is trained on"):
+            read_test_set(tuned, EvaluateConfig(test_split=trained), build_tokenizer("byte_bpe"))
 
 
 @pytest.mark.usefixtures("alone")

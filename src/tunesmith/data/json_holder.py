@@ -17,6 +17,8 @@ Held = Literal["rows", "empty", "messages", "column", "object", "value"]
 _MESSAGE_KEYS = {"role", "from", "speaker", "author", "sender"}
 # Keys that hold rows beside others that tell about them; `choices` beside `question` is a part of one row.
 _HOLDERS = {"data", "dataset", "rows", "items", "examples", "instances", "records", "samples", "entries"}
+# What makes a row of an object, whose `examples` or `items` are then a part of it.
+_COLUMNS_OF_ROWS = ({"instruction", "output"}, {"prompt", "completion"}, {"text"})
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,17 @@ def choose_list(found: FirstObject, file: Path, split: str) -> str | None:
     keys = [key for key, held in found.held.items() if held in ("rows", "empty")]
     of_split = {key: split_of_name(key) for key in keys}
     if keys and all(of_split.values()):
-        meant = [key for key in keys if key == split or of_split[key] == standard_split(split)]
+        if split in keys:
+            return split
+        meant = [key for key in keys if of_split[key] == standard_split(split)]
         if len(meant) == 1:
             return meant[0]
+        if meant:
+            raise DataError(f"`{file}` holds several lists of split `{split}`", f"name one: {_listed(meant)}")
         raise DataError(f"`{file}` holds no split `{split}`", f"its splits are {_listed(keys)}")
+    values = {key for key, held in found.held.items() if held == "value"}
+    if any(columns <= values for columns in _COLUMNS_OF_ROWS):
+        return None
     # One line of JSON lines is a row, unless it is called otherwise.
     is_a_line = found.ends_its_line and suffix_of(file) in (".jsonl", ".ndjson")
     keys = [

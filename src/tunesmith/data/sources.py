@@ -38,12 +38,44 @@ def read_rows(config: HFDatasetConfig) -> Rows:
         yield from _number(read_saved(path, config.split), source)
     else:
         found = False
-        for file in list_files(path, config.split).read:
+        for file in files_of(config):
             for item in read_file(file, config.split):
                 found = True
                 yield item
         if not found:
             raise DataError(f"{source} holds no rows", "give a data set with at least one row")
+
+
+def files_of(config: HFDatasetConfig) -> list[Path]:
+    """Return the files that hold the rows of a local data set; of one on the hub, none.
+
+    Raises:
+        DataError: there are none, or which are meant is in doubt.
+    """
+    path = local_path(config)
+    if path is None:
+        return []
+    return saved_files(path, config.split) if is_saved_dataset(path) else list_files(path, config.split).read
+
+
+def find_shared(one: HFDatasetConfig, other: HFDatasetConfig) -> tuple[Path, str | None] | None:
+    """Return the first file of which both read the same rows, and the key under which those lie in it.
+
+    Raises:
+        DataError: as `files_of` does.
+    """
+    of_one = {os.path.realpath(file) for file in files_of(one)}
+    for file in files_of(other):
+        if os.path.realpath(file) in of_one:
+            key = _key_of_rows(file, other.split)
+            if key == _key_of_rows(file, one.split):
+                return file, key
+    return None
+
+
+def _key_of_rows(file: Path, split: str) -> str | None:
+    is_json = suffix_of(file) != ".arrow" and kind_of(file) == "JSON"  # saved data sets are Arrow
+    return find_holder(file, split) if is_json else None
 
 
 def describe_source(config: HFDatasetConfig) -> str:
@@ -62,7 +94,7 @@ def describe_files(config: HFDatasetConfig) -> list[str]:
     listing = list_files(path, config.split)
     lines = describe_listing(listing, path) if path.is_dir() else []
     first = listing.read[0]
-    if kind_of(first) == "JSON" and (key := find_holder(first, config.split)) is not None:
+    if (key := _key_of_rows(first, config.split)) is not None:
         lines.append(f"rows are those under `{key}` in `{first.name}`")
     return [f"{describe_source(config)}: {line}" for line in lines]
 
@@ -102,12 +134,10 @@ def source_fingerprint(config: HFDatasetConfig, rendering_version: int | None = 
         commit = hub_commit(config, describe_source(config))
         parts = (config.dataset_name, config.dataset_config, config.split, commit)
         return hashlib.blake2b("".join(f"{part}\0" for part in parts).encode(), digest_size=16).hexdigest()
-    if is_saved_dataset(path):
-        return _digest_files(saved_files(path, config.split), [])
-    if rendering_version == 1:
+    if rendering_version == 1 and not is_saved_dataset(path):
         return _digest_files(list_files_of_first_version(path, config.split), [])
-    files = list_files(path, config.split).read
-    held = [find_holder(file, config.split) for file in files if kind_of(file) == "JSON"]
+    files = files_of(config)
+    held = [find_holder(file, config.split) for file in files if file.suffix != ".arrow" and kind_of(file) == "JSON"]
     return _digest_files(files, [key for key in held if key is not None])
 
 

@@ -24,7 +24,8 @@ from tunesmith.data.formats.base import is_missing, list_columns
 from tunesmith.data.mixture import dataset_of, tag, without_tag
 from tunesmith.data.sampling import FirstOfShuffle
 from tunesmith.data.sides import LEFT_OUT, SETS, Written, choose_sides, count_overlap
-from tunesmith.data.sources import describe_source, local_path, read_rows
+from tunesmith.data.sources import describe_source, find_shared, local_path, read_rows
+from tunesmith.data.split_names import split_of_name
 from tunesmith.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -52,31 +53,43 @@ def check_sources(config: TrainConfig) -> list[RowFormat]:
 
 def _check_own_set(data_sets: Sequence[HFDatasetConfig], own: OwnSet) -> RowFormat:
     """Check what is read in place of a part of the split."""
-    if own.number is not None and getattr(data_sets[own.number], f"{own.part}_dataset") is None:
-        check_other_split(data_sets[own.number], own.settings.split, f"{own.part}_split")
     try:
-        return _check_source(own.settings)
+        row_format = _check_source(own.settings)
     except DataError as error:
         raise DataError(
             f"the {own.part} set: {error.message}",
             f"{error.hint}; {own.part}_dataset names the set, {own.part}_split its split",
         ) from error
+    if own.number is not None and getattr(data_sets[own.number], f"{own.part}_dataset") is None:
+        check_other_split(data_sets[own.number], own.settings.split, f"{own.part}_split")
+    return row_format
 
 
 def check_other_split(settings: HFDatasetConfig, split: str, setting: str) -> None:
     """Refuse a split that can't be another one of the data set.
 
     Raises:
-        DataError: it is the one that is trained on, or the data set is a file.
+        DataError: it holds rows that are trained on, by whatever name, or the data set is a file of one split.
     """
     path = local_path(settings)
-    if path is not None and path.is_file():
+    if path is None:
+        if split == settings.split:
+            raise DataError(f"`{setting}` is `{split}`, which is trained on", "name another split")
+        return
+    shared = find_shared(settings, settings.model_copy(update={"split": split}))
+    if shared is None:
+        return
+    file, key = shared
+    other_set = f"--{setting.removesuffix('_split')}_dataset"
+    if path.is_file() and split_of_name(key or "") is None:
         raise DataError(
             f"`{setting}` names another split of `{settings.dataset_name}`, which is one file and has none",
-            f"give the other file: --{setting.removesuffix('_split')}_dataset",
+            f"give the other file: {other_set}",
         )
-    if split == settings.split:
-        raise DataError(f"`{setting}` is `{split}`, which is trained on", "name another split")
+    raise DataError(
+        f"`{setting}` is `{split}`, which is trained on: `{file}` holds rows of split `{settings.split}`",
+        f"name another split, name the files after their splits, or give another set: {other_set}",
+    )
 
 
 def _check_source(settings: HFDatasetConfig) -> RowFormat:
