@@ -83,6 +83,28 @@ def test_equal_rows_of_two_groups_are_counted_where_they_are_on_two_sides(tmp_pa
     assert sum(counted) > 0
 
 
+def test_an_equal_row_of_a_set_without_groups_is_held_out_too(tmp_path: Path) -> None:
+    grouped, plain = write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", ROWS)
+    first = {"dataset_name": grouped, "group_by": "user", "train_split_ratio": 0.6}
+    second = {"dataset_name": plain, "train_split_ratio": 1.0}
+    config = TrainConfig(datasets=[first, second], num_proc=1)
+    prepared = prepare(config, build_tokenizer("byte_bpe"), tmp_path / "datasets")
+    sides = sides_of(prepared)
+    assert all(sides) and prepared.stats.overlap == {"validation": 0, "test": 0}
+    assert sorted(text for side in sides for text in side) == sorted(2 * [row["text"] for row in ROWS])
+    # And a row that is out there takes its group along.
+    halves = {"datasets": [{**first, "train_split_ratio": 0.9}, {**second, "train_split_ratio": 0.9}]}
+    users = users_of(
+        prepare(TrainConfig(**halves, num_proc=1), build_tokenizer("byte_bpe"), tmp_path / "more")
+    )
+    assert sum(map(len, users)) == 50
+
+
+def test_the_first_row_may_lack_the_column(tmp_path: Path) -> None:
+    users = users_of(prepare_texts(tmp_path, [{"text": "user x says"}, *ROWS]))
+    assert sum(map(len, users)) == 51
+
+
 def test_an_absent_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="`group_by` names column `author`") as caught:
         prepare_texts(tmp_path, ROWS, group_by="author")

@@ -36,7 +36,7 @@ def choose_sides(
 ) -> np.ndarray:
     """Return for each row that was written the number of its set in `SETS`, uint8, or `LEFT_OUT`.
 
-    A row that several data sets have is held out of all if it is out of one. What would be split off for a part
+    A row that several data sets have is held out of all if it is out of one, and its group with it. What would be split off for a part
     that one of `own_sets` stands in place of trains.
     """
     sides = np.concatenate(
@@ -48,10 +48,20 @@ def choose_sides(
     if len(written) == 1:
         return sides
     counts = sides != LEFT_OUT
-    _, same = np.unique(np.concatenate([it.groups for it in written])[counts], return_inverse=True)
-    furthest = np.zeros(len(same), dtype=np.uint8)
-    np.maximum.at(furthest, same, sides[counts])
-    sides[counts] = furthest[same]
+    groups = np.concatenate([it.groups for it in written])[counts]
+    hashes = np.concatenate([it.hashes for it in written])[counts]
+    joined = [np.unique(groups, return_inverse=True)[1]]
+    if not np.array_equal(groups, hashes):
+        joined.append(np.unique(hashes, return_inverse=True)[1])
+    moved = True
+    # A row takes its group with it, whose other rows take theirs.
+    while moved:
+        before = sides[counts]
+        for same in joined:
+            furthest = np.zeros(len(same), dtype=np.uint8)
+            np.maximum.at(furthest, same, sides[counts])
+            sides[counts] = furthest[same]
+        moved = len(joined) > 1 and not np.array_equal(sides[counts], before)
     return sides
 
 

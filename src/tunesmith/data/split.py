@@ -97,13 +97,15 @@ def _check_source(settings: HFDatasetConfig) -> RowFormat:
     where, first = next(rows)
     row_format = choose_format(settings, first, describe_source(settings))
     row_format.render(first, where)
-    if settings.group_by is not None and settings.group_by not in first:
-        raise DataError(
-            f"`group_by` names column `{settings.group_by}`, absent from {describe_source(settings)}",
-            list_columns(first),
-        )
+    columns = dict(first)
     for where, row in islice(rows, _CHECKED_ROWS - 1):
         row_format.render(row, where)
+        columns.update(row)
+    if settings.group_by is not None and settings.group_by not in columns:
+        raise DataError(
+            f"`group_by` names column `{settings.group_by}`, absent from {describe_source(settings)}",
+            list_columns(columns),
+        )
     return row_format
 
 
