@@ -13,7 +13,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from support.runs import small_config, start
 from tunesmith.config import TrainConfig
 from tunesmith.data import folders, prepare
-from tunesmith.data.folders import list_files
+from tunesmith.data.folders import describe_listing, list_files
 from tunesmith.data.sources import read_rows, source_fingerprint
 from tunesmith.errors import DataError
 from tunesmith.train.start import check_resumable
@@ -146,6 +146,32 @@ def test_a_folder_of_a_script_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no file of rows") as caught:
         chosen(tmp_path)
     assert "a script is no data set" in str(caught.value.hint)
+
+
+def test_a_file_is_not_read_twice_by_a_link(tmp_path: Path) -> None:
+    make(tmp_path, "train.jsonl", "test.jsonl")
+    (tmp_path / "train_latest.jsonl").symlink_to("train.jsonl")
+    with pytest.raises(DataError, match=r"`train.jsonl` and `train_latest.jsonl` .* are one file"):
+        chosen(tmp_path)
+    assert chosen(tmp_path, "test") == ["test.jsonl"]
+
+
+def test_a_link_to_a_folder_is_named_as_not_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "rows", "a.jsonl")
+    (folder / "more").symlink_to(make(tmp_path / "other", "b.jsonl"))
+    assert describe_listing(list_files(folder, "train"), folder) == [
+        "files that are read: `a.jsonl`",
+        "not read, a link to a folder: `more`",
+    ]
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(DataError, match="holds no file of rows") as caught:
+        chosen(folder)
+    assert caught.value.hint == "`more` is a link to a folder, which isn't followed: give that folder itself"
+
+
+def test_a_suffix_within_a_name_is_no_format(tmp_path: Path) -> None:
+    make(tmp_path, "data.csv.0.csv", "data.csv.1.csv")
+    assert chosen(tmp_path) == ["data.csv.0.csv", "data.csv.1.csv"]
 
 
 def test_a_link_to_nothing_is_no_less_rows(tmp_path: Path) -> None:

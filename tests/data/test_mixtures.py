@@ -264,6 +264,18 @@ def test_max_rows_are_each_data_set_s_own(tmp_path: Path) -> None:
     assert Counter(row["dataset_id"] for row in read_set(found, "training")) == {0: 7, 1: 50}
 
 
+def test_a_file_that_two_data_sets_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {i}"} for i in range(9)])
+    other = write_rows(tmp_path / "other.jsonl", [{"text": f"other {i}"} for i in range(9)])
+    again = str(tmp_path / "sub" / ".." / "rows.jsonl")
+    (tmp_path / "sub").mkdir()
+    for names, told in (((path, other), 0), ((path, again), 1)):
+        caplog.clear()
+        config = TrainConfig(datasets=[{"dataset_name": name, **WHOLE} for name in names], num_proc=1)
+        prepare(config, build_tokenizer("byte_bpe"), tmp_path / "datasets")
+        assert caplog.text.count(f"is read twice, as `{path}` and as `{again}`") == told
+
+
 # Names and defaults.
 
 

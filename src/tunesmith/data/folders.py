@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -47,16 +47,20 @@ def list_files(path: Path, split: str) -> Listing:
             what, hint = explain_name(path)
             raise DataError(f"`{path}` is {what}", hint)
         return Listing([path], [])
-    everything = list(_walk(path))
+    everything, linked = _walk(path)
     found = [file for file in everything if not _is_beside_rows(file)]
     files = [file for file in found if holds_rows(path / file)]
     if not files:
-        raise DataError(f"the folder `{path}` holds no file of rows", _hint_for_none(found or everything))
+        raise DataError(
+            f"the folder `{path}` holds no file of rows", _hint_for_none(found or everything, linked)
+        )
     chosen = _choose(path, files, split)
     _check_formats(path, chosen, split)
+    _check_links(path, chosen)
     read = set(chosen)
     unread = [(file, _reason(file, split)) for file in files if file not in read]
     unread += [(file, explain_name(file)[0]) for file in found if not holds_rows(file)]
+    unread += [(folder, "a link to a folder") for folder in linked]
     return Listing([path / file for file in chosen], [(path / file, reason) for file, reason in unread])
 
 
@@ -91,15 +95,20 @@ def describe_listing(listing: Listing, folder: Path) -> list[str]:
     return lines
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the paths of the data files below `folder`, relative to it and in order, but for hidden ones."""
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the data files below `folder`, and the links to folders, which aren't followed.
+
+    Paths are relative to `folder` and in order; hidden ones are left out.
+    """
 
     def fail(error: OSError) -> None:
         raise DataError(
             f"can't read `{error.filename}`: {error.strerror}", "check the folder and its permissions"
         ) from error
 
-    count, found = 0, []
+    count = 0
+    found: list[Path] = []
+    linked: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=fail):
         # A mounted disk's own folder, which nobody but root may read.
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and name != "lost+found"]
@@ -111,8 +120,10 @@ def _walk(folder: Path) -> Iterator[Path]:
             )
         here = Path(root).relative_to(folder)
         found += [here / name for name in names if is_data_name(Path(name))]
+        linked += [here / name for name in folders if (folder / here / name).is_symlink()]
     # A link to nothing counts: reading it fails, rather than leaving its rows out.
-    yield from (file for file in sorted(found) if (folder / file).is_file() or (folder / file).is_symlink())
+    files = [file for file in sorted(found) if (folder / file).is_file() or (folder / file).is_symlink()]
+    return files, sorted(linked)
 
 
 def _is_beside_rows(file: Path) -> bool:
@@ -190,11 +201,23 @@ def _check_formats(path: Path, files: list[Path], split: str) -> None:
         raise DataError(f"split `{split}` of the folder `{path}` is there in two formats: {named}", hint)
     by_stem: dict[PurePath, Path] = {}
     for file in files:
-        stem = file.with_name(file.name.lower().partition(suffix_of(file))[0])
+        stem = file.with_name(file.name.lower().rpartition(suffix_of(file))[0])
         other = by_stem.setdefault(stem, file)
         if other != file:
             named = f"`{other}` and `{file}`"
             raise DataError(f"split `{split}` of the folder `{path}` is there in two formats: {named}", hint)
+
+
+def _check_links(path: Path, files: list[Path]) -> None:
+    """Refuse a file that is there once more by another name."""
+    by_place: dict[str, Path] = {}
+    for file in files:
+        other = by_place.setdefault(os.path.realpath(path / file), file)
+        if other != file:
+            raise DataError(
+                f"`{other}` and `{file}` in the folder `{path}` are one file: a link leads to it",
+                "remove the link, or give the file by itself",
+            )
 
 
 def _reason(file: Path, split: str) -> str:
@@ -204,7 +227,9 @@ def _reason(file: Path, split: str) -> str:
     return f"of split {' and '.join(f'`{name}`' for name in sorted(splits))}"
 
 
-def _hint_for_none(found: list[Path]) -> str:
+def _hint_for_none(found: list[Path], linked: list[Path]) -> str:
+    if linked:
+        return f"`{linked[0]}` is a link to a folder, which isn't followed: give that folder itself"
     if found:
         what, hint = explain_name(found[0])
         return f"`{found[0]}` is {what}: {hint}"

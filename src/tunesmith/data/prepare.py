@@ -22,7 +22,7 @@ from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
 from tunesmith.data.formats.base import LEFT_OUT, UNRENDERED_HINT
 from tunesmith.data.shares import check_drawn, describe_shares
-from tunesmith.data.sources import describe_files, describe_source, sources_fingerprint
+from tunesmith.data.sources import describe_doubles, describe_files, describe_source, sources_fingerprint
 from tunesmith.data.split import SETS, SplitCounts, check_sources, locate, write_split
 from tunesmith.data.summary import count, log_long
 from tunesmith.data.token_arrays import SetStats, write_arrays
@@ -98,7 +98,8 @@ def prepare(
     formats = check_sources(config)
     for line in describe_formats(config, formats):
         logger.info(line)
-    for line in [line for row_format in formats for line in row_format.warnings()]:
+    warnings = [line for row_format in formats for line in row_format.warnings()]
+    for line in [*warnings, *describe_doubles(config.data_sets)]:
         logger.warning(line)
     limits = choose_limits(config, formats)
     date = date or recorded_date(None)

@@ -78,6 +78,23 @@ def _key_of_rows(file: Path, split: str) -> str | None:
     return find_holder(file, split) if is_json else None
 
 
+def describe_doubles(data_sets: Sequence[HFDatasetConfig]) -> list[str]:
+    """Return a line for each data set that reads rows which one before it reads too."""
+    lines: list[str] = []
+    first_by_place: dict[tuple[str, str | None], int] = {}
+    for number, config in enumerate(data_sets if len(data_sets) > 1 else []):
+        for file in files_of(config):
+            place = os.path.realpath(file), _key_of_rows(file, config.split)
+            first = first_by_place.setdefault(place, number)
+            if first != number:
+                lines.append(
+                    f"`{file}` is read twice, as `{data_sets[first].dataset_name}` and as `{config.dataset_name}`: "
+                    "its rows count twice; `weight` does so on purpose"
+                )
+                break
+    return lines
+
+
 def describe_source(config: HFDatasetConfig) -> str:
     """Return the data set's name as errors say it: `alpaca.jsonl` (train)."""
     path = local_path(config)
