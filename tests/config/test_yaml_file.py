@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import TrainConfig
+from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError
 
@@ -60,6 +61,15 @@ def test_yaml_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no YAML file `.*nope\.yaml`"):
         load_settings(TrainConfig, tmp_path / "nope.yaml", {}, {})
+
+
+@pytest.mark.parametrize("word", ["https://u:hush@h/x.yaml", "s3://b/x.yaml?token=hush.yaml"])
+@pytest.mark.parametrize("others", [[], ["b.yaml"]])
+def test_an_address_in_place_of_a_yaml_file_shows_no_secret(word: str, others: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_settings(TrainConfig, parse_flags(TrainConfig, [word, *others]).yaml_path, {}, {})
+    assert "hush" not in str(raised.value)
+    assert "x.yaml" in str(raised.value)
 
 
 def test_a_folder_is_no_yaml_file(tmp_path: Path) -> None:

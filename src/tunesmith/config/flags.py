@@ -9,6 +9,7 @@ from pathlib import Path
 from tunesmith.config import Settings
 from tunesmith.config.fields import SettingField, dataset_field_names, nearest_name, read_fields
 from tunesmith.errors import ConfigError
+from tunesmith.urls import mask
 
 DATASET_PREFIX = "hfdc_"
 _BOOLEAN_WORDS = frozenset({"true", "false", "yes", "no", "1", "0"})
@@ -52,7 +53,7 @@ def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | 
             yaml_path = Path(word)
         else:
             raise ConfigError(
-                f"two YAML files are given: `{yaml_path}` and `{word}`",
+                f"two YAML files are given: `{mask(str(yaml_path))}` and `{mask(word)}`",
                 "put all settings in one file, or give some as flags; a word without `--` is the YAML file",
             )
     return ParsedFlags(yaml_path, values)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import ConfigError
+from tunesmith.urls import mask
 
 # https://yaml.org/spec/1.2.2/#1032-tag-resolution; with each, the characters it can start with.
 _CORE_SCHEMA = (
@@ -108,11 +109,14 @@ def _read_text(path: Path) -> str:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no YAML file `{path}`", "a word without `--` before it is read as the YAML file's path"
+            f"there is no YAML file `{mask(str(path))}`",
+            "a word without `--` before it is read as the YAML file's path",
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"`{path}` can't be read: {reason}", "give the path of a YAML file") from None
+        raise ConfigError(
+            f"`{mask(str(path))}` can't be read: {reason}", "give the path of a YAML file"
+        ) from None
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
