@@ -18,6 +18,7 @@ from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import ConfigError, ResourceError
 from tunesmith.logs import configure_logging
 from tunesmith.options import Option, Verb, did_you_mean
+from tunesmith.paths import expand_user
 
 if TYPE_CHECKING:
     from tunesmith.chart.release import Release
@@ -67,7 +68,7 @@ def run_inspect(verb: Verb, words: list[str]) -> int:
     config = _read_settings(verb, TrainConfig, words)
     from tunesmith.view.inspect import inspect
 
-    inspect(config, html=Path(given["--html"][-1]).expanduser() if "--html" in given else None)
+    inspect(config, html=expand_user(given["--html"][-1]) if "--html" in given else None)
     return 0
 
 

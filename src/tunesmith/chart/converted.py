@@ -14,6 +14,7 @@ from tunesmith.atomic_files import write_text
 from tunesmith.config import TrainConfig
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def write_converted(config: TrainConfig, convert: Converter) -> tuple[Path, bool
     digest = hashlib.blake2b(digest_size=8)
     for part in (source_fingerprint(config), config.split, _source_of(convert)):
         digest.update(f"{part}\0".encode())
-    path = config.home.expanduser().absolute() / "datasets" / f"converted-{digest.hexdigest()}.jsonl"
+    path = expand_user(config.home).absolute() / "datasets" / f"converted-{digest.hexdigest()}.jsonl"
     if not path.exists():
         logger.info("converting %s with `%s`", describe_source(config), convert.__name__)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from tunesmith.config.declare import (
     setting,
 )
 from tunesmith.config.model_ref import ModelRef
+from tunesmith.paths import expand_user
 
 
 class TrainConfig(HFDatasetConfig):
@@ -365,4 +366,4 @@ class TrainConfig(HFDatasetConfig):
         called = on_hub.name if "hf_model_id" in self.model_fields_set else None
         if isinstance(self.model_path, str):
             return ModelRef(self.model_path, None, self.trust_remote_code, called)
-        return ModelRef(self.model_path.expanduser(), None, self.trust_remote_code, called)
+        return ModelRef(expand_user(self.model_path), None, self.trust_remote_code, called)

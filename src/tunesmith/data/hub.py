@@ -14,6 +14,7 @@ from tunesmith.data.content import PARQUET_BRANCH
 from tunesmith.data.files import BATCH_ROWS
 from tunesmith.data.gaps import find_gapped, float_columns, without_points
 from tunesmith.errors import DataError
+from tunesmith.paths import is_file
 
 _SHORT_CHARS = 40
 _SAYS_NOTHING = "An error occurred while generating the dataset"
@@ -168,7 +169,7 @@ def _cause_of(error: BaseException) -> str:
 
 def is_saved_dataset(path: Path) -> bool:
     """Tell whether `save_to_disk` wrote the folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    return is_file(path / "dataset_dict.json") or is_file(path / "state.json")
 
 
 def saved_files(path: Path, split: str) -> list[Path]:

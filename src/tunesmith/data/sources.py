@@ -20,6 +20,7 @@ from tunesmith.data.hub import hub_commit, is_saved_dataset, read_hub, read_save
 from tunesmith.data.json_rows import find_holder
 from tunesmith.data.packed import open_file
 from tunesmith.errors import DataError
+from tunesmith.paths import exists, expand_user
 from tunesmith.remote.copies import fetch
 from tunesmith.urls import is_url
 
@@ -125,8 +126,8 @@ def local_path(config: HFDatasetConfig) -> Path | None:
         DataError: the name looks like a path or an address, and nothing is there.
     """
     name = config.dataset_name
-    path = fetch(name, "datasets") if is_url(name) else Path(name).expanduser()
-    if path.exists():
+    path = fetch(name, "datasets") if is_url(name) else expand_user(name)
+    if exists(path):
         if re.search(r"[\[\]+]", config.split):
             raise DataError(
                 f"split `{config.split}` slices a local data set: `{name}`",

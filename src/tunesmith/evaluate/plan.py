@@ -29,6 +29,7 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.state import list_weights
+from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
         test_name += f"-{re.sub(r'[^A-Za-z0-9]+', '_', config.test_split)}"
     if tuned.run is not None:
         return tuned.run.evaluation_path(f"{tuned.folder.name}{test_name}")
-    home = config.home.expanduser() if config.home else Path("runs")
+    home = expand_user(config.home) if config.home else Path("runs")
     place = hashlib.blake2b(str(tuned.folder.resolve()).encode(), digest_size=4).hexdigest()
     return home.absolute() / "evaluation" / f"{tuned.folder.name}-{place}{test_name}"
 

@@ -18,6 +18,7 @@ from tunesmith.data.mixture import encode_rows, prompt_of, recorded_formats, wit
 from tunesmith.data.sources import describe_source, local_path, read_rows, source_fingerprint
 from tunesmith.data.split import check_other_split
 from tunesmith.errors import DataError
+from tunesmith.paths import exists, expand_user
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.urls import is_url
@@ -88,7 +89,7 @@ def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig
         try:
             path = local_path(named)
         except DataError as error:
-            if is_url(config.test_dataset) or Path(config.test_dataset).expanduser().exists():
+            if is_url(config.test_dataset) or exists(expand_user(config.test_dataset)):
                 raise
             raise DataError(
                 f"there is no test file `{config.test_dataset}`",

@@ -21,6 +21,7 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
+from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
@@ -53,7 +54,7 @@ class Exported:
 def choose_output(tuned: TunedModel, config: ConvertConfig) -> Path:
     """Return the folder that an export of `tuned` goes to: absolute, and as asked for, else beside the results."""
     beside = tuned.run.export_path if tuned.run else tuned.folder.with_name("hf_format")
-    return (config.output_dir.expanduser() if config.output_dir else beside).absolute()
+    return (expand_user(config.output_dir) if config.output_dir else beside).absolute()
 
 
 def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:

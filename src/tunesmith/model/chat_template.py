@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ConfigError
+from tunesmith.paths import expand_user, is_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,8 +24,8 @@ def read_if_file(given: str) -> str:
     Raises:
         ConfigError: the file can't be read.
     """
-    path = Path(given).expanduser() if not is_text(given) else None
-    if path is None or not path.is_file():
+    path = expand_user(given) if not is_text(given) else None
+    if path is None or not is_file(path):
         return given
     try:
         text = path.read_text(encoding="utf-8-sig")

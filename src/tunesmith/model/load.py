@@ -18,6 +18,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 from tunesmith.model.chat_template import use_chat_template
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
+from tunesmith.paths import is_dir, is_file
 
 if TYPE_CHECKING:
     import torch
@@ -195,12 +196,12 @@ def check_model_path(ref: ModelRef) -> None:
     folder = ref.folder
     if folder is None:
         return
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise ModelError(
             f"`model_path` is `{folder}`, which is not a folder",
             "give the folder that holds config.json and the weights, or name a model of the hub instead",
         )
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise ModelError(
             f"`model_path` is `{folder}`, which holds no config.json",
             "give a Hugging Face model folder: config.json, weights, tokenizer",

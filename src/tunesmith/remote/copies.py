@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.atomic_files import sync_files, write_json
 from tunesmith.errors import TunesmithError
+from tunesmith.paths import expand_user
 from tunesmith.remote.problems import ERRORS, Kind, explain, is_absent
 from tunesmith.urls import name_of
 
@@ -47,7 +48,7 @@ _KEPT: ContextVar[_Copies | None] = ContextVar("kept", default=None)
 def copies_in(home: Path | None) -> Iterator[None]:
     """Let `fetch` keep its copies under `home`, or without one in the user's cache; inside, an address is asked once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
-    token = _KEPT.set(_Copies((home or cache).expanduser().absolute()))
+    token = _KEPT.set(_Copies(expand_user(home or cache).absolute()))
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.config import HFDatasetConfig, ModelRef, TrainConfig, TunedModelConfig
 from tunesmith.config.layers import settings_from_dump
 from tunesmith.errors import ModelError
+from tunesmith.paths import expand_user
 from tunesmith.remote.copies import fetch
 from tunesmith.runs.folder import ADAPTER_CONFIG
 from tunesmith.urls import is_url
@@ -45,7 +46,7 @@ def recorded_base(
 
 def _here(place: Path | str) -> Path:
     """Return the folder at a path, or the copy of what lies at an address, as an absolute path."""
-    return place.expanduser().absolute() if isinstance(place, Path) else fetch(place, "models")
+    return expand_user(place).absolute() if isinstance(place, Path) else fetch(place, "models")
 
 
 def _recorded_path(model: dict[str, Any], folder: Path) -> Path:

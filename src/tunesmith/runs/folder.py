@@ -25,6 +25,7 @@ from typing import Any
 
 from tunesmith.atomic_files import remove_folder, repair_folder, write_json
 from tunesmith.errors import ConfigError, RunError
+from tunesmith.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class RunDir:
 
 def find_runs(home: Path | str) -> list[RunDir]:
     """Return the runs of a home, or of the homes in a folder such as `runs`."""
-    folder = Path(home).expanduser()
+    folder = expand_user(home)
     depths = (f"*/*/ray_results/{RUN_PREFIX}*", f"*/*/*/ray_results/{RUN_PREFIX}*")
     found = [path for depth in depths for path in sorted(folder.glob(depth))]
     return [_run_of_folder(path) for path in found if path.is_dir()]
@@ -198,7 +199,7 @@ def open_run(path: Path | str, home: Path | str | None = None) -> RunDir:
     Raises:
         RunError: there is no such run, or the home holds several.
     """
-    given = Path(path).expanduser()
+    given = expand_user(path)
     for folder in (given, *given.absolute().parents[:1]):
         if folder.name.startswith(RUN_PREFIX) and folder.is_dir():
             return _run_of_folder(folder)

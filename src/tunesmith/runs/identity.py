@@ -18,6 +18,7 @@ import tunesmith
 from tunesmith.config import TrainConfig
 from tunesmith.config.layers import dump_settings, settings_from_dump
 from tunesmith.errors import RunError
+from tunesmith.paths import expand_user
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending
 from tunesmith.urls import is_url
@@ -121,7 +122,7 @@ def locate_run(config: TrainConfig) -> RunDir:
     """Return the run that these settings mean; touches nothing on disk."""
     run_name = config.run_name or default_run_name(config)
     home = config.home if config.home is not None else Path("runs") / run_name
-    return RunDir(home.expanduser().absolute(), config.results_dir, config.model.name, run_name)
+    return RunDir(expand_user(home).absolute(), config.results_dir, config.model.name, run_name)
 
 
 def default_run_name(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tunesmith.config import HFDatasetConfig, ModelRef, TunedModelConfig
 from tunesmith.errors import ConfigError, RunError
 from tunesmith.logs import log_to_file
+from tunesmith.paths import expand_user
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.base_model import exported_dataset, named_base, recorded_base, recorded_settings
 from tunesmith.runs.folder import (
@@ -79,7 +80,7 @@ def taken(config: TunedModelConfig, log_name: str) -> Iterator[TunedModel]:
     with ExitStack() as stack, copies_in(home):
         if home is not None:
             try:
-                stack.enter_context(log_to_file(home.expanduser() / "logs" / f"{log_name}.log"))
+                stack.enter_context(log_to_file(expand_user(home) / "logs" / f"{log_name}.log"))
             except OSError as error:
                 logger.warning("there will be no log in `%s`: %s", home, error.strerror or error)
         logger.info("taking %s: %s (`%s`)", tuned.label, tuned.why, tuned.folder)
@@ -97,7 +98,7 @@ def find_tuned(config: TunedModelConfig) -> TunedModel:
     named = config.checkpoints_dir
     if named is not None:
         _refuse_unfinished(Path(named))
-    folder = Path(named).expanduser() if named is not None else None
+    folder = expand_user(named) if named is not None else None
     if folder is not None and _holds_model(folder) and not _lies_in_run(folder):
         with copies_in(config.home):
             return _from_folder(folder.absolute(), config)
@@ -121,7 +122,7 @@ def _lies_in_run(folder: Path) -> bool:
 
 
 def _from_run(config: TunedModelConfig, folder: Path | None) -> TunedModel:
-    home = config.home.expanduser() if config.home else _DEFAULT_HOME
+    home = expand_user(config.home) if config.home else _DEFAULT_HOME
     if folder is None:
         run, why_run = _newest_run(config, home)
     else:

@@ -20,6 +20,7 @@ from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import load_tokenizer
+from tunesmith.paths import exists, expand_user
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.identity import locate_run, recorded_date
 from tunesmith.view.counts import list_counts
@@ -85,10 +86,10 @@ def prepared_to_look_at(config: TrainConfig, tokenizer: PreTrainedTokenizerFast)
         TunesmithError: as `prepare` does.
     """
     run = locate_run(config)
-    date = recorded_date(run.read_params() if run.params_path.exists() else None)
+    date = recorded_date(run.read_params() if exists(run.params_path) else None)
     config = config.model_copy(update={"data_dir": None})
     if config.home is not None:
-        yield prepare(config, tokenizer, config.home.expanduser() / "datasets", date)
+        yield prepare(config, tokenizer, expand_user(config.home) / "datasets", date)
         return
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         yield prepare(config, tokenizer, Path(folder) / "datasets", date)

@@ -24,6 +24,7 @@ from tunesmith.data.sources import describe_source
 from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ConfigError
+from tunesmith.paths import is_dir
 from tunesmith.view.cards import Card, CardMaker
 from tunesmith.view.counts import Count, compare_sets, list_counts
 from tunesmith.view.examples_shown import ShownSet, choose_shown, share_out, show_set
@@ -88,11 +89,11 @@ def check_page_path(path: Path) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         # What stands behind `--html` may be the run's own file, to be overwritten.
         raise ConfigError(f"`--html` is `{path}`, which isn't named like a page", "write --html page.html")
-    if path.is_dir():
+    if is_dir(path):
         raise ConfigError(
             f"`--html` is a folder: `{path}`", f"name a file in it: --html {path / 'page.html'}"
         )
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise ConfigError(f"`--html` is to go into `{folder}`, which is no folder", f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"`--html` can't be written into `{folder}`", "name a file in a folder of yours")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config import TrainConfig
@@ -15,6 +14,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
+from tunesmith.paths import expand_user, is_dir
 from tunesmith.planning.fitting import Plan, find_fitting, make_plan
 from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.throughput import count_flops_per_token
@@ -68,7 +68,7 @@ def _with_model_at_hand(config: TrainConfig, imagined: bool) -> TrainConfig:
         missing = f"can't be had here ({error.message})"
         if not imagined or "hf_model_id" not in config.model_fields_set:
             raise
-    at_hand = config.model_path is None or Path(config.model_path).expanduser().is_dir()
+    at_hand = config.model_path is None or is_dir(expand_user(config.model_path))
     if not imagined or at_hand or "hf_model_id" not in config.model_fields_set:
         return config
     logger.info("`%s` %s; planned for `%s` instead", config.model_path, missing, config.hf_model_id)
