@@ -152,6 +152,10 @@ def test_fields_may_be_separated_by_tabs(tmp_path: Path) -> None:
 def test_columns_may_be_named_by_sentences(tmp_path: Path) -> None:
     (tmp_path / "form.csv").write_text("Is it right?,Answer,2024\nyes,no,3\n")
     assert read(tmp_path / "form.csv") == [{"Is it right?": "yes", "Answer": "no", "2024": "3"}]
+    (tmp_path / "form.csv").write_text("What's your question?,Your best answer\nyes,no\n")
+    assert read(tmp_path / "form.csv") == [{"What's your question?": "yes", "Your best answer": "no"}]
+    (tmp_path / "form.csv").write_text("Who?,Why?\nyes,no\n")
+    assert read(tmp_path / "form.csv") == [{"Who?": "yes", "Why?": "no"}]
 
 
 ICONV = "`iconv -f ENCODING -t UTF-8`"
@@ -175,7 +179,8 @@ ICONV = "`iconv -f ENCODING -t UTF-8`"
         ("torn.json", holder(indent=1, data=ROWS)[:-6], r"item 2 \(line 6\) is not valid JSON: it ends before", "mend"),
         ("bad.json", b'{"data": [\n{"a": 1},\n{"a":\n x}]}', r"item 2 \(line 3\) .* value in line 4", "mend"),
         ("values.csv", b"1,2\n3,4\n", "line 1 seems to be a row, not a header: `1`, `2`", "columns' names"),
-        ("values.csv", b"What is 2+2?,4\nx,5\n", "seems to be a row, not a header: `What", "columns' names"),
+        ("values.csv", b"What is 2+2?,4\nx,5\n", "seems to be a row, not a header: `What", "rename its columns"),
+        ("excel.csv", b"q,a,,\n1,2,,\n", "line 1 leaves columns 3, 4 without a name", "delete the empty columns"),
         ("tabs.csv", b"q\ta\n1\t2\n", "line 1 is separated by tabs", "name it .tsv"),
         ("bars.csv", b"q|a\n1|2\n", r"line 1 is separated by `\|`", "with commas"),
         ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "packed as .gz, and damaged", "fetch or pack the file again"),

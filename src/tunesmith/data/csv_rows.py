@@ -74,7 +74,14 @@ def _check_header(names: list[str], where: str, separator: str) -> list[str]:
     if _is_row(names):
         raise DataError(
             f"{where} seems to be a row, not a header: {', '.join(f'`{name[:40]}`' for name in names[:4])}",
-            "put a first line with the columns' names before it, as `question,answer`",
+            "if it is a row, put a first line with the columns' names before it, as `question,answer`; if it is the "
+            "header, rename its columns to words",
+        )
+    if names.count("") > 1:
+        places = ", ".join(str(place) for place, name in enumerate(names, start=1) if not name)
+        raise DataError(
+            f"{where} leaves columns {places} without a name",
+            "delete the empty columns (spreadsheets write them after the last one in use), or name them",
         )
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(
@@ -85,6 +92,9 @@ def _check_header(names: list[str], where: str, separator: str) -> list[str]:
 
 
 def _is_row(names: list[str]) -> bool:
-    """Tell whether these are values: one is a number or a sentence, and none is a word."""
-    values = [name for name in names if _NUMBER.fullmatch(name) or name.endswith((".", "?", "!"))]
-    return bool(values) and not any(re.fullmatch(r"[^\W\d]\w*", name) for name in names)
+    """Tell whether these are values: one is a number, and all others are numbers or sentences.
+
+    Sentences alone may be the questions of a form, whose export has them as its header.
+    """
+    numbers = [name for name in names if _NUMBER.fullmatch(name)]
+    return bool(numbers) and all(name in numbers or name.endswith((".", "?", "!")) for name in names)
