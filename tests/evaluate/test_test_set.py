@@ -105,6 +105,18 @@ def test_what_can_t_be_asked_is_refused(given: dict[str, str], message: str, tmp
         read_test_set(tuned_in(tmp_path), config, build_tokenizer("byte_bpe"))
 
 
+def test_a_folder_without_a_test_file_is_told_with_the_flag_for_another_split(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", rows_named("train", 2))
+    config = EvaluateConfig(test_dataset=str(folder))
+    with pytest.raises(DataError, match="has no file of split `test`") as caught:
+        read_test_set(tuned_in(tmp_path), config, build_tokenizer("byte_bpe"))
+    assert "name another --test_split" in str(caught.value.hint)
+    config = EvaluateConfig(test_dataset=str(folder), test_split="train")
+    assert len(read_test_set(tuned_in(tmp_path), config, build_tokenizer("byte_bpe")).samples) == 2
+
+
 def test_another_split_of_what_was_trained_on_is_asked(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()

@@ -10,7 +10,7 @@ import pytest
 from tunesmith.config import TrainConfig, setting
 from tunesmith.config.layers import dump_settings, settings_from_dump
 from tunesmith.errors import RunError
-from tunesmith.runs.identity import check_settings, default_run_name, locate_run, scope_of
+from tunesmith.runs.identity import check_settings, check_unchanged, default_run_name, locate_run, scope_of
 
 GIVEN = {"model_path": "tiny", "dataset_name": "rows.jsonl", "lora_rank": 4}
 
@@ -65,3 +65,23 @@ def test_recorded_settings_may_lack_newer_ones() -> None:
     assert read == NewerConfig(**GIVEN)
     assert read.model_fields_set == set(GIVEN)
     assert scope_of(read, "new_data") == "data"
+
+
+def test_changed_data_sets_are_named_and_the_hub_only_where_one_is_of_it(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b, c.jsonl", "d.jsonl")]
+    for name in names:
+        Path(name).touch()
+    a, comma, d = names
+
+    def refused(what: str, name: str) -> str:
+        with pytest.raises(RunError) as caught:
+            check_unchanged(what, name, "old", "new")
+        return str(caught.value)
+
+    assert f"one of the data sets `{a}`, `{d}` has changed" in refused("data set", f"{a}, {d}")
+    assert f"the data set `{comma}` has changed" in refused("data set", comma)
+    assert "hub" not in refused("data set", f"{a}, {d}") + refused("data set", comma) + refused("model", a)
+    mixed = refused("data set", f"{a}, some/rows")
+    assert "--dataset_revision" in mixed and "--model_revision" not in mixed
+    assert "(the hub's older commit: --model_revision)" in refused("model", "some/model")
+    check_unchanged("model", "some/model", "same", "same")

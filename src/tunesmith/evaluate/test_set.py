@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _rendered_rows(
     if is_own and tuned.params is not None:
         formats = recorded_formats(tuned.params["data"]["row_format"], tuned.dataset.sources)
         return (row for _, row in read_rows(settings)), formats
-    _, first = next(read_rows(settings))
+    first = _read_first(settings)
     source = describe_source(settings)
     templates = TemplateFormat.from_settings(tuned.dataset.data_sets[0])
     if set(without_tag(first)) == _RENDERED and templates.absent_from(first):
@@ -157,6 +158,15 @@ def _rendered_rows(
     row_format = _choose_for_file(tuned.dataset.data_sets, first, source)
     logger.info("%s: rows are read as %s, because %s", source, row_format.name, row_format.why)
     return (row_format.render(row, where) for where, row in read_rows(settings)), [row_format]
+
+
+def _read_first(settings: HFDatasetConfig) -> dict[str, Any]:
+    try:
+        return next(read_rows(settings))[1]
+    except DataError as error:
+        # The split of a run's rows is --split; here that is no flag.
+        hint = error.hint and re.sub(r"--split\b", "--test_split", error.hint)
+        raise DataError(error.message, hint) from error
 
 
 def _choose_for_file(data_sets: Sequence[HFDatasetConfig], first: dict[str, Any], source: str) -> RowFormat:

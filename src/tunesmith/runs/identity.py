@@ -18,7 +18,7 @@ import tunesmith
 from tunesmith.config import TrainConfig
 from tunesmith.config.layers import dump_settings, settings_from_dump
 from tunesmith.errors import RunError
-from tunesmith.paths import expand_user
+from tunesmith.paths import exists, expand_user
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending
 from tunesmith.urls import is_url
@@ -191,18 +191,29 @@ def check_settings(run: RunDir, config: TrainConfig, recorded_as: TrainConfig | 
 def check_unchanged(what: str, name: str, recorded: str, current: str) -> None:
     """Refuse to go on with a run whose data set or model, called `name`, isn't what it was.
 
+    Of several data sets, `name` has a comma and a blank between their names.
+
     Raises:
         RunError: the digests differ.
     """
     if recorded == current:
         return
+    names = [name] if _lies_outside_hub(name) else name.split(", ")
     bring_back = "bring it back"
-    if not is_url(name) and not Path(name).expanduser().exists():
-        bring_back += " (the hub's older commit: --model_revision, --dataset_revision)"
+    if not all(map(_lies_outside_hub, names)):
+        setting = "--model_revision" if what == "model" else "--dataset_revision"
+        bring_back += f" (the hub's older commit: {setting})"
+    called = f"the {what} `{name}`"
+    if len(names) > 1:
+        called = f"one of the {what}s {', '.join(f'`{it}`' for it in names)}"
     raise RunError(
-        f"the {what} `{name}` has changed since this run was started ({recorded} → {current})",
+        f"{called} has changed since this run was started ({recorded} → {current})",
         f"{bring_back}, or give another --run_name",
     )
+
+
+def _lies_outside_hub(name: str) -> bool:
+    return is_url(name) or exists(expand_user(name))
 
 
 def check_unfinished(run: RunDir, config: TrainConfig) -> None:
