@@ -173,7 +173,7 @@ ICONV = "`iconv -f ENCODING -t UTF-8`"
         ("two.json", holder(here=ROWS, there=ROWS), "lie under one of `here`, `there`", "jq -c '.NAME[]' two.json"),
         ("texts.json", b'["a", "b"]', r"item 1 \(line 1\) is a str, not an object", "one JSON object"),
         ("texts.jsonl", b'"a"\n"b"\n', "line 1 is a str, not an object", "one JSON object"),
-        ("twice.json", ARRAY + b"\n" + ARRAY, r"line 9: `\[` after the end of the array", "remove it"),
+        ("twice.json", ARRAY + b"\n" + ARRAY, r"line 9: `\[` after the end of the array", "jq -s add twice.json"),
         ("torn.jsonl", b'{"a": 1\n{"a": 2}\n', "line 2: `,` expected, `{` found", "one JSON object a line"),
         ("torn.jsonl", b'{"a": 1}\n{"a": "x\n', "line 2 is not valid JSON: it ends before", "one JSON object"),
         ("torn.json", holder(indent=1, data=ROWS)[:-6], r"item 2 \(line 6\) is not valid JSON: it ends before", "mend"),

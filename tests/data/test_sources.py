@@ -116,6 +116,28 @@ def test_csv_values_stay_as_they_are_written(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.csv") == [{"a": "007", "b": ""}, {"a": "1.50", "b": "x\ny"}]
 
 
+def test_a_saved_data_set_without_rows_is_told(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.select([]).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([])}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(DataError, match=r"`one` .* holds no rows"):
+        read(tmp_path / "one")
+    with pytest.raises(DataError, match=r"`dict` .* holds no rows"):
+        read(tmp_path / "dict", split="test")
+
+
+def test_a_damaged_page_of_a_parquet_file_is_no_matter_of_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": [f"row {i} " * 20 for i in range(3000)]})
+    parquet.write_table(table, path, compression="snappy", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[200:2000] = b"\xff" * 1800
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"can't read `.*rows\.parquet`") as caught:
+        read(path)
+    assert caught.value.hint == "it is damaged: fetch or write it again"
+
+
 def test_a_saved_data_set_gives_its_rows(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "one")

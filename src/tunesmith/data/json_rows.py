@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ def read_json(file: Path, split: str) -> Rows:
     if first == "[":
         yield from _number(file, document, document.items())
         if rest := document.peek():
-            raise DataError(
-                f"`{file}`, line {document.line}: `{rest}` after the end of the array", "remove it"
-            )
+            hint = "remove it"
+            if rest == "[":
+                hint = f"it begins another array; make one of both: jq -s add {shlex.quote(file.name)} > one.json"
+            raise DataError(f"`{file}`, line {document.line}: `{rest}` after the end of the array", hint)
         return
     if first != "{":
         yield from _read_lines(file)

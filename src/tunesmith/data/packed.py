@@ -32,9 +32,12 @@ def open_file(file: Path) -> Iterator[io.BufferedReader]:
         with file.open("rb") as stream:
             yield stream
     except OSError as error:
-        raise DataError(
-            f"can't read `{file}`: {error.strerror or error}", "check the file and its permissions"
-        ) from error
+        # Without a number, it is what a library says about the content.
+        is_damaged = error.errno is None
+        hint = (
+            "it is damaged: fetch or write it again" if is_damaged else "check the file and its permissions"
+        )
+        raise DataError(f"can't read `{file}`: {error.strerror or error}", hint) from error
 
 
 @contextmanager
