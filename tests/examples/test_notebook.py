@@ -161,7 +161,6 @@ def rayjob_status(job: str, deployment: str) -> str:
         ("Q: {instruction} A: ", "{output}"),
         ("{{{instruction}}}{input}", "{{a}} {output} b"),
         ("{my text}\n", "answer: {output}{input}"),
-        ("nothing asked", "{instruction} {output}"),
     ],
 )
 def test_the_chat_asks_with_the_prompt_of_the_evaluation(

@@ -46,6 +46,8 @@ def _read_parquet(file: Path) -> Rows:
                 for row in without_points(iterate_rows(batch), gapped):
                     count += 1
                     yield f"`{file}`, row {count}", row
+    except DataError:
+        raise
     except (pyarrow.ArrowException, ValueError) as error:  # of a struct that has a key twice, the second
         raise DataError(
             f"`{file}` is not a valid Parquet file: {str(error).splitlines()[0]}", "write the file again"

@@ -155,7 +155,11 @@ def source_fingerprint(config: HFDatasetConfig, rendering_version: int | None = 
     if rendering_version == 1 and not is_saved_dataset(path):
         return _digest_files(list_files_of_first_version(path, config.split), [])
     files = files_of(config)
-    held = [find_holder(file, config.split) for file in files if file.suffix != ".arrow" and kind_of(file) == "JSON"]
+    held = [
+        find_holder(file, config.split)
+        for file in files
+        if file.suffix != ".arrow" and kind_of(file) == "JSON"
+    ]
     return _digest_files(files, [key for key in held if key is not None])
 
 
