@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def test_a_resumed_attempt_hides_the_later_steps(run: RunDir, start_step: int, k
     for step in range(1, 6):
         first.training(step, {"loss": 1.0})
     first.close()
+    # Event files are ordered by the second that they begin in, and no attempt begins within one of the last.
+    time.sleep(1 - time.time() % 1)
     second = open_log(run, attempt=2, start_step=start_step)
     second.training(start_step + 1, {"loss": 2.0})
     second.close()
