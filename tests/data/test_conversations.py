@@ -323,3 +323,10 @@ def test_objects_that_arrow_keeps_as_maps_are_objects(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "rows.parquet")
     ((_, row),) = read_rows(TrainConfig(dataset_name=str(tmp_path / "rows.parquet")))
     assert row["tools"] == {"properties": {"city": "string"}}
+
+
+def test_a_conversation_may_be_json_text_in_a_table() -> None:
+    talk = json.dumps([say(USER, "Hi"), say(ASSISTANT, "Hello")])
+    assert spelled({"messages": talk}) == [GREETING]
+    with pytest.raises(DataError, match="`messages` of line 1 is not valid JSON"):
+        read({"messages": talk[:-1]})

@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.config import HFDatasetConfig
 from tunesmith.config.data import ALL_ASSISTANT_TURNS, ALL_TURNS, LAST_ASSISTANT_TURN
 from tunesmith.data.formats.base import RenderedRow, chosen_mapping, column_of, is_missing
-from tunesmith.data.formats.tool_calls import read_calls, read_function_calls, read_tools
+from tunesmith.data.formats.tool_calls import parse_text, read_calls, read_function_calls, read_tools
 from tunesmith.errors import DataError
 
 _HINT = 'a conversation is a list such as [{"role": "user", "content": "…"}, …]'
@@ -104,6 +104,8 @@ class ConversationReader:
         self, column: str, row: Mapping[str, Any], where: str
     ) -> list[tuple[dict[str, Any], bool | None]]:
         listed = column_of(row, column, where)
+        if isinstance(listed, str) and listed.lstrip().startswith("["):  # as tables hold lists
+            listed = parse_text(listed, f"`{column}` of {where}", _HINT)
         if not isinstance(listed, list) or not listed:
             raise DataError(f"`{column}` of {where} is not a list of messages", _HINT)
         of_column = "" if column == "messages" else f"`{column}`, "

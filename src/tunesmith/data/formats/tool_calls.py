@@ -14,14 +14,14 @@ _CALL_HINT = 'a call is such as {"type": "function", "function": {"name": "…",
 
 def read_calls(calls: Any, place: str) -> list[Any]:
     """Return the calls with their arguments as objects, which OpenAI's form holds as JSON text."""
-    calls = _parsed(calls, f"`tool_calls` of {place}", _CALL_HINT)
+    calls = parse_text(calls, f"`tool_calls` of {place}", _CALL_HINT)
     if not isinstance(calls, list):
         raise DataError(f"`tool_calls` of {place} is a {type(calls).__name__}, not a list", _CALL_HINT)
     return [_read_call(call, place) for call in calls]
 
 
 def _read_call(call: Any, place: str) -> dict[str, Any]:
-    call = _parsed(call, f"a call of {place}", _CALL_HINT)
+    call = parse_text(call, f"a call of {place}", _CALL_HINT)
     if isinstance(call, Mapping) and "function" in call and not isinstance(call["function"], Mapping):
         raise DataError(
             f"the `function` of a call of {place} is a {type(call['function']).__name__}, not an object",
@@ -46,7 +46,7 @@ def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
         if other is None:
             return dict(function)
         function = {"arguments" if key == other else key: value for key, value in function.items()}
-    arguments = _parsed(function["arguments"] or {}, f"`arguments` of a call of {place}", _CALL_HINT)
+    arguments = parse_text(function["arguments"] or {}, f"`arguments` of a call of {place}", _CALL_HINT)
     if not isinstance(arguments, Mapping):
         raise DataError(
             f"`arguments` of a call of {place} is a {type(arguments).__name__}, not an object", _CALL_HINT
@@ -56,7 +56,7 @@ def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def read_function_calls(value: Any, place: str) -> list[Mapping[str, Any]]:
     """Return ShareGPT's `function_call`, which is a call or a list of them as JSON text, as tool calls."""
-    calls = _parsed(
+    calls = parse_text(
         value, f"the call of {place}", 'a function_call is such as {"name": "…", "arguments": {…}}'
     )
     listed = calls if isinstance(calls, list) else [calls]
@@ -71,14 +71,14 @@ def read_function_calls(value: Any, place: str) -> list[Mapping[str, Any]]:
 
 def read_tools(tools: Any, where: str) -> list[Any]:
     hint = "give a list of tools"
-    tools = _parsed(tools, f"`tools` of {where}", hint) if tools else []
+    tools = parse_text(tools, f"`tools` of {where}", hint) if tools else []
     if not isinstance(tools, list):
         raise DataError(f"`tools` of {where} is a {type(tools).__name__}", hint)
     return [_read_tool(tool, where) for tool in tools if not is_missing(tool)]
 
 
 def _read_tool(tool: Any, where: str) -> Any:
-    tool = _parsed(tool, f"a tool of {where}", "give each tool as an object")
+    tool = parse_text(tool, f"a tool of {where}", "give each tool as an object")
     if not isinstance(tool, Mapping):
         return tool
     # Nulls that Arrow pads with, as in a message.
@@ -94,11 +94,11 @@ def _with_parameters(function: Mapping[str, Any], where: str) -> dict[str, Any]:
     hint = "give the parameters as a JSON schema"
     return {
         **function,
-        "parameters": _parsed(function["parameters"], f"`parameters` of a tool of {where}", hint),
+        "parameters": parse_text(function["parameters"], f"`parameters` of a tool of {where}", hint),
     }
 
 
-def _parsed(value: Any, what: str, hint: str) -> Any:
+def parse_text(value: Any, what: str, hint: str) -> Any:
     """Return what JSON text holds, and anything else as it is."""
     if not isinstance(value, str):
         return value
