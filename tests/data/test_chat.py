@@ -23,7 +23,7 @@ from support.conversations import (
     tool,
     trained,
 )
-from support.labels import with_template
+from support.labels import spell, with_template
 from support.tokenizers import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import TrainConfig
 from tunesmith.config.layers import load_settings
@@ -363,3 +363,15 @@ def test_what_was_counted_is_refused_where_it_is_not_to_be(tmp_path: Path) -> No
         prepare(
             config.model_copy(update={"unrendered": "refuse"}), with_template(NO_SYSTEM), tmp_path / "sets"
         )
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n"])
+def test_an_end_token_that_an_answer_brings_is_the_only_one(end: str) -> None:
+    tokenizer = build_tokenizer("chatml")
+    talk = [say(USER, "a"), say(ASSISTANT, f"A{end}"), say(USER, "b"), say(ASSISTANT, f"B{end}")]
+    assert trained({"messages": talk}) == ["A<|im_end|>", "B<|im_end|>"]
+    assert trained({"prompt": "a ", "completion": f"A{end}"}) == ["A<|im_end|>"]
+    chosen = choose_format(settings_of(), {"text": f"so{end}"}, "rows").with_tokenizer(tokenizer, DATE)
+    ((example,),) = chosen.encode([{"input": "", "output": f"so{end}"}], Findings())
+    assert spell(tokenizer, example.segments[0]).count("<|im_end|>") == 1
+    assert len(example.segments[0].spans) == 1

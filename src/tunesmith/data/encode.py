@@ -71,6 +71,7 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[MarkedText]) -> Iterator[Segment]:
         """Yield the segment of each text as it is asked for."""
+        texts = [self._to_its_end(marked) if marked.text[-1:].isspace() else marked for marked in texts]
         aligned = self._aligner.align([marked.text for marked in texts], [marked.spans for marked in texts])
         return map(self._label, texts, aligned)
 
@@ -89,6 +90,14 @@ class TextEncoder:
             del ids[0]
         return text[:end], tuple(ids)
 
+    def _to_its_end(self, marked: MarkedText) -> MarkedText:
+        """Return the text without the white space behind an end token that it brings."""
+        text = marked.text.rstrip()
+        if marked.ends or not text.endswith(str(self._tokenizer.eos_token)):
+            return marked
+        spans = tuple((start, min(end, len(text))) for start, end in marked.spans if start < len(text))
+        return MarkedText(text, spans, marked.ends)
+
     def _label(self, marked: MarkedText, aligned: Aligned) -> Segment:
         ids, spans = aligned.input_ids, aligned.spans
         while ids[:2] == self._twice_bos:
@@ -99,7 +108,8 @@ class TextEncoder:
             is_last_trained = bool(spans) and spans[-1][1] == len(ids)
             if ids[-1:] != [self._eos_id] or not (aligned.is_last_added or is_last_trained):
                 ids.append(self._eos_id)
-            spans.append((len(ids) - 1, len(ids)))
+            if not spans or spans[-1][1] < len(ids):
+                spans.append((len(ids) - 1, len(ids)))
         while ids[-2:] == self._twice_eos and any(begin <= len(ids) - 2 < stop for begin, stop in spans):
             ids.pop()
             spans = [(begin, min(stop, len(ids))) for begin, stop in spans if begin < len(ids)]

@@ -65,6 +65,7 @@ class ChatRenderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         self._longest_first = sorted(special, key=len, reverse=True)
+        self._ends = tuple(special)
         self._is_used = dict.fromkeys(_KNOWN_KEYS, True)
         if self._template.goes_on:
             raise DataError(
@@ -88,7 +89,7 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the conversation, leaves a part of it out, or can't be trained faithfully.
         """
-        messages, tools = self._template.adapt(row["messages"]), row.get("tools")
+        messages, tools = self._adapt(row["messages"]), row.get("tools")
         self._note_keys(messages, findings)
         if row.get("trained") == "all":
             return self._render_everything(messages, tools, row.get("untrained", []), findings)
@@ -117,7 +118,7 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the conversation, or can't be trained faithfully.
         """
-        messages = self._template.adapt(row["messages"])
+        messages = self._adapt(row["messages"])
         answers = [turn for turn in _trained_turns(row) if is_answer(row["messages"], turn)]
         if not answers:
             return None
@@ -126,6 +127,16 @@ class ChatRenderer:
         if messages[answers[-1]].get("tool_calls"):
             reference = turn.said
         return Question(turn.text, turn.start, reference) if turn.start and reference.strip() else None
+
+    def _adapt(self, messages: Messages) -> Messages:
+        """Return the messages as the template knows them; an end token that an answer brings is left to the template."""
+        adapted = self._template.adapt(messages)
+        for index, message in enumerate(adapted):
+            content = message["content"].rstrip()
+            if message["role"] == "assistant" and content.endswith(self._ends):
+                token = next(token for token in self._longest_first if content.endswith(token))
+                adapted[index] = {**message, "content": content.removesuffix(token)}
+        return adapted
 
     def _render_turn(self, messages: Messages, tools: Any, turn: int) -> Turn:
         """Return the conversation up to this turn's end token."""
