@@ -23,6 +23,8 @@ RenderedRow = dict[str, Any]
 """A row as text, before any tokenizer: what the sets' JSON lines hold."""
 
 
+# Columns that a line names, of those that aren't used.
+_MOST_NAMED = 8
 # What a finding begins with that would refuse the data set if it weren't to be counted.
 LEFT_OUT = "rows of which the chat template leaves out"
 UNRENDERED_HINT = (
@@ -122,9 +124,6 @@ class RowFormat(Protocol):
         Raises:
             DataError: the row can't be rendered.
         """
-
-
-_MOST_NAMED = 8
 
 
 class ColumnsFormat:

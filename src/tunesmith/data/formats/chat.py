@@ -62,10 +62,6 @@ class ChatRenderer:
         self._template = ChatTemplate(tokenizer, date)
         self._trains_reasoning = trains_reasoning
         self._refuses = refuses_unrendered
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        self._longest_first = sorted(special, key=len, reverse=True)
-        self._ends = tuple(special)
         self._is_used = dict.fromkeys(_KNOWN_KEYS, True)
         if self._template.goes_on:
             raise DataError(
@@ -133,10 +129,13 @@ class ChatRenderer:
         adapted = self._template.adapt(messages)
         for index, message in enumerate(adapted):
             content = message["content"].rstrip()
-            if message["role"] == "assistant" and content.endswith(self._ends):
-                token = next(token for token in self._longest_first if content.endswith(token))
+            if message["role"] == "assistant" and (token := self._end_token(content)):
                 adapted[index] = {**message, "content": content.removesuffix(token)}
         return adapted
+
+    def _end_token(self, text: str, start: int = 0) -> str:
+        """Return the special token that a text ends with, from `start` on; "" if with none."""
+        return next((token for token in self._template.special_tokens if text.endswith(token, start)), "")
 
     def _render_turn(self, messages: Messages, tools: Any, turn: int) -> Turn:
         """Return the conversation up to this turn's end token."""
@@ -173,10 +172,8 @@ class ChatRenderer:
     def _end_turn(self, text: str, start: int) -> Turn:
         """Return the turn that begins at `start`, up to the end token behind which there is white space alone."""
         whole = text.rstrip()
-        for token in self._longest_first:
-            if whole.endswith(token, start):
-                return Turn(whole, start, len(whole) - len(token))
-        return Turn(text, start, len(text))
+        token = self._end_token(whole, start)
+        return Turn(whole, start, len(whole) - len(token)) if token else Turn(text, start, len(text))
 
     def _render_everything(
         self, messages: Messages, tools: Any, untrained: Sequence[int], findings: Findings

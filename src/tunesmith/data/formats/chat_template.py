@@ -50,6 +50,11 @@ class ChatTemplate:
         self._tokenizer = copy.copy(tokenizer)
         template = tokenizer.chat_template
         self._source = "\n".join(template.values()) if isinstance(template, dict) else str(template)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = tuple(
+            sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        )
+        """The special tokens as text, the longest first."""
         self._today = datetime.datetime.fromisoformat(date)
         self._unrendered: dict[Any, list[str]] = {}
         # Some templates read the text of a message from a list of parts alone.
@@ -116,11 +121,9 @@ class ChatTemplate:
     def goes_on(self) -> bool:
         """True for a template that writes the next generation prompt behind an answer, whether it is asked to or not."""
         text = self._try([_USER, _answer("Qmark2")]) or ""
-        tokens = sorted(self._tokenizer.all_special_tokens, key=len, reverse=True)
-        tokens += [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         _, answered, behind = text.rpartition("Qmark2")
         rest = behind
-        for token in tokens:
+        for token in self.special_tokens:
             rest = rest.replace(token, "")
         return bool(answered and rest.strip()) and rest != behind
 

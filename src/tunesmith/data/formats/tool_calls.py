@@ -9,6 +9,8 @@ from tunesmith.data.formats.base import is_missing
 from tunesmith.data.json_text import ROW_DECODER
 from tunesmith.errors import DataError
 
+# What others call the arguments of a call: Gemini and ShareGPT, Anthropic.
+_ARGUMENTS = ("parameters", "args", "input")
 _CALL_HINT = 'a call is such as {"type": "function", "function": {"name": "…", "arguments": {…}}}'
 
 
@@ -32,10 +34,6 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _with_arguments(call["function"], place)}
     return _with_arguments(call, place)
-
-
-# What others call the arguments of a call: Gemini and ShareGPT, Anthropic.
-_ARGUMENTS = ("parameters", "args", "input")
 
 
 def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
