@@ -31,8 +31,10 @@ def serve_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
                     _,
                 ] if (folder / org / name).is_dir():
                     self._send(json.dumps({"id": f"{org}/{name}", "sha": COMMIT}).encode())
-                case ["api", "models" | "datasets", org, name, "tree", _]:
-                    self._send(json.dumps(list_tree(folder / org / name)).encode())
+                case ["api", "models" | "datasets", org, name, "tree", _, *parts] if folder.joinpath(
+                    org, name, *parts
+                ).is_dir():
+                    self._send(json.dumps(list_tree(folder / org / name, *parts)).encode())
                 case [org, name, "resolve", _, *parts] if (
                     path := folder.joinpath(org, name, *parts)
                 ).is_file():
@@ -66,8 +68,8 @@ def serve_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-def list_tree(model: Path) -> list[dict[str, object]]:
-    files = sorted(path for path in model.rglob("*") if path.is_file())
+def list_tree(model: Path, *parts: str) -> list[dict[str, object]]:
+    files = sorted(path for path in model.joinpath(*parts).rglob("*") if path.is_file())
     return [
         {
             "type": "file",

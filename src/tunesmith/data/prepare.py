@@ -11,12 +11,13 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.encode import RowError, tokenizer_content
+from tunesmith.data.end_tokens import find_end_tokens
 from tunesmith.data.fit import Limits, choose_limits
 from tunesmith.data.folder import DataFolder, open_folder
 from tunesmith.data.formats import RowFormat
@@ -65,7 +66,8 @@ class Prepared:
 
     `source` is a digest of the rows' origin, `fingerprint` (16 hex digits) of everything that shapes the set.
     `row_format` is the name of the rows' format, of several data sets a list of them. `date` (ISO) is the day that
-    the texts name, None where they name none.
+    the texts name, None where they name none. `end_tokens` are those that a training on it teaches, the commonest
+    first; None until they are looked for.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class Prepared:
     train: TokenSet
     validation: TokenSet | None
     stats: PrepareStats
+    end_tokens: tuple[int, ...] | None = None
 
 
 def prepare(
@@ -116,7 +119,7 @@ def prepare(
             shutil.rmtree(tokens, ignore_errors=True)
             with folder.staging():
                 _fill(folder, config, formats, limits, fingerprint)
-    prepared = open_prepared(tokens)
+    prepared = _with_ends(open_prepared(tokens), config, tokenizer)
     check_drawn(prepared.train, config.data_sets)
     _check_unrendered(prepared, config)
     _log(prepared, config)
@@ -145,11 +148,17 @@ def prepare_run(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Ru
     for folder in (tokens, run.datasets_path / tokens.parent.name / tokens.name):
         if _is_whole(folder):
             logger.info("the run keeps the tokens that it began with, of rendering %d", version)
-            return open_prepared(folder)
+            return _with_ends(open_prepared(folder), config, tokenizer)
     raise DataError(
         f"the prepared data of this run, `{tokens}`, are gone, and this version would render their rows otherwise "
         f"(rendering {RENDERING_VERSION}; the run's is {version})",
         "restore the folder, or give another --run_name for a new run",
+    )
+
+
+def _with_ends(prepared: Prepared, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    return replace(
+        prepared, end_tokens=find_end_tokens(prepared.train.path, tokenizer, config.max_seq_length)
     )
 
 

@@ -29,6 +29,7 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.state import list_weights
+from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 
@@ -109,8 +110,7 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         base_config = load_model_config(tuned.base)
     is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
     _check_fit(tuned, model_config, is_recorded)
-    has_tokenizer = (tuned.folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(loaded, tuned.folder if has_tokenizer else None)
+    tokenizer = load_tokenizer(loaded, tuned.folder if holds_tokenizer(tuned.folder) else None)
     test_set = read_test_set(tuned, config, tokenizer)
     if base is not None:
         if base is not loaded:

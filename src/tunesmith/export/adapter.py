@@ -11,13 +11,15 @@ from pathlib import Path
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export.model_files import write_tokenizer
+from tunesmith.export.generation import write_generation_config
 from tunesmith.export.proof import Proof
 from tunesmith.export.source import PickledFile, find_adapter_weights
 from tunesmith.model.fit import check_adapter_fits, read_adapter_shapes
 from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.model.tokenizer_files import copy_tokenizer
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
+from tunesmith.runs.tuned import TunedModel
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def open_adapter(folder: Path, base: ModelRef) -> Adapter:
     return Adapter(base, weights, sum(map(math.prod, shapes.values())))
 
 
-def write_adapter_folder(adapter: Adapter, folder: Path) -> None:
-    """Write the weights, PEFT's settings and the tokenizer into `folder`.
+def write_adapter_folder(adapter: Adapter, tuned: TunedModel, folder: Path) -> None:
+    """Write the weights, PEFT's settings, the tokenizer and the settings of generation into `folder`.
 
     Raises:
         ModelError: the settings or the tokenizer can't be read.
@@ -61,7 +63,8 @@ def write_adapter_folder(adapter: Adapter, folder: Path) -> None:
     settings["revision"] = base.revision
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-    write_tokenizer(base, source, folder)
+    copy_tokenizer(base, source, folder)
+    write_generation_config(base, tuned, folder)
 
 
 def prove_copy(adapter: Adapter, folder: Path) -> Proof:

@@ -46,8 +46,9 @@ _USE = {
     ),
     "peft": (
         "from peft import AutoPeftModelForCausalLM\n"
-        "from transformers import AutoTokenizer\n\n"
+        "from transformers import AutoTokenizer, GenerationConfig\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("{name}")\n'
+        'model.generation_config = GenerationConfig.from_pretrained("{name}")  # where its answers end\n'
         'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
     ),
 }

@@ -99,7 +99,7 @@ def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exp
         num_bytes = count_bytes(merge)
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
         num_files = write_shards(merge, folder, config.max_shard_size)
-        write_model_files(merge, files, tuned.folder, folder)
+        write_model_files(merge, files, tuned, folder)
         write_origin(tuned, folder)
         write_card(tuned, "transformers", output.name, folder)
         proof = prove(merge, tuned, files, folder) if config.verify else None
@@ -123,7 +123,7 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
         adapter = open_adapter(tuned.folder, tuned.base)
         num_bytes = adapter.weights.stat().st_size
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
-        write_adapter_folder(adapter, folder)
+        write_adapter_folder(adapter, tuned, folder)
         write_origin(tuned, folder)
         write_card(tuned, "peft", output.name, folder)
         proof = prove_copy(adapter, folder) if config.verify else None

@@ -9,6 +9,8 @@ import torch
 
 from tunesmith.atomic_files import replace_folder
 from tunesmith.config import ModelRef
+from tunesmith.errors import ModelError
+from tunesmith.export.generation import GENERATION_CONFIG, write_generation_config
 from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
@@ -39,10 +41,17 @@ def write_final(run: RunDir, base: ModelRef) -> Checkpoint:
             dtype: torch.dtype = getattr(torch, params["resolved"]["dtype"])
             merge = open_merge(tuned, base, dtype)
             write_shards(merge, folder, _MAX_SHARD_SIZE)
-            write_model_files(merge, base, best.path, folder)
+            write_model_files(merge, base, tuned, folder)
         else:
             ignored = shutil.ignore_patterns(STATE_FOLDER, STATE_FILE, "params.json")
             shutil.copytree(best.path, folder, ignore=ignored, dirs_exist_ok=True)
+            try:
+                write_generation_config(base, tuned, folder)
+            except (
+                ModelError,
+                OSError,
+            ) as error:  # the training is done, and the hub may be out of reach by now
+                logger.warning("`%s` goes without %s: %s", run.final_path, GENERATION_CONFIG, error)
         write_origin(tuned, folder)
     which = "the last" if best.eval_loss is None else "the best"
     logger.info("`%s` holds step %d, %s of the run", run.final_path, best.step, which)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,57 +10,29 @@ from typing import Any
 import torch
 
 from tunesmith.config import ModelRef
-from tunesmith.errors import ModelError
+from tunesmith.export.generation import write_generation_config
 from tunesmith.export.merge import Merge
-from tunesmith.export.source import locate_file
+from tunesmith.model.side_files import CODE, PROCESSORS, TERMS, copy_files
+from tunesmith.model.tokenizer_files import copy_tokenizer
+from tunesmith.runs.tuned import TunedModel
 
-GENERATION_CONFIG = "generation_config.json"
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
-
-def write_model_files(merge: Merge, files: ModelRef, tuned: Path, folder: Path) -> None:
+def write_model_files(merge: Merge, files: ModelRef, tuned: TunedModel, folder: Path) -> None:
     """Write everything but the weights and the model card into `folder`.
 
     Args:
         merge: the weights that go with it.
         files: the model whose files are taken: the base model, or a whole tuned one.
-        tuned: the tuned model's folder; its tokenizer goes before the base model's.
+        tuned: what is exported; its tokenizer goes before the base model's.
         folder: the export.
 
     Raises:
         ModelError: the tokenizer can't be read.
     """
     _write_config(merge, folder)
-    if (found := locate_file(files, GENERATION_CONFIG)) is not None:
-        shutil.copyfile(found, folder / GENERATION_CONFIG)
-    else:
-        from transformers import GenerationConfig
-
-        GenerationConfig.from_model_config(merge.model.config).save_pretrained(folder)
-    for path in merge.source.folder.glob("*.py"):
-        shutil.copyfile(path, folder / path.name)
-    write_tokenizer(files, tuned, folder)
-
-
-def write_tokenizer(files: ModelRef, tuned: Path, folder: Path) -> None:
-    """Write the tokenizer, with its chat template, of the tuned model's folder; else that of `files`.
-
-    Raises:
-        ModelError: it can't be read.
-    """
-    from transformers import AutoTokenizer
-
-    is_tuned = any((tuned / name).is_file() for name in _TOKENIZERS)
-    source, revision = (tuned, None) if is_tuned else (files.source, files.revision)
-    try:
-        AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=files.trust_remote_code
-        ).save_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"can't load the tokenizer of `{source}`: {str(error).strip().splitlines()[0]}",
-            "check that the folder is complete",
-        ) from error
+    copy_files(files, (*PROCESSORS, *CODE, *TERMS), folder)
+    copy_tokenizer(files, tuned.folder, folder)
+    write_generation_config(files, tuned, folder)
 
 
 def _write_config(merge: Merge, folder: Path) -> None:
@@ -80,6 +51,7 @@ def _write_config(merge: Merge, folder: Path) -> None:
     content["dtype"] = dtype
     if merge.unties:
         content["tie_word_embeddings"] = False
+    content.pop("transformers_weights", None)  # the name of the base's weight file
     content.setdefault("architectures", [type(merge.model).__name__])
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

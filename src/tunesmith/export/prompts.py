@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith.config import ModelRef
+from tunesmith.model.load import load_tokenizer
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
 
@@ -36,12 +38,10 @@ def choose_prompts(tuned: TunedModel, tokenizer_folder: Path) -> list[torch.Tens
     """Return token ids [1, T] of a few rows of the run's test or validation set; of fixed texts without a run.
 
     Raises:
-        OSError: the folder holds no tokenizer.
+        ModelError: the folder holds no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     trust = tuned.base is not None and tuned.base.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(ModelRef(tokenizer_folder, None, trust), tokenizer_folder)
     examples = _encode_rows(tuned, tokenizer) or [tokenizer(text)["input_ids"] for text in _TEXTS]
     return [torch.tensor([ids[:_MAX_TOKENS]]) for ids in examples]
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.export.tensors import TensorFile
+from tunesmith.model.weight_files import list_weight_files, locate_file, refuse_without
 
-_SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
-_INDEX = ".index.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -65,22 +63,17 @@ class WeightSource:
 
 
 def open_source(ref: ModelRef) -> WeightSource:
-    """Find the weight files of a model, fetching what the hub's cache lacks, and read their headers.
+    """Find the weight files of a model that transformers reads, and read their headers.
 
     Raises:
-        ModelError: there are none, or one is torn.
+        ModelError: there are none, or one is absent or torn.
     """
-    folder = Path(locate_file(ref, "config.json") or _nothing(ref, "config.json")).parent
-    for name, reader in ((_SAFETENSORS, TensorFile), (_PICKLED, PickledFile)):
-        index = locate_file(ref, name + _INDEX)
-        if index is not None:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            paths: list[Path] = [locate_file(ref, part) or _nothing(ref, part) for part in names]
-            return _collect(folder, [reader(path) for path in paths])
-        path = locate_file(ref, name)
-        if path is not None:
-            return _collect(folder, [reader(path)])
-    _nothing(ref, _SAFETENSORS)
+    config = locate_file(ref, "config.json") or refuse_without(ref, "config.json")
+    files = [
+        (TensorFile if path.suffix == ".safetensors" else PickledFile)(path)
+        for path in list_weight_files(ref)
+    ]
+    return _collect(config.parent, files)
 
 
 def _collect(folder: Path, files: Iterable[_File]) -> WeightSource:
@@ -101,27 +94,3 @@ def find_adapter_weights(folder: Path) -> Path:
     if found is None:
         raise ModelError(f"`{folder}` holds no {_ADAPTERS[0]}", "get the adapter again")
     return found
-
-
-def locate_file(ref: ModelRef, name: str) -> Path | None:
-    """Return a file of the model, fetched if need be; None if the model has none of that name.
-
-    Raises:
-        ModelError: the hub can't be reached, or has no such model.
-    """
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            str(ref.source), name, revision=ref.revision, _raise_exceptions_for_missing_entries=False
-        )
-    except OSError as error:
-        raise ModelError(
-            f"can't get `{name}` of `{ref.source}`: {str(error).splitlines()[0]}",
-            "check the base model's name, the network, and HF_TOKEN for a gated model; or give --model_path",
-        ) from error
-    return Path(found) if found else None
-
-
-def _nothing(ref: ModelRef, name: str) -> NoReturn:
-    raise ModelError(f"`{ref.source}` has no `{name}`", "give a whole model folder with --model_path")

@@ -18,6 +18,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 from tunesmith.model.chat_template import use_chat_template
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
+from tunesmith.model.weight_files import list_weight_files
 from tunesmith.paths import is_dir, is_file
 
 if TYPE_CHECKING:
@@ -224,7 +225,9 @@ def check_weights(ref: ModelRef) -> None:
         return
     if not find_weight_files(folder):
         raise ModelError(f"`model_path` is `{folder}`, which holds no weights", "download the model again")
-    for path in folder.glob("*.safetensors"):
+    for path in list_weight_files(ref):
+        if path.suffix != ".safetensors":
+            continue
         try:
             with safe_open(path, framework="pt"):
                 pass

@@ -88,6 +88,7 @@ class DataRecord:
 
     `row_format` is a list where there are several data sets; `shares` tells what an epoch takes of each of them.
     `date` (ISO) is the day that the chat template has written into the texts, None where it writes none.
+    `end_tokens` are those that the trained answers end with, the commonest first; None of those who didn't look.
     """
 
     source: str
@@ -99,6 +100,7 @@ class DataRecord:
     rendering_version: int = 1
     date: str | None = None
     shares: list[dict[str, Any]] | None = None
+    end_tokens: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `params.json` holds: what isn't told of a single data set or the first rendering is left out."""
@@ -109,6 +111,8 @@ class DataRecord:
             del content["date"]
         if self.shares is None:
             del content["shares"]
+        if self.end_tokens is None:
+            del content["end_tokens"]
         return content
 
 

@@ -5,7 +5,7 @@ checkpoint_00000100/
   trainer_state.json      step, validation loss, early stopping
   params.json             the run's resolved settings
   adapter_config.json  adapter_model.safetensors      LoRA: what PEFT and vLLM load
-  tokenizer.json …
+  tokenizer.json …        the base model's files as they are, with the run's chat template
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tunesmith.atomic_files import remove_folder, sync_files, write_json
 from tunesmith.errors import CheckpointError
 from tunesmith.model.adapters import write_adapter
 from tunesmith.model.state import STATE_FOLDER, read_weights
+from tunesmith.model.tokenizer_files import pack_tokenizer, unpack_tokenizer
 from tunesmith.parallel.collectives import broadcast_objects
 from tunesmith.runs.folder import FORMAT_VERSION, STATE_FILE, Checkpoint, read_versioned_json
 from tunesmith.runs.lease import holds
@@ -78,7 +79,7 @@ class Checkpointer:
         self._rank = rank
         self._model = model
         self._optimizer = optimizer
-        self._tokenizer = tokenizer
+        self._tokenizer_files = pack_tokenizer(tokenizer, job.config.model) if rank == 0 else {}
         # Its own group: the background write must not mix its messages with the loop's.
         self._group = dist.new_group(backend="gloo")
         (self._token,) = broadcast_objects([uuid.uuid4().hex[:8]], self._group)
@@ -167,7 +168,7 @@ class Checkpointer:
         run = self._job.run
         if not self._job.config.full_ft:
             write_adapter(self._model, read_weights(folder), folder)
-        self._tokenizer.save_pretrained(folder)
+        unpack_tokenizer(self._tokenizer_files, folder)
         shutil.copyfile(run.params_path, folder / run.params_path.name)
         write_json(folder / STATE_FILE, progress.to_json())
         sync_files(folder)

@@ -104,6 +104,7 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         rendering_version=prepared.rendering_version,
         date=prepared.date,
         shares=_measure_shares(config, prepared),
+        end_tokens=prepared.end_tokens,
     )
     write_identity(run, config, model, data, num_workers)
 
