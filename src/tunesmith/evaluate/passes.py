@@ -15,11 +15,11 @@ from typing import Any
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
 from tunesmith.errors import DataError
 from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
-from tunesmith.evaluate.engines.vllm_adapter import unservable_reason
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
 from tunesmith.model.fingerprint import sample_weights
 from tunesmith.model.load import load_model_config
+from tunesmith.model.vllm_adapters import vllm_refuses
 from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.tuned import TunedModel
 
@@ -65,7 +65,7 @@ def served_as_adapter(tuned: TunedModel, engine: str, use_gpu: bool) -> tuple[Se
         return None, "its weights are sharded"
     assert tuned.base is not None, "an adapter has a base"
     if engine == "vllm":
-        reason = unservable_reason(tuned.folder, load_model_config(tuned.base), use_gpu)
+        reason = vllm_refuses(tuned.folder, load_model_config(tuned.base), use_gpu)
         if reason is not None:
             return None, f"vLLM can't serve it as an adapter: {reason}"
     return Served(tuned.base, tuned.folder), None

@@ -16,8 +16,8 @@ import pydantic
 
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
-from tunesmith.evaluate.engines.vllm_adapter import lora_arguments, unservable_reason
 from tunesmith.machine import available_memory
+from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,7 +147,7 @@ def _start(spec: EngineSpec) -> tuple[LLM, LoRARequest | None]:
             )
             arguments = _arguments(spec, model_config)
             if spec.adapter is not None:
-                if reason := unservable_reason(spec.adapter, model_config, spec.use_gpu):
+                if reason := vllm_refuses(spec.adapter, model_config, spec.use_gpu):
                     raise _not_served(spec, reason)
                 arguments |= lora_arguments(spec.adapter)
                 lora = LoRARequest("tuned", 1, str(spec.adapter))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
-from support.exports import write_adapter
-from tunesmith.evaluate.engines.vllm_adapter import lora_arguments, unservable_reason
+from support.exports import load, write_adapter
+from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
 
 ModelOf = Callable[[str], Path]
 Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"]}
@@ -19,7 +20,7 @@ Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"]}
 
 def test_an_adapter_on_linear_layers_is_served(model_of: ModelOf, tmp_path: Path) -> None:
     folder = write_adapter(model_of("llama"), tmp_path, target_modules="all-linear", use_rslora=True).folder
-    assert unservable_reason(folder) is None
+    assert vllm_refuses(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -39,26 +40,33 @@ def test_an_adapter_on_linear_layers_is_served(model_of: ModelOf, tmp_path: Path
 def test_what_vllm_refuses_is_named(
     model_of: ModelOf, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
-    assert named in str(unservable_reason(write_adapter(model_of("qwen3"), tmp_path, **settings).folder))
+    assert named in str(vllm_refuses(write_adapter(model_of("qwen3"), tmp_path, **settings).folder))
+
+
+def test_embeddings_that_were_grown_are_named(model_of: ModelOf, tmp_path: Path) -> None:
+    model = load(model_of("qwen3"))
+    model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+    get_peft_model(model, LoraConfig(**Q_PROJ)).save_pretrained(tmp_path)
+    assert "weight` whole" in str(vllm_refuses(tmp_path))
 
 
 def test_adapted_experts_are_named(model_of: ModelOf, tmp_path: Path) -> None:
     settings = {**Q_PROJ, "target_parameters": ["experts.gate_up_proj"]}
     assert "`target_parameters`" in str(
-        unservable_reason(write_adapter(model_of("mixtral"), tmp_path, **settings).folder)
+        vllm_refuses(write_adapter(model_of("mixtral"), tmp_path, **settings).folder)
     )
 
 
 def test_a_model_with_experts_takes_no_adapter_on_the_cpu(model_of: ModelOf, tmp_path: Path) -> None:
     folder = write_adapter(model_of("mixtral"), tmp_path, **Q_PROJ).folder
     config = AutoConfig.from_pretrained(model_of("mixtral"))
-    assert "experts" in str(unservable_reason(folder, config, use_gpu=False))
-    assert unservable_reason(folder, config, use_gpu=True) is None
+    assert "experts" in str(vllm_refuses(folder, config, use_gpu=False))
+    assert vllm_refuses(folder, config, use_gpu=True) is None
 
 
 def test_other_kinds_of_adapters_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    assert "IA3" in str(unservable_reason(tmp_path))
+    assert "IA3" in str(vllm_refuses(tmp_path))
 
 
 @pytest.mark.parametrize(

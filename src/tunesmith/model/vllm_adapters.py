@@ -36,7 +36,7 @@ _COMMON_MODULES = frozenset(
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def unservable_reason(
+def vllm_refuses(
     adapter: Path, model_config: PretrainedConfig | None = None, use_gpu: bool = True
 ) -> str | None:
     """Return why vLLM can't serve a PEFT folder as an adapter; None if nothing speaks against it.
@@ -58,6 +58,8 @@ def unservable_reason(
         return f"its rank is {rank}, and vLLM's limit {_LORA_RANKS[-1]}"
     if adapted := [name for name in _adapted_modules(adapter) if name in _EMBEDDINGS]:
         return f"it adapts `{adapted[0]}`, which vLLM serves for some families alone"
+    if whole := [name for name in _tensor_names(adapter) if ".lora_" not in name]:
+        return f"it holds `{whole[0]}` whole"
     if model_config is not None and not use_gpu and _has_experts(model_config):
         return "on the CPU, vLLM serves no adapter on a model with experts"
     return None
@@ -85,10 +87,14 @@ def _rank(settings: dict[str, Any]) -> int:
 
 def _adapted_modules(adapter: Path) -> list[str]:
     """Return the last parts of the adapted modules' names; none if the weights aren't in safetensors."""
+    return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in _tensor_names(adapter)})
+
+
+def _tensor_names(adapter: Path) -> list[str]:
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         return []
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="np") as file:
-        return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in file.keys()})  # noqa: SIM118
+        return sorted(file.keys())
 
 
 def _has_experts(model_config: PretrainedConfig) -> bool:
