@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -99,10 +98,15 @@ def assert_merged(base: Path, tuned: TunedModel, output: Path, **settings: Any) 
     [
         ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
         ("gpt2", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
-        ("qwen2", {"target_modules": ["q_proj", "down_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True, "bias": "lora_only"}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": "pissa"}),
+        ("qwen2", {"target_modules": ["q_proj", "down_proj"], "bias": "all"}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}),
+        ("qwen2", {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only", "lora_bias": True}),
         ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
         ("gpt_oss", {"target_modules": ["o_proj"], "target_parameters": EXPERTS[:1], "use_rslora": True}),
         ("olmoe", {"target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"]}),
+        ("olmoe", {"target_modules": ["q_proj"], "modules_to_save": ["mlp.experts", "mlp.gate"]}),
         ("qwen2_moe", {"target_modules": ["k_proj"], "target_parameters": EXPERTS[1:]}),
     ],
 )  # fmt: skip
@@ -168,35 +172,6 @@ def test_what_the_model_does_not_read_is_copied_and_whole_numbers_are_not_cast(
     out = load_weights(convert(tuned, tmp_path / "out", dtype="bfloat16"))
     assert torch.equal(out["model.counter"], extra["model.counter"])
     assert torch.equal(out["mtp.weight"], extra["mtp.weight"].bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"use_dora": True}, "an adapter with `use_dora`"),
-        ({"bias": "lora_only"}, "an adapter with `bias`"),
-        ({"lora_bias": True}, "an adapter with `lora_bias`"),
-        ({"init_lora_weights": "pissa"}, "`init_lora_weights` pissa"),
-        ({"trainable_token_indices": [1, 2]}, "an adapter with `trainable_token_indices`"),
-    ],
-)
-def test_other_adapters_are_refused_by_name(
-    settings: dict[str, Any], said: str, model_of: ModelOf, tmp_path: Path
-) -> None:
-    tuned = write_adapter(model_of("qwen3"), tmp_path / "adapter", target_modules=["q_proj"], **settings)
-    with pytest.raises(ModelError, match=said) as error:
-        convert(tuned, tmp_path / "out")
-    assert error.value.hint == "export the adapter by itself with --no_merge"
-    assert not (tmp_path / "out").exists()
-    convert(tuned, tmp_path / "alone", no_merge=True)
-
-
-def test_another_method_is_refused_by_name(model_of: ModelOf, tmp_path: Path) -> None:
-    settings = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    get_peft_model(load(model_of("qwen3")), settings).save_pretrained(tmp_path / "adapter")
-    tuned = TunedModel("adapter", tmp_path / "adapter", ModelRef(model_of("qwen3")))
-    with pytest.raises(ModelError, match="a IA3 adapter, can't be merged"):
-        convert(tuned, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

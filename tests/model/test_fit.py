@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwe
 
 from support.tiny_models import build_config
 from tunesmith.errors import ModelError
-from tunesmith.model.fit import check_adapter_fits, read_adapter_shapes
+from tunesmith.model.adapter_files import read_adapter_shapes
+from tunesmith.model.fit import check_adapter_fits
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,13 +24,30 @@ def tuned_of(run: RunDir, checkpoint: str = "best") -> TunedModel:
 
 def write_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> TunedModel:
     """Let PEFT write an adapter with random weights, as large as the base model's own."""
+    return write_any_adapter(base, folder, LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}), seed=seed)
+
+
+def write_any_adapter(
+    base: Path,
+    folder: Path,
+    settings: PeftConfig,
+    seed: int = 0,
+    rows: int | None = None,
+    save_embedding_layers: bool | str = "auto",
+    start: float = 0.0,
+) -> TunedModel:
+    """Let PEFT write an adapter of any kind, on embeddings of `rows` rows if that is given.
+
+    Random weights take the place of those that it began with, or are added to `start` times those.
+    """
     torch.manual_seed(seed)
-    adapted = get_peft_model(load(base), LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
+    # PEFT writes into the settings that it is given.
+    adapted = get_peft_model(load(base, rows=rows), deepcopy(settings))
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.15)
-    adapted.save_pretrained(folder)
+                parameter.copy_(start * parameter + torch.randn_like(parameter) * 0.15)
+    adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return TunedModel("adapter", folder, ModelRef(base))
 
 
@@ -38,8 +56,11 @@ def convert(tuned: TunedModel, output: Path, **settings: Any) -> Path:
     return export(tuned, ConvertConfig(**{"verify": False, **settings}), output).folder
 
 
-def load(folder: Path, dtype: Any = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def load(folder: Path, dtype: Any = torch.float32, rows: int | None = None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -58,7 +58,8 @@ def save_model(
 ) -> Path:
     """Write a tiny model and the tokenizer to `folder`, as a Hugging Face folder."""
     torch.manual_seed(0)
-    config = build_config(family, len(tokenizer), **{"eos_token_id": tokenizer.eos_token_id, **changes})
+    rows = changes.pop("vocab_size", len(tokenizer))
+    config = build_config(family, rows, **{"eos_token_id": tokenizer.eos_token_id, **changes})
     model = AutoModelForCausalLM.from_config(config)
     # Larger than usual: with the usual 0.02 attention hardly matters in a model this small.
     with torch.no_grad():

@@ -17,8 +17,9 @@ from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
 from tunesmith.evaluate.passes import weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
+from tunesmith.model.adapter_files import read_adapter_shapes
 from tunesmith.model.fingerprint import model_fingerprint
-from tunesmith.model.fit import check_adapter_fits, check_state_fits, read_adapter_shapes
+from tunesmith.model.fit import check_adapter_fits, check_state_fits
 from tunesmith.model.load import (
     build_meta_model,
     check_weights,

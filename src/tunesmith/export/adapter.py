@@ -13,8 +13,8 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.generation import write_generation_config
 from tunesmith.export.proof import Proof
-from tunesmith.export.source import PickledFile, find_adapter_weights
-from tunesmith.model.fit import check_adapter_fits, read_adapter_shapes
+from tunesmith.model.adapter_files import find_adapter_weights, read_adapter_shapes
+from tunesmith.model.fit import check_adapter_fits
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.tokenizer_files import copy_tokenizer
 from tunesmith.runs.base_model import read_adapter_config
@@ -37,15 +37,11 @@ def open_adapter(folder: Path, base: ModelRef) -> Adapter:
     Raises:
         ModelError: it has no weights, or torn ones, or wasn't made from `base`; or `base` is absent.
     """
-    weights = find_adapter_weights(folder)
-    if weights.suffix == ".bin":
-        shapes = {name: tuple(tensor.shape) for name, tensor in PickledFile(weights).tensors.items()}
-    else:
-        shapes = read_adapter_shapes(folder)
+    weights, shapes = find_adapter_weights(folder), read_adapter_shapes(folder)
     if not shapes:
         raise ModelError(f"`{weights}` holds no weights", "get the adapter again")
     model = build_meta_model(base, load_model_config(base))
-    check_adapter_fits(model, shapes, str(base.source))
+    check_adapter_fits(model, shapes, str(base.source), read_adapter_config(folder))
     return Adapter(base, weights, sum(map(math.prod, shapes.values())))
 
 

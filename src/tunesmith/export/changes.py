@@ -1,7 +1,8 @@
-"""What a tuning did to the base model's parameters: added something to them, or replaced them."""
+"""What a tuning did to the base model's parameters: added something to them, replaced or remade them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,15 +20,50 @@ class Changes(Protocol):
 
     added: frozenset[str]
     replaced: frozenset[str]
+    remade: frozenset[str]
+    """These follow from the base's own weights and the tuning's."""
     keeps_ties: bool
     """A change of one parameter is a change of all that share its weights."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Those of parameters that have others than the base's."""
+    vocab_size: int | None
+    """Of the tuned model, where the tuning changed it."""
 
     def read(self, parameter: str) -> torch.Tensor:
         """Return in float32 what is added to the parameter, or what replaces it."""
         ...
 
+    def remake(self, parameter: str, base: torch.Tensor) -> torch.Tensor:
+        """Return what becomes of the base's parameter, in the type of that."""
+        ...
 
-class NoChanges:
+
+def apply_changes(changes: Changes, parameter: str, base: torch.Tensor) -> torch.Tensor:
+    """Return what becomes of the base's parameter, in the type of that: float32, or wider."""
+    if parameter in changes.remade:
+        return changes.remake(parameter, base)
+    if parameter in changes.replaced:
+        return changes.read(parameter).to(base.dtype)
+    return base + changes.read(parameter) if parameter in changes.added else base
+
+
+def list_changed(changes: Changes) -> frozenset[str]:
+    """Return the names of all parameters that the tuning changed."""
+    return changes.added | changes.replaced | changes.remade
+
+
+class _SameShapes:
+    """Nothing is remade, and nothing has another shape than the base's."""
+
+    remade: frozenset[str] = frozenset()
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    vocab_size: int | None = None
+
+    def remake(self, parameter: str, base: torch.Tensor) -> torch.Tensor:
+        raise KeyError(parameter)
+
+
+class NoChanges(_SameShapes):
     """Those of a model that is whole already."""
 
     added: frozenset[str] = frozenset()
@@ -38,7 +74,7 @@ class NoChanges:
         raise KeyError(parameter)
 
 
-class StateChanges:
+class StateChanges(_SameShapes):
     """Those of a full fine-tuning: every trained weight, from a checkpoint's sharded state.
 
     Raises:

@@ -1,9 +1,10 @@
-"""What a LoRA adapter adds to each parameter, computed from its files without PEFT.
+"""What a LoRA adapter makes of each parameter, computed from its files without PEFT.
 
 Linear:     scale · B A                 A: rank × in, B: out × rank
 Conv1D:     scale · (B A)ᵀ              its weight is stored in × out
 Embedding:  scale · (B A)ᵀ              A: rank × vocabulary, B: width × rank
 Experts:    scale · B_e A_e for each    A: (experts · rank) × in, B: out × (rank · experts)
+DoRA:       m / ‖W + Δ‖ · (W + Δ)       m and the norms: one for each output, of an embedding for each column
 
 scale is alpha / rank, or alpha / √rank for rsLoRA. The sums run in the order of PEFT's own
 (peft.tuners.lora.layer, `get_delta_weight`), so that mostly not even the last bit differs.
@@ -11,104 +12,101 @@ scale is alpha / rank, or alpha / √rank for rsLoRA. The sums run in the order 
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import ModelError
-from tunesmith.export.source import PickledFile, find_adapter_weights
+from tunesmith.export.adapter_parts import Factors, Part, read_parts
+from tunesmith.export.source import PickledFile
 from tunesmith.export.tensors import TensorFile
-from tunesmith.model.fit import check_state_fits
+from tunesmith.model.adapter_files import Shape, count_rows, find_adapter_weights
+from tunesmith.model.fit import check_rows, check_state_fits, shapes_under
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(?P<module>.+?)(?P<nesting>(\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?"
-)
-# Features of LoRA whose sum is another one than ours; the value that leaves them off.
-_UNSUPPORTED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "use_qalora": False,
-    "ensure_weight_tying": False,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "kasa_config": None,
-}
-# These change the base weights when training begins, so that the adapter doesn't fit the base as published.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The two matrices of a parameter's delta, by their names in the adapter's file.
-
-    `num_experts` is None for a plain matrix. `transposed`: the parameter is stored in × out.
-    """
-
-    a: str
-    b: str
-    scale: float
-    transposed: bool = False
-    num_experts: int | None = None
-
 
 class AdapterChanges:
-    """Those of a LoRA adapter. `factors`: what each parameter's delta is made of.
+    """Those of a LoRA adapter. `parts`: what it does to each parameter.
 
     Raises:
-        ModelError: it isn't a plain LoRA adapter, or wasn't made from this model.
+        ForeignAdapterError: only PEFT can merge it.
+        ModelError: it wasn't made from this model.
     """
 
-    keeps_ties = False
-
     def __init__(self, folder: Path, model: PreTrainedModel, base: str) -> None:
-        self.settings = read_adapter_config(folder)
-        _refuse_unsupported(folder, self.settings)
-        self._file = _open_adapter(folder)
+        settings = read_adapter_config(folder)
+        self._file = open_adapter_file(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in self._file.tensors.items()}
-        self.factors: dict[str, Factors] = {}
-        self._whole: dict[str, str] = {}
-        for name in shapes:
-            self._add(name, model)
-        deltas = {parameter: self._shape_of(factors) for parameter, factors in self.factors.items()}
-        whole = {parameter: shapes[name] for parameter, name in self._whole.items()}
-        check_state_fits(model, {**deltas, **whole}, base, "adapter")
-        self.added = frozenset(self.factors) - frozenset(self._whole)
-        self.replaced = frozenset(self._whole)
+        self.parts = read_parts(model, settings, shapes)
+        under = shapes_under(model, shapes, settings)
+        found = {name: self._shape_of(part.factors) for name, part in self.parts.items() if part.factors}
+        found |= {name: shapes[part.whole] for name, part in self.parts.items() if part.whole}
+        check_state_fits(model, found, base, "adapter", {**_shapes_of(model), **under})
+        check_rows(model, shapes, settings)
+        self.keeps_ties = self._settle_ties(model.all_tied_weights_keys)
+        before = _shapes_of(model)
+        self.shapes: Mapping[str, Shape] = {
+            name: shape for name, shape in under.items() if shape != before[name]
+        }
+        for name in self.shapes:
+            if not (self.keeps_ties and name in model.all_tied_weights_keys):
+                self.parts.setdefault(name, Part())  # cut to its new rows
+        self.vocab_size = count_rows(model, shapes, settings) if self.shapes else None
+        self.remade = frozenset(
+            name
+            for name, part in self.parts.items()
+            if not part.is_sum or (part.whole is None and name in self.shapes)
+        )
+        self.replaced = frozenset(name for name, part in self.parts.items() if part.whole) - self.remade
+        self.added = frozenset(self.parts) - self.remade - self.replaced
 
     def read(self, parameter: str) -> torch.Tensor:
-        whole = self._file.read(self._whole[parameter]).float() if parameter in self._whole else None
-        if parameter not in self.factors:
-            assert whole is not None
-            return whole
-        delta = self._delta(self.factors[parameter])
-        return delta if whole is None else whole + delta
+        part = self.parts[parameter]
+        result = self._file.read(part.whole).float() if part.whole else None
+        for delta in self._deltas(part, torch.float32):
+            result = delta if result is None else result + delta
+        assert result is not None
+        return result
 
-    def read_factors(self, parameter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B of a parameter's delta, as stored."""
-        factors = self.factors[parameter]
+    def remake(self, parameter: str, base: torch.Tensor) -> torch.Tensor:
+        part = self.parts[parameter]
+        rows = self.shapes.get(parameter, base.shape)[0]
+        weight = self._file.read(part.whole).to(base.dtype) if part.whole else base[:rows]
+        if part.init is not None:
+            assert part.factors is not None
+            rank = self._file.tensors[part.factors.a].shape[0]
+            weight = weight - _beginning(part.init, weight, rank, part.factors)
+        for delta in self._deltas(part, base.dtype):
+            weight = weight + delta
+        if part.magnitude is not None:
+            weight = self._scale_to(self._file.read(part.magnitude).to(base.dtype), part, weight)
+        if part.tokens is not None:
+            name, tokens = part.tokens
+            grown = weight.new_empty(rows, *weight.shape[1:])
+            grown[: len(weight)] = weight
+            weight = grown.index_copy_(0, torch.tensor(tokens), self._file.read(name).to(base.dtype))
+        return weight
+
+    def read_factors(self, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B, as stored."""
         return self._file.read(factors.a), self._file.read(factors.b)
 
-    def _delta(self, factors: Factors) -> torch.Tensor:
-        a, b = self._file.read(factors.a).float(), self._file.read(factors.b).float()
+    def _deltas(self, part: Part, dtype: torch.dtype) -> list[torch.Tensor]:
+        deltas = []
+        if part.factors is not None:
+            deltas.append(self._delta(part.factors, dtype))
+        if part.bias is not None:
+            name, scale = part.bias
+            deltas.append(self._file.read(name).to(dtype) * scale)
+        return deltas
+
+    def _delta(self, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+        a, b = (tensor.to(dtype) for tensor in self.read_factors(factors))
         if factors.num_experts is None:
             product = b @ a
         else:
@@ -118,63 +116,94 @@ class AdapterChanges:
         product *= factors.scale
         return product.transpose(-1, -2) if factors.transposed else product
 
+    @staticmethod
+    def _scale_to(magnitude: torch.Tensor, part: Part, weight: torch.Tensor) -> torch.Tensor:
+        assert part.factors is not None
+        dim = 0 if part.factors.transposed else 1
+        factor: torch.Tensor = magnitude.flatten() / torch.linalg.norm(weight, dim=dim)
+        return factor.unsqueeze(dim) * weight
+
     def _shape_of(self, factors: Factors) -> tuple[int, ...]:
         out, into = self._file.tensors[factors.b].shape[0], self._file.tensors[factors.a].shape[1]
         matrix = (into, out) if factors.transposed else (out, into)
         return matrix if factors.num_experts is None else (factors.num_experts, *matrix)
 
-    def _add(self, name: str, model: PreTrainedModel) -> None:
-        """Take in a tensor of the adapter's file: an A with its B, or a whole parameter."""
-        match = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
-        if match is None:
-            parameter = name.removeprefix(_PREFIX).replace(".base_layer", "")
-            if parameter not in model.state_dict():
-                raise _unsupported(f"the tensor `{name}`")
-            self._whole[parameter] = name
-        elif match["factor"] == "A":
-            b = re.sub(r"(.*lora_(embedding_)?)A", r"\1B", name)
-            if b not in self._file.tensors:
-                raise ModelError(f"the adapter holds `{name}` without `{b}`", "get the adapter again")
-            parameter, form = self._form(model, match["module"], match["nesting"].count("."))
-            rank = self._file.tensors[name].shape[0] // (form.get("num_experts") or 1)
-            self.factors[parameter] = Factors(name, b, self._scale(parameter, rank), **form)
+    def _settle_ties(self, tied_keys: dict[str, str]) -> bool:
+        """Give each of several parameters that share weights what it is to be; return whether they go on sharing.
 
-    def _form(self, model: PreTrainedModel, path: str, nesting: int) -> tuple[str, dict[str, Any]]:
-        """Return the parameter that a module's adapter changes, and what `Factors` says of its form."""
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            return f"{path}.weight", {}  # of another model: the check of all shapes says so
-        adapted = [
-            parameter
-            for parameter, _ in module.named_parameters(recurse=False)
-            for target in self.settings.get("target_parameters") or ()
-            if f"{path}.{parameter}" == target or f"{path}.{parameter}".endswith(f".{target}")
-        ]
-        if adapted:
-            if nesting >= len(adapted):
-                raise _unsupported(f"`{path}` with more adapters than `target_parameters`")
-            # PEFT wraps a module once for each parameter; the last one is outside.
-            parameter = adapted[-1 - nesting]
-            tensor = module.get_parameter(parameter)
-            if tensor.dim() == 2:
-                return f"{path}.{parameter}", {}
-            stored_in_out = bool(getattr(module, "is_transposed", False))
-            return f"{path}.{parameter}", {"transposed": stored_in_out, "num_experts": tensor.shape[0]}
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-            raise _unsupported(f"the adapted layer `{path}`, a {type(module).__name__},")
-        return f"{path}.weight", {"transposed": not isinstance(module, nn.Linear)}
+        PEFT changes one of them alone, or both alike: its file may hold either once, or each.
+        """
+        together = True
+        for target, source in tied_keys.items():
+            parts = {name: self.parts.get(name, Part()) for name in (source, target)}
+            if not any(part != Part() for part in parts.values()):
+                continue
+            first, other = parts[source], parts[target]
+            if other == Part() and first.tokens is not None:  # PEFT ties rows of tokens by itself
+                other = first
+            # What either was before the training, both were.
+            first, other = (
+                replace(part, whole=before)
+                if part.whole is None and ".base_layer." in (before or "")
+                else part
+                for part, before in ((first, other.whole), (other, first.whole))
+            )
+            if self._are_same(first, other):
+                self.parts[source] = first
+                self.parts.pop(target, None)
+                continue
+            together = False
+            self.parts.update({source: first, target: other})
+        return together
 
-    def _scale(self, parameter: str, rank: int) -> float:
-        patterns: Mapping[str, float] = self.settings.get("alpha_pattern") or {}
-        names = (parameter, parameter.rpartition(".")[0])
-        alphas = (
-            alpha
-            for pattern, alpha in patterns.items()
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-        )
-        alpha = next(alphas, self.settings["lora_alpha"])
-        return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
+    def _are_same(self, one: Part, other: Part) -> bool:
+        """Return whether two parameters of equal weights, embeddings and head, are changed alike."""
+        if one == other:
+            return True
+        plain = {"whole": None, "factors": None, "tokens": None}
+        if replace(one, **plain) != replace(other, **plain) or one.magnitude or one.init:
+            return False
+        if (one.tokens and one.tokens[1]) != (other.tokens and other.tokens[1]):
+            return False
+        pairs = [(one.whole, other.whole)]
+        pairs += [(one.tokens[0], other.tokens[0])] if one.tokens and other.tokens else []
+        if any(not self._are_equal(*pair) for pair in pairs):
+            return False
+        if one.factors is None or other.factors is None:
+            return one.factors is other.factors
+        a, b = self.read_factors(one.factors)
+        other_a, other_b = self.read_factors(other.factors)
+        if one.factors.transposed != other.factors.transposed:
+            other_a, other_b = other_b.T, other_a.T
+        alike = one.factors.scale == other.factors.scale
+        return alike and torch.equal(a, other_a) and torch.equal(b, other_b)
+
+    def _are_equal(self, one: str | None, other: str | None) -> bool:
+        if one is None or other is None:
+            return one is other
+        return torch.equal(self._file.read(one), self._file.read(other))
+
+
+def _beginning(init: str, weight: torch.Tensor, rank: int, factors: Factors) -> torch.Tensor:
+    """Return what PEFT takes off a base weight as it puts an adapter on it: the product that training began with.
+
+    Source: peft.tuners.lora.layer, `pissa_init` and `olora_init`, in float32 as they are.
+    """
+    matrix = (weight.T if factors.transposed else weight).float()
+    scale = factors.scale
+    if init == "pissa":
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        root = torch.diag(torch.sqrt(values[:rank] / scale))
+        b, a = left[:, :rank] @ root, root @ right[:rank]
+    else:
+        left, right = torch.linalg.qr(matrix)
+        b, a = left[:, :rank], right[:rank]
+    product: torch.Tensor = scale * b @ a
+    return (product.T if factors.transposed else product).to(weight.dtype)
+
+
+def _shapes_of(model: PreTrainedModel) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 class _AdapterFile(Protocol):
@@ -183,25 +212,11 @@ class _AdapterFile(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-def _open_adapter(folder: Path) -> _AdapterFile:
+def open_adapter_file(folder: Path) -> _AdapterFile:
+    """Open the weights of the adapter in `folder`, for reading tensor by tensor.
+
+    Raises:
+        ModelError: there are none, or they are torn.
+    """
     path = find_adapter_weights(folder)
     return PickledFile(path) if path.suffix == ".bin" else TensorFile(path)
-
-
-def _refuse_unsupported(folder: Path, settings: Mapping[str, Any]) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise _unsupported(f"`{folder}`, a {kind} adapter,")
-    for name, off in _UNSUPPORTED.items():
-        if (settings.get(name) or off) != off:
-            raise _unsupported(f"an adapter with `{name}`")
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        raise _unsupported(f"an adapter that began with `init_lora_weights` {start}")
-
-
-def _unsupported(what: str) -> ModelError:
-    return ModelError(
-        f"{what} can't be merged: known are LoRA and rsLoRA on linear, embedding and fused expert weights",
-        "export the adapter by itself with --no_merge",
-    )

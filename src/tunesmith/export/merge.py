@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
-from tunesmith.export.changes import Changes, NoChanges, StateChanges
+from tunesmith.export.adapter_parts import ForeignAdapterError
+from tunesmith.export.changes import Changes, NoChanges, StateChanges, apply_changes, list_changed
 from tunesmith.export.deltas import AdapterChanges
 from tunesmith.export.names import Group, NameMap
+from tunesmith.export.reference import MergedByPeft
 from tunesmith.export.source import WeightSource, open_source
+from tunesmith.model.adapter_files import check_repeatable
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 class Merge:
@@ -36,13 +44,14 @@ class Merge:
         self.names = NameMap(model, source.tensors)
         self._ties = _find_ties(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        self.unties = not changes.keeps_ties and not self._ties.keys().isdisjoint(_changed(changes))
+        self._changed = list_changed(changes)
+        self.unties = not changes.keeps_ties and not self._ties.keys().isdisjoint(self._changed)
         self._stored = {name: name for name in source.tensors}
         self.groups = self.names.groups + (self._untied_groups() if self.unties else [])
         self._group_of = {name: group for group in self.groups for name in group.files}
         self._check()
         self.tensors = {
-            name: cast_weights(source.tensors[self._stored[name]], dtype)
+            name: cast_weights(self._resized(group, source.tensors[self._stored[name]]), dtype)
             for group in self.groups
             for name in group.files
         }
@@ -64,10 +73,10 @@ class Merge:
         stored, dtype = self.tensors[name], self.tensors[name].dtype
         if change is None:
             result = self.read_stored(name)
-        elif self._is_replaced(group):
-            result = change.reshape(stored.shape)
-        else:
+        elif self._is_added_to(group):
             result = change.reshape(stored.shape).add_(self.read_stored(name))
+        else:
+            result = change.reshape(stored.shape)
         result = result.to(dtype)
         if dtype == torch.float16 and not result.isfinite().all():
             raise ExportError(
@@ -82,24 +91,37 @@ class Merge:
     def change_of(self, parameter: str) -> str | None:
         """Return the name under which the tuning changed a parameter: its own, or that of one tied to it."""
         same = self._ties.get(parameter, [parameter]) if self.changes.keeps_ties else [parameter]
-        return next((name for name in (parameter, *same) if name in _changed(self.changes)), None)
+        return next((name for name in (parameter, *same) if name in self._changed), None)
 
     def _change(self, group: Group) -> dict[str, torch.Tensor]:
+        """Return what is added to a group's tensors in the files, or what they become; nothing if they stay."""
         changed = {parameter: self.change_of(parameter) for parameter in group.parameters}
         if not any(changed.values()):
             return {}
-        return self.names.to_files(
-            group,
-            {
+        if self._is_added_to(group):
+            result = {
                 parameter: self.changes.read(name)
                 if name is not None
                 else torch.zeros(self._shapes[parameter])
                 for parameter, name in changed.items()
-            },
-        )
+            }
+        elif self.changes.replaced.issuperset(changed.values()):
+            result = {parameter: self.changes.read(name) for parameter, name in changed.items() if name}
+        else:
+            stored = {name: self.read_stored(name).float() for name in group.files}
+            result = {
+                parameter: apply_changes(self.changes, changed[parameter] or parameter, base)
+                for parameter, base in self.names.to_parameters(group, stored).items()
+            }
+        return self.names.to_files(group, result)
 
-    def _is_replaced(self, group: Group) -> bool:
-        return any(self.change_of(parameter) in self.changes.replaced for parameter in group.parameters)
+    def _is_added_to(self, group: Group) -> bool:
+        return all(self.change_of(name) in (None, *self.changes.added) for name in group.parameters)
+
+    def _resized(self, group: Group, stored: torch.Tensor) -> torch.Tensor:
+        shapes = [self.changes.shapes.get(self.change_of(name) or "") for name in group.parameters]
+        shape = next((shape for shape in shapes if shape is not None), None)
+        return stored if shape is None else torch.empty(shape, dtype=stored.dtype, device="meta")
 
     def _untied_groups(self) -> list[Group]:
         """Return groups of their own for parameters that the files lack because another one stands for them."""
@@ -115,19 +137,12 @@ class Merge:
 
     def _check(self) -> None:
         found = {self.change_of(parameter) for group in self.groups for parameter in group.parameters}
-        absent = sorted(_changed(self.changes) - found)
+        absent = sorted(self._changed - found)
         if absent:
             raise ModelError(
                 f"the weight files in `{self.source.folder}` lack {', '.join(f'`{name}`' for name in absent[:3])}",
                 "give the base model's folder as it was published",
             )
-        for group in self.groups:
-            replaced = [self.change_of(name) in self.changes.replaced for name in group.parameters]
-            if any(replaced) and not all(replaced):
-                raise ModelError(
-                    f"the adapter replaces a part of what the base model's files hold in one piece: {', '.join(group.parameters)}",
-                    "export the adapter by itself with --no_merge",
-                )
 
 
 def open_merge(tuned: TunedModel, files: ModelRef, dtype: torch.dtype | None) -> Merge:
@@ -144,19 +159,23 @@ def open_merge(tuned: TunedModel, files: ModelRef, dtype: torch.dtype | None) ->
             "name the model it was quantized from with --model_path, or export with --no_merge",
         )
     model = build_meta_model(files, model_config)
-    base = str(files.source)
     changes: Changes
     if tuned.kind == "adapter":
-        changes = AdapterChanges(tuned.folder, model, base)
+        changes = _open_adapter(tuned.folder, model, files)
     elif tuned.kind == "state":
-        changes = StateChanges(tuned.folder, model, base)
+        changes = StateChanges(tuned.folder, model, str(files.source))
     else:
         changes = NoChanges()
     return Merge(open_source(files), model, changes, dtype)
 
 
-def _changed(changes: Changes) -> frozenset[str]:
-    return changes.added | changes.replaced
+def _open_adapter(folder: Path, model: PreTrainedModel, files: ModelRef) -> Changes:
+    check_repeatable(folder)
+    try:
+        return AdapterChanges(folder, model, str(files.source))
+    except ForeignAdapterError as error:
+        logger.info("PEFT merges the adapter `%s`, in memory: %s", folder, error.message)
+        return MergedByPeft(folder, model, files)
 
 
 def _find_ties(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -36,19 +36,24 @@ def write_model_files(merge: Merge, files: ModelRef, tuned: TunedModel, folder: 
 
 
 def _write_config(merge: Merge, folder: Path) -> None:
-    """Write the model's own configuration as it was published, but for the type and the tie of its weights."""
+    """Write the model's own configuration as it was published, but for its weights' type, tie and vocabulary."""
     content: dict[str, Any] = json.loads((merge.source.folder / "config.json").read_text(encoding="utf-8"))
     num_bytes: Counter[torch.dtype] = Counter()
     for tensor in merge.tensors.values():
         num_bytes[tensor.dtype] += tensor.nbytes if tensor.is_floating_point() else 0
     dtype = str(num_bytes.most_common(1)[0][0]).removeprefix("torch.")
+    vocab_size = merge.changes.vocab_size
     parts = [content, *(part for part in content.values() if isinstance(part, dict))]
     for part in parts:
         if part.pop("torch_dtype", None) is not None or "dtype" in part:
             part["dtype"] = dtype
         if merge.unties and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
+        if vocab_size is not None and "vocab_size" in part:
+            part["vocab_size"] = vocab_size
     content["dtype"] = dtype
+    if vocab_size is not None and not any("vocab_size" in part for part in parts):
+        content["vocab_size"] = vocab_size
     if merge.unties:
         content["tie_word_embeddings"] = False
     content.pop("transformers_weights", None)  # the name of the base's weight file

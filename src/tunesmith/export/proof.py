@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from tunesmith.errors import ExportError
+
+# Of the largest logit: sums of float32 in another order differ by less, a merge that is another model by more.
+_MERGE_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -39,4 +46,19 @@ class Proof:
             f"all {self.num_weights:,} weights equal an independent merge{rounding}; logits agree with it to "
             f"{self.logits_error:.1e}, and are {self.distance:.2e} from the tuned model's at most, with another "
             f"likeliest token at {self.num_flips} of {self.num_positions} positions"
+        )
+
+
+def check_close(what: str, logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a merge whose logits aren't those of the model and its adapter, but for the order of their sums.
+
+    Raises:
+        ExportError: they differ.
+    """
+    error = float((logits - expected).abs().max())
+    # NaN fails too.
+    if not error <= _MERGE_TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise ExportError(
+            f"{what} isn't the tuned model: its logits differ by {error:.3g} from those of the model with its adapter",
+            "nothing was put in place; export the adapter by itself with --no_merge",
         )

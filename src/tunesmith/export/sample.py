@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from tunesmith.errors import ExportError
+from tunesmith.export.adapter_parts import Factors
 from tunesmith.export.compare import count_inexact
 from tunesmith.export.deltas import AdapterChanges
 from tunesmith.export.merge import Merge
@@ -96,21 +97,25 @@ def _sample_rows(
 def _expected_rows(
     merge: Merge, parameter: str, base: torch.Tensor, block: int | None, rows: torch.Tensor
 ) -> torch.Tensor:
-    changed = merge.change_of(parameter)
-    if changed is not None and changed in merge.changes.replaced:
-        base = merge.changes.read(changed)
+    changes, changed = merge.changes, merge.change_of(parameter)
+    if changed is not None and changed in changes.remade:
+        return changes.remake(changed, base.double())[rows]
+    if changed is not None and changed in changes.replaced:
+        base = changes.read(changed)
     expected = (base if block is None else base[block])[rows].double()
-    if changed is not None and changed in merge.changes.added:
-        assert isinstance(merge.changes, AdapterChanges)
-        expected += _delta_rows(merge.changes, changed, block, rows)
-    return expected
+    if changed is None or changed not in changes.added:
+        return expected
+    assert isinstance(changes, AdapterChanges), "nothing else adds"
+    factors = changes.parts[changed].factors
+    if factors is None:  # a bias
+        return expected + changes.read(changed)[rows]
+    return expected + _delta_rows(*changes.read_factors(factors), factors, block, rows)
 
 
 def _delta_rows(
-    changes: AdapterChanges, parameter: str, block: int | None, rows: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, factors: Factors, block: int | None, rows: torch.Tensor
 ) -> torch.Tensor:
-    factors = changes.factors[parameter]
-    a, b = (tensor.double() for tensor in changes.read_factors(parameter))
+    a, b = a.double(), b.double()
     if factors.num_experts is not None:
         a = a.unflatten(0, (factors.num_experts, -1))[block]
         b = b.unflatten(1, (-1, factors.num_experts))[..., block]

@@ -15,8 +15,6 @@ from tunesmith.errors import ModelError
 from tunesmith.export.tensors import TensorFile
 from tunesmith.model.weight_files import list_weight_files, locate_file, refuse_without
 
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 class _File(Protocol):
     tensors: dict[str, torch.Tensor]
@@ -82,15 +80,3 @@ def _collect(folder: Path, files: Iterable[_File]) -> WeightSource:
         tensors.update(file.tensors)
         by_name.update(dict.fromkeys(file.tensors, file))
     return WeightSource(folder, tensors, by_name)
-
-
-def find_adapter_weights(folder: Path) -> Path:
-    """Return the file of an adapter's weights; PEFT too takes safetensors first.
-
-    Raises:
-        ModelError: there is none.
-    """
-    found = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
-    if found is None:
-        raise ModelError(f"`{folder}` holds no {_ADAPTERS[0]}", "get the adapter again")
-    return found

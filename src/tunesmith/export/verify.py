@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from tunesmith.config import ModelRef
-from tunesmith.errors import ExportError
+from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.compare import count_inexact
 from tunesmith.export.merge import Merge
 from tunesmith.export.prompts import choose_prompts
 from tunesmith.export.proof import Proof
+from tunesmith.export.reference import compute_logits, load, load_merged, memory_of
 from tunesmith.export.sample import check_headers, prove_by_sample
 from tunesmith.machine import available_memory
-from tunesmith.model.adapters import apply_adapter
 from tunesmith.model.state import read_weights
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOGITS_TOLERANCE = 1e-4
-# Logits are kept for the last tokens of a text: three times their number times the vocabulary.
-_KEPT_POSITIONS = 64
-_MEMORY_FACTOR = 1.2
 
 
 def prove(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) -> Proof:
@@ -49,8 +46,7 @@ def prove(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) -> Pro
     Raises:
         ExportError: it differs.
     """
-    needed = int(_MEMORY_FACTOR * 4 * sum(weights.numel() for weights in merge.model.parameters()))
-    available = available_memory()
+    needed, available = memory_of(merge.model), available_memory()
     if needed > available:
         logger.info(
             "the model in float32 takes %s and %s are available: a sample of the weights is checked, no logits",
@@ -78,16 +74,17 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) 
     """
     check_headers(merge, folder)
     prompts = choose_prompts(tuned, folder)
-    reference, tuned_logits = _load_reference(merge, tuned, files, prompts)
+    _check_tokens(prompts, merge)
+    reference, tuned_logits = _load_reference(tuned, files, prompts)
     _round(reference, merge)
-    merged_logits = _compute_logits(reference, prompts)
+    merged_logits = compute_logits(reference, prompts)
     written = ModelRef(folder, None, files.trust_remote_code)
-    exported = _load(written, "auto")
+    exported = load(written, "auto")
     num_weights, num_inexact = _compare(reference, exported)
     del reference, exported
     gc.collect()  # PEFT's modules refer to each other
-    exported = _load(written, torch.float32)
-    logits = _compute_logits(exported, prompts)
+    exported = load(written, torch.float32)
+    logits = compute_logits(exported, prompts)
     error = float((logits - merged_logits).abs().max())
     # NaN fails too.
     if not error <= _LOGITS_TOLERANCE:
@@ -106,49 +103,32 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) 
     )
 
 
+def _check_tokens(prompts: Sequence[torch.Tensor], merge: Merge) -> None:
+    highest = max(int(ids_BT.max()) for ids_BT in prompts)
+    rows = merge.changes.vocab_size or merge.model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer beside the model makes token {highest:,} of its texts, and the tuned model's embeddings "
+            f"have {rows:,} rows",
+            "put the tokenizer that it was trained with into its folder",
+        )
+
+
 def _load_reference(
-    merge: Merge, tuned: TunedModel, files: ModelRef, prompts: Sequence[torch.Tensor]
+    tuned: TunedModel, files: ModelRef, prompts: Sequence[torch.Tensor]
 ) -> tuple[nn.Module, torch.Tensor]:
     """Return the tuned model in float32, merged by PEFT if it is an adapter, and its logits before that."""
     if tuned.kind == "state":
         # In the stored type the base's weights are mapped, not held beside the trained ones.
-        model = _load(files, "auto")
+        model = load(files, "auto")
         model.load_state_dict(read_weights(tuned.folder), strict=False, assign=True)
         model.tie_weights()
         model = model.float()
-        return model, _compute_logits(model, prompts)
-    model = _load(files, torch.float32)
-    if tuned.kind == "model":
-        return model, _compute_logits(model, prompts)
-    if merge.unties:
-        _untie(model)
-    adapted = apply_adapter(model, tuned.folder)
-    logits = _compute_logits(adapted, prompts)
-    return adapted.merge_and_unload(), logits
-
-
-def _load(ref: ModelRef, dtype: torch.dtype | str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        ref.source,
-        dtype=dtype,
-        revision=ref.revision or "main",
-        trust_remote_code=ref.trust_remote_code,
-    )
-    return model.eval()
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give every parameter that shares its weights with another one a copy of its own."""
-    for name in list(model.all_tied_weights_keys):
-        path, _, last = name.rpartition(".")
-        shared = model.get_parameter(name)
-        setattr(model.get_submodule(path), last, nn.Parameter(shared.clone(), requires_grad=False))
-    model.all_tied_weights_keys = {}
-    model.config.tie_word_embeddings = False
+        return model, compute_logits(model, prompts)
+    if tuned.kind == "adapter":
+        return load_merged(tuned.folder, files, prompts)
+    model = load(files, torch.float32)
+    return model, compute_logits(model, prompts)
 
 
 def _round(model: nn.Module, merge: Merge) -> None:
@@ -169,9 +149,3 @@ def _compare(reference: nn.Module, exported: PreTrainedModel) -> tuple[int, int]
         if name not in exported.all_tied_weights_keys:  # counted under the name it shares weights with
             num_weights, num_inexact = num_weights + found.numel(), num_inexact + inexact
     return num_weights, num_inexact
-
-
-def _compute_logits(model: nn.Module, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the logits [positions, vocabulary] after the last tokens of each prompt."""
-    rows = [model(input_ids=ids_BT, use_cache=False).logits[0, -_KEPT_POSITIONS:] for ids_BT in prompts]
-    return torch.cat(rows).float()

@@ -13,15 +13,25 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.adapter_files import (
+    ADAPTER_WEIGHTS,
+    check_repeatable,
+    count_rows,
+    read_adapter_shapes,
+)
 from tunesmith.model.frozen_weights import ROUTERS, FrozenLinear
+from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_NAME = "default"
+# Of PEFT, about what is meant and seen to: what shares weights, and biases that turning an adapter off leaves on.
+_EXPECTED_WARNINGS = (
+    ".*tie_word_embeddings.*|fan_in_fan_out is set to False.*|.*ensure_weight_tying.*|.*lora_bias.*"
+)
 
 
 def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -84,7 +94,7 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     torch.manual_seed(config.seed)
     modules, parameters = choose_targets(model, config)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*|fan_in_fan_out is set to False.*")
+        warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS)
         adapted = get_peft_model(
             model, _lora_config(config, modules, parameters), autocast_adapter_dtype=False
         )
@@ -95,21 +105,62 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
 
 
 def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Wrap `model` in the adapter that lies in `folder`, for inference.
+    """Wrap `model` in the adapter that lies in `folder`, for inference; its embeddings grow with the adapter's.
+
+    Some kinds change the model's own weights: it isn't the base model any more, with the adapter turned off either
+    (`adapter_files.leaves_base`).
 
     Raises:
-        ModelError: the adapter doesn't fit the model.
+        ModelError: the adapter doesn't fit the model, or can't be put on one as it was.
     """
     from peft import PeftModel
 
+    check_repeatable(folder)
+    rows = count_rows(model, read_adapter_shapes(folder), read_adapter_config(folder))
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS)
+            return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"can't put the adapter `{folder}` on `{model.name_or_path}`: {reason}",
             "give the base model that it was trained on with --model_path or --base_model",
         ) from error
+
+
+def merge_adapter(adapted: PeftModel, folder: Path) -> PreTrainedModel:
+    """Return the model with its adapter merged into its weights, as PEFT does it; `folder` is the adapter's.
+
+    Weights that the model shares are apart afterwards: an adapter may have changed one of them alone.
+
+    Raises:
+        ModelError: PEFT can't merge an adapter of this kind.
+    """
+    _untie(adapted)
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    except (AttributeError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"PEFT can't merge the adapter `{folder}`: {reason}",
+            "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is",
+        ) from error
+    merged.config.get_text_config().tie_word_embeddings = False
+    return merged
+
+
+def _untie(model: nn.Module) -> None:
+    """Give every parameter that is found in a second place a copy of its own there."""
+    seen = set()
+    for module in list(model.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, copied)
+            seen.add(id(parameter))
 
 
 def find_plain_adapter(module: Any) -> str | None:

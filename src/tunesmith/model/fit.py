@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import ADAPTER_WEIGHTS
+from tunesmith.model.adapter_files import Settings, Shape, count_rows, find_lost_rows, module_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Shape = tuple[int, ...]
 
 _PEFT_PREFIX = "base_model.model."
 _LISTED = 3
 
 
-def check_adapter_fits(model: PreTrainedModel, shapes: Mapping[str, Shape], base: str) -> None:
+def check_adapter_fits(
+    model: PreTrainedModel, shapes: Mapping[str, Shape], base: str, settings: Settings | None = None
+) -> None:
     """Refuse an adapter whose LoRA matrices don't belong to `model`, which may be on the meta device.
+
+    Embeddings may have other numbers of rows, where tokens were added before the training.
 
     Args:
         model: the base model.
         shapes: the adapter's tensors, by their names in `adapter_model.safetensors`.
         base: what to call the base model in the error.
+        settings: those of `adapter_config.json`.
 
     Raises:
-        ModelError: it names modules that are absent, or whose shapes differ.
+        ModelError: it names modules that are absent, or whose shapes differ; or it lacks rows that the embeddings
+            were grown by.
     """
-    parameters = model.named_parameters(remove_duplicate=False)
-    weights = {name.removesuffix(".weight"): tuple(p.shape) for name, p in parameters}
+    if settings and settings.get("layer_replication"):
+        return  # it is for another number of layers, which PEFT makes as it loads it
+    weights = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes_under(model, shapes, settings or {}).items()
+    }
     problems = []
     for name, shape in shapes.items():
         for first, second in ((".lora_A.", ".lora_B."), (".lora_embedding_A", ".lora_embedding_B")):
@@ -49,17 +54,50 @@ def check_adapter_fits(model: PreTrainedModel, shapes: Mapping[str, Shape], base
                 problems.append(f"`{module}` is {_show(weights[module])}, the adapter's {_show(product)}")
     if problems:
         raise _misfit("adapter", base, problems)
+    check_rows(model, shapes, settings or {})
+
+
+def check_rows(model: PreTrainedModel, shapes: Mapping[str, Shape], settings: Settings) -> None:
+    """Refuse an adapter that lacks rows which the embeddings were grown by.
+
+    Raises:
+        ModelError: it names them.
+    """
+    if lost := list(find_lost_rows(model, shapes, settings)):
+        rows, own = count_rows(model, shapes, settings), model.get_input_embeddings().weight.shape[0]
+        raise ModelError(
+            f"the adapter was trained on embeddings grown from {own:,} to {rows:,} rows, and lacks the new ones of "
+            f"{' and '.join(f'`{name}`' for name in lost)}",
+            "where it was trained, save it again with PEFT's `save_embedding_layers=True`",
+        )
+
+
+def shapes_under(model: PreTrainedModel, shapes: Mapping[str, Shape], settings: Settings) -> dict[str, Shape]:
+    """Return the shapes of the model's parameters under an adapter: its embeddings may have other rows."""
+    rows, own = count_rows(model, shapes, settings), model.get_input_embeddings().weight.shape[0]
+    resized = {module_name(model, it) for it in (model.get_input_embeddings(), model.get_output_embeddings())}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        is_resized = name.rpartition(".")[0] in resized and shape[0] == own
+        found[name] = (rows, *shape[1:]) if is_resized else shape
+    return found
 
 
 def check_state_fits(
-    model: PreTrainedModel, shapes: Mapping[str, Shape], base: str, what: str = "checkpoint"
+    model: PreTrainedModel,
+    shapes: Mapping[str, Shape],
+    base: str,
+    what: str = "checkpoint",
+    weights: Mapping[str, Shape] | None = None,
 ) -> None:
-    """Refuse `what` if its weights, by the model's names, are not those of `model`.
+    """Refuse `what` if its weights, by the model's names, are not those of `model`, or else of `weights`.
 
     Raises:
         ModelError: it names weights that are absent, or whose shapes differ.
     """
-    weights = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if weights is None:
+        weights = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     problems = [
         f"`{name}` is {_show(weights[name])}, the {what}'s {_show(shape)}"
         if name in weights
@@ -69,22 +107,6 @@ def check_state_fits(
     ]
     if problems:
         raise _misfit(what, base, problems)
-
-
-def read_adapter_shapes(folder: Path) -> dict[str, Shape]:
-    """Return the shapes of an adapter's tensors by name, from the head of its file.
-
-    Raises:
-        ModelError: the file is torn.
-    """
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():  # an older PEFT's; its own loading says what doesn't fit
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ModelError(f"`{path}` is not a whole safetensors file: {error}", "export it again") from error
 
 
 def _misfit(what: str, base: str, problems: Iterable[str]) -> ModelError:

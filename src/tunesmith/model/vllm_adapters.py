@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
-from tunesmith.model.adapters import ADAPTER_WEIGHTS
+from tunesmith.model.adapter_files import read_adapter_shapes
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def vllm_refuses(
         return f"its rank is {rank}, and vLLM's limit {_LORA_RANKS[-1]}"
     if adapted := [name for name in _adapted_modules(adapter) if name in _EMBEDDINGS]:
         return f"it adapts `{adapted[0]}`, which vLLM serves for some families alone"
-    if whole := [name for name in _tensor_names(adapter) if ".lora_" not in name]:
+    if whole := [name for name in read_adapter_shapes(adapter) if ".lora_" not in name]:
         return f"it holds `{whole[0]}` whole"
     if model_config is not None and not use_gpu and _has_experts(model_config):
         return "on the CPU, vLLM serves no adapter on a model with experts"
@@ -86,15 +84,8 @@ def _rank(settings: dict[str, Any]) -> int:
 
 
 def _adapted_modules(adapter: Path) -> list[str]:
-    """Return the last parts of the adapted modules' names; none if the weights aren't in safetensors."""
-    return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in _tensor_names(adapter)})
-
-
-def _tensor_names(adapter: Path) -> list[str]:
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        return []
-    with safe_open(adapter / ADAPTER_WEIGHTS, framework="np") as file:
-        return sorted(file.keys())
+    """Return the last parts of the adapted modules' names."""
+    return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in read_adapter_shapes(adapter)})
 
 
 def _has_experts(model_config: PretrainedConfig) -> bool:
