@@ -23,7 +23,7 @@ from support.tokenizers import build_tokenizer
 from tunesmith.errors import ExportError, ModelError, ResourceError, RunError
 from tunesmith.export.folder import new_folder
 from tunesmith.export.shards import parse_size
-from tunesmith.export.tensors import TensorFile, write_tensors
+from tunesmith.model.tensor_files import TensorFile, write_tensors
 from tunesmith.runs.tuned import TunedModel
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from tunesmith.export.merge import Merge
-from tunesmith.export.tensors import write_tensors
+from tunesmith.model.tensor_files import write_tensors
 from tunesmith.view.bar import track_progress
 
 INDEX_FILE = "model.safetensors.index.json"

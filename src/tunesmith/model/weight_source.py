@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.export.tensors import TensorFile
+from tunesmith.model.tensor_files import TensorFile
 from tunesmith.model.weight_files import list_weight_files, locate_file, refuse_without
 
 
