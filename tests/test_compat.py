@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from support.tiny_models import FAMILIES, build_config
@@ -80,3 +84,23 @@ def test_ray_trains_without_its_cleaner_of_places() -> None:
 
     assert issubclass(compat.trainer_without_cleaner(), TorchTrainer)
     assert callable(DataParallelTrainer._create_default_callbacks)
+
+
+def test_buffers_of_a_model_without_data_are_computed_as_transformers_does(tmp_path: Path) -> None:
+    build_model = AutoModelForCausalLM.from_config
+    build_model(build_config("gemma", 50)).save_pretrained(tmp_path)
+    expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="meta")
+    assert all(buffer.is_meta for buffer in model.buffers())
+    compat.compute_buffers(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    found = dict(model.named_buffers())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_rank_knows_its_slice() -> None:
+    whole = torch.arange(6.0).view(3, 2)
+    sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert compat.locate_slice(sharded) == ((3, 2), (0, 0))

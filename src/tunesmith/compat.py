@@ -45,6 +45,22 @@ def supports_flash_attention(model: Any) -> bool:
     return bool(model._supports_flash_attn)
 
 
+def compute_buffers(model: Any) -> None:
+    """Compute, on the CPU, the buffers that no file holds, of a transformers model that was loaded to the meta device.
+
+    As `from_pretrained` does; parameters stay as they are. `named_non_persistent_buffers`, `initialize_weights` and
+    the flag `_is_hf_initialized`: transformers 5.19.
+    """
+    import torch
+
+    for name, buffer in [*model.named_non_persistent_buffers()]:
+        parent, _, last = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, last, torch.empty_like(buffer, device="cpu"))
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
 def apply_liger(model: Any) -> None:
     """Let Liger's kernels replace what they know of `model`, but for the loss.
 
@@ -107,6 +123,16 @@ def apply_to_tensors(module: nn.Module, change: Any) -> None:
     `Module._apply`: torch 2.13.
     """
     module._apply(change)
+
+
+def locate_slice(sharded: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of a DTensor's slice on this rank, and where in the whole it begins.
+
+    `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`: torch 2.13.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
 
 
 def trainer_without_cleaner() -> Any:

@@ -41,7 +41,7 @@ def build_config(family: str, vocab_size: int, **changes: Any) -> PretrainedConf
         case "mistral":
             return MistralConfig(**shape, sliding_window=16)
         case "mixtral":
-            return MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+            return MixtralConfig(**{"num_local_experts": 4, "num_experts_per_tok": 2, **shape})
         case "phi3":
             return Phi3Config(**shape)
         case "gemma":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.compat import (
     apply_liger,
     attention_name,
+    compute_buffers,
     has_bfloat16_instructions,
     supports_flash_attention,
 )
@@ -88,13 +89,18 @@ def build_meta_model(ref: ModelRef, model_config: PretrainedConfig) -> PreTraine
 
 
 def load_model(
-    ref: ModelRef, device: torch.device, dtype: torch.dtype, attn_implementation: str = "auto"
+    ref: ModelRef,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn_implementation: str = "auto",
+    reads_weights: bool = True,
 ) -> PreTrainedModel:
     """Return the model in its stored dtype on the CPU, its weights memory-mapped.
 
     What it will compute in, `dtype` on `device`, decides the attention. Mapped pages are shared by all processes of
     a machine; a cast here would make a private copy each, so `shard_model` casts after sharding. A quantized model
-    is dequantized, each process for itself.
+    is dequantized, each process for itself. Without `reads_weights` parameters, and buffers that the files hold, are
+    on the meta device, of the dtypes that they would have.
 
     Raises:
         ModelError: the model is absent, transformers can't load it, or it is quantized in a way that isn't undone.
@@ -114,6 +120,7 @@ def load_model(
             output_loading_info=True,
             **_hub_options(ref),
             **dequantize_while_loading(model_config),
+            **({} if reads_weights else {"device_map": "meta"}),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded("model", ref, error) from error
@@ -123,6 +130,8 @@ def load_model(
             f"the files of `{ref.source}` lack weights: {', '.join(sorted(found['missing_keys'])[:3])} …",
             "download the model again, or take one with a language-model head",
         )
+    if not reads_weights:
+        compute_buffers(model)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         apply_liger(model)
         logger.info("Liger kernels replace what they know of the model's norms, rotations and activations")

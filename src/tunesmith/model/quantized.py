@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 _DEQUANTIZED = ("fp8", "mxfp4")
 
 
+def is_quantized(model_config: PretrainedConfig) -> bool:
+    """Return whether a model's weights are stored quantized."""
+    return _settings_of(model_config) is not None
+
+
 def check_quantization(model_config: PretrainedConfig, source: str) -> None:
     """Refuse a model whose weights are stored quantized in a way that can't be trained on.
 

@@ -67,10 +67,14 @@ class TensorFile:
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor called `name`."""
         tensor = torch.empty_like(self.tensors[name], device="cpu")
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._starts[name])
-            _transfer(file.readinto, tensor)
+        self.read_part(name, 0, tensor)
         return tensor
+
+    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of the tensor's dtype, with its numbers from the one called `first` on."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._starts[name] + first * out.itemsize)
+            _transfer(file.readinto, out)
 
 
 def write_tensors(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -28,6 +30,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensors = Mapping[str, torch.Tensor]
+
+# What turns matrices into one tensor of them, by transformers' operations and their dimensions.
+_STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def find_stacked(model: Any) -> list[torch.nn.Parameter]:
+    """Return a model's experts that are made of tensors which the files have one by one; it may have adapters."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    targets = [
+        target
+        for step in get_model_conversion_mapping(base)
+        if isinstance(step, WeightConverter)
+        and any(isinstance(it, MergeModulelist) for it in step.operations)
+        for target in step.target_patterns
+    ]
+    named = [(name.replace(".base_layer", ""), parameter) for name, parameter in base.named_parameters()]
+    return [parameter for name, parameter in named if any(target in name for target in targets)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,27 @@ class NameMap:
                 "save the base model again with transformers' save_pretrained, and name that folder with --model_path",
             )
         return found
+
+    def is_converted(self, group: Group) -> bool:
+        """Return whether a group's parameters are made of its tensors; else the one is the other."""
+        return group.files in self._converters
+
+    def stacked_files(self, group: Group) -> list[list[str]] | None:
+        """Return the files' matrices that a parameter (N, O, D) stacks: of each of N those whose rows follow one another.
+
+        None if it is made in another way, or of matrices that aren't alike.
+        """
+        if not self.is_converted(group) or len(group.parameters) > 1:
+            return None
+        converter, patterns, _ = self._converters[group.files]
+        kinds = [(type(step), step.dim) for step in converter.operations if hasattr(step, "dim")]
+        if len(kinds) < len(converter.operations) or kinds not in _STACKS:
+            return None
+        matrices = [[name for name in patterns if patterns[name] == it] for it in converter.source_patterns]
+        matrices = [names for names in matrices if names]
+        if len({len(names) for names in matrices}) > 1 or len(matrices) > len(kinds):
+            return None
+        return [list(files) for files in zip(*matrices, strict=True)]
 
     def name_in_files(self, parameter: str) -> str:
         """Return the name under which a parameter that the files lack is found if it is added to them."""

@@ -21,6 +21,8 @@ class _File(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def read_part(self, name: str, first: int, out: torch.Tensor) -> None: ...
+
 
 class PickledFile:
     """A `.bin` file, mapped; only tensors are unpickled.
@@ -43,6 +45,9 @@ class PickledFile:
         tensor: torch.Tensor = self._content[name]
         return tensor.clone()
 
+    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
+        out.copy_(self._content[name].reshape(-1)[first : first + out.numel()].view(out.shape))
+
 
 @dataclass(frozen=True)
 class WeightSource:
@@ -58,6 +63,10 @@ class WeightSource:
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor by its name in the files."""
         return self._files[name].read(name)
+
+    def read_part(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of the tensor's dtype, with its numbers from the one called `first` on."""
+        self._files[name].read_part(name, first, out)
 
 
 def open_source(ref: ModelRef) -> WeightSource:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from tunesmith.compat import apply_to_tensors
+
+# Gives a model's parameters that are on the meta device their values, on another.
+Fill = Callable[[nn.Module, torch.device], None]
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype, trained: torch.dtype = torch.float32) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,10 +14,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
+from tunesmith.compat import apply_to_tensors
 from tunesmith.errors import ResourceError
 from tunesmith.parallel.blocks import find_blocks
-from tunesmith.parallel.casting import cast_weights
+from tunesmith.parallel.casting import Fill, cast_weights
 
 # The first torch whose FSDP2 shards tensors of integers: earlier ones make parameters of them that ask for a gradient.
 _FIRST_WITH_BYTES = (2, 12)
@@ -27,13 +31,15 @@ def shard_model(
     dtype: torch.dtype,
     cpu_offload: bool,
     reshard_after_forward: bool = True,
+    fill: Fill | None = None,
 ) -> None:
     """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
 
-    Frozen weights are kept in `dtype`, or in the bytes that they are stored as. Trained ones are kept in float32, as are their gradients; they are
-    cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
+    Frozen weights are kept in `dtype`, or in the bytes that they are stored as. Trained ones are kept in float32, as
+    are their gradients; they are cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
     private copy of the whole model. Gradients are summed over the workers, not averaged. Without
-    `reshard_after_forward` a block stays gathered until its backward pass is done.
+    `reshard_after_forward` a block stays gathered until its backward pass is done. `fill` reads the slices of those
+    weights that are on the meta device.
 
     Collective: every rank must call it.
 
@@ -41,6 +47,10 @@ def shard_model(
         ResourceError: weights are stored as bytes, which this torch can't shard.
     """
     check_shardable(model)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(sharded_dim(parameter.shape, mesh.size(-1)))
+
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     for block in find_blocks(model):
@@ -50,14 +60,35 @@ def shard_model(
             reshard_after_forward=reshard_after_forward,
             mp_policy=policy,
             offload_policy=offload,
+            shard_placement_fn=place,
         )
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, shard_placement_fn=place)
     cast_weights(model, dtype)
+    if fill is not None:
+        fill(model, torch.device("cpu" if cpu_offload else mesh.device_type))
+        apply_to_tensors(model, lambda tensor: tensor)  # FSDP then takes up the slices that came
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no averaging; sums also keep the loss independent of the number of workers.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def sharded_dim(shape: torch.Size, num_slices: int) -> int:
+    """Return the dimension along which a weight is cut: the first, but of experts that can't be shared out their rows.
+
+    Where a dimension can't be cut evenly FSDP fills it up: of 8 experts each of 32 ranks would hold memory for one.
+    """
+    has_uneven_experts = len(shape) == 3 and shape[0] % num_slices and shape[1] % num_slices == 0
+    return 1 if has_uneven_experts else 0
+
+
+def numel_of_slice(shape: torch.Size, num_slices: int) -> int:
+    """Return the numbers that each of `num_slices` ranks has memory for of a weight that is cut."""
+    if not shape:
+        return 1
+    length = shape[sharded_dim(shape, num_slices)]
+    return math.prod(shape) // length * math.ceil(length / num_slices) if length else 0
 
 
 def check_shardable(model: nn.Module, torch_version: str = torch.__version__) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.parallel.casting import cast_weights
+from tunesmith.parallel.casting import Fill, cast_weights
 from tunesmith.parallel.mesh import Mesh
 
 
-def replicate_model(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the whole model on `device`, in place: frozen weights in `dtype` or their bytes, trained ones in float32."""
+def replicate_model(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, fill: Fill | None = None
+) -> None:
+    """Put the whole model on `device`, in place: frozen weights in `dtype` or their bytes, trained ones in float32.
+
+    `fill` reads those weights that are on the meta device.
+    """
     cast_weights(model, dtype)
+    if fill is not None:
+        fill(model, device)
     model.to(device)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.machine import available_memory
+from tunesmith.model.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks
 from tunesmith.planning.memory import (
     Layout,
@@ -104,9 +105,11 @@ def is_replicated(planned: PlannedModel, config: TrainConfig, device_type: str, 
         return planned.fused and not config.cpu_offload and config.fsdp == "no_shard"
     # On CPUs weights as they are stored are shared by the workers of a machine, so they cost nothing more.
     mapped = device_type == "cpu" and planned.stored_dtype == planned.dtype
+    private = {id(p) for p in find_stacked(planned.model)}
     copied = [
         p
         for p in planned.model.parameters()
-        if device_type == "cuda" or not (p.requires_grad or (mapped and p.is_floating_point()))
+        if device_type == "cuda"
+        or not (p.requires_grad or (mapped and p.is_floating_point() and id(p) not in private))
     ]
     return sum(stored_bytes(p, planned.dtype) for p in copied) <= SHARE_FOR_WEIGHTS * room

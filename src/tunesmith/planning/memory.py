@@ -17,6 +17,7 @@ from tunesmith.model.load import attention_of, build_meta_model
 from tunesmith.model.quantized import check_quantization
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.parallel.casting import cast_weights
+from tunesmith.parallel.fsdp import numel_of_slice
 from tunesmith.planning.dry_run import Microbatch, measure_microbatch, planned_kernels
 
 if TYPE_CHECKING:
@@ -156,20 +157,18 @@ def estimate_memory(
     num_workers: int,
 ) -> Memory:
     """Return what each of `num_workers` workers holds at its peak."""
-    trained = sum(p.numel() for p in planned.model.parameters() if p.requires_grad)
-    frozen = sum(stored_bytes(p, planned.dtype) for p in planned.model.parameters() if not p.requires_grad)
-    share = 1 if layout.replicated else num_workers
+    trained, frozen = count_held(planned, layout, num_workers)
     if config.cpu_offload and device_type == "cuda":
         trained = frozen = 0  # they lie in the host's memory
     live = microbatch.recompute(layout.num_recomputed)
     return Memory(
-        weights=(frozen + (4 * trained if config.full_ft else 0)) // share,
+        weights=frozen + (4 * trained if config.full_ft else 0),
         gathered=0
         if layout.replicated
         else _gathered_bytes(planned, config.full_ft, layout.reshard_after_forward),
-        adapters=0 if config.full_ft else 4 * trained // share,
-        gradients=4 * trained // share,
-        optimizer=8 * trained // share,
+        adapters=0 if config.full_ft else 4 * trained,
+        gradients=4 * trained,
+        optimizer=8 * trained,
         activations=live.activations,
         logits=live.loss_peak - live.activations,
         workspace=max(0, live.backward_peak - live.loss_peak),
@@ -179,6 +178,19 @@ def estimate_memory(
         ),
         process=_PROCESS_BYTES[device_type],
     )
+
+
+def count_held(planned: PlannedModel, layout: Layout, num_workers: int) -> tuple[int, int]:
+    """Return what each worker holds of the weights: how many trained numbers, and how many bytes of frozen ones."""
+    trained = frozen = 0
+    for parameter in planned.model.parameters():
+        whole = parameter.numel()
+        held = whole if layout.replicated else numel_of_slice(parameter.shape, num_workers)
+        if parameter.requires_grad:
+            trained += held
+        elif whole:
+            frozen += held * (stored_bytes(parameter, planned.dtype) // whole)
+    return trained, frozen
 
 
 def stored_bytes(parameter: Tensor, dtype: torch.dtype) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +22,8 @@ from tunesmith.model.load import (
     resolve_dtype,
 )
 from tunesmith.model.probe import fuses_loss, use_varlen_attention
+from tunesmith.model.unread import UnreadWeights, load_unread
+from tunesmith.model.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import (
     count_recomputed,
     describe_recomputation,
@@ -46,21 +50,42 @@ def build_model(
     dtype = resolve_dtype(config.dtype, device)
     planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
     layout = choose_layout(planned, config, device.type, mesh.size, find_room(device, mesh.size))
-    model: nn.Module = load_model(config.model, device, dtype, config.attn_implementation)
-    for parameter in model.parameters():
-        parameter.requires_grad_(config.full_ft)
-    if not config.full_ft:
-        model = add_adapters(model, config)
+    # A CPU's workers share the pages of what is as the files have it.
+    stays_mapped = layout.replicated and device.type == "cpu" and not find_stacked(planned.model)
+    by_slices = frozen_weight is Dense and not stays_mapped
+    model, unread = _load_adapted(config, device, dtype, by_slices)
     store_weights(model, frozen_weight)
     install_kernels(model, kernels or kernels_for(device.type))
     if layout.num_recomputed:
         recompute_first(model, layout.num_recomputed)
+    fill = unread.release(model) if unread else None
     if layout.replicated:
-        replicate_model(model, device, dtype)
+        replicate_model(model, device, dtype, fill)
     else:
         ranks = mesh.lay_out_weights(device)
-        shard_model(model, ranks, dtype, config.cpu_offload, layout.reshard_after_forward)
+        shard_model(model, ranks, dtype, config.cpu_offload, layout.reshard_after_forward, fill)
     return model.train()
+
+
+def _load_adapted(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, by_slices: bool
+) -> tuple[nn.Module, UnreadWeights | None]:
+    """Return the model with its adapters, and with `by_slices` what of it is still to be read, if it can be read so."""
+    wanted = config.model, device, dtype, config.attn_implementation
+    unread = load_unread(*wanted) if by_slices else None
+    if unread is not None:
+        # Adapters that are made of the weights, and copies of these, need them; PiSSA can't decompose what isn't there.
+        with suppress(torch.linalg.LinAlgError):
+            model = _adapt(unread.model, config)
+            if unread.is_untouched(model):
+                return model, unread
+    return _adapt(load_model(*wanted), config), None
+
+
+def _adapt(model: nn.Module, config: TrainConfig) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.requires_grad_(config.full_ft)
+    return model if config.full_ft else add_adapters(model, config)
 
 
 def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> bool:

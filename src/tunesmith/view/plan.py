@@ -16,6 +16,7 @@ from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
 from tunesmith.paths import expand_user, is_dir
 from tunesmith.planning.fitting import Plan, find_fitting, make_plan
+from tunesmith.planning.host import estimate_host
 from tunesmith.planning.memory import build_planned_model
 from tunesmith.planning.throughput import count_flops_per_token
 from tunesmith.planning.workers import Workers
@@ -50,9 +51,13 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
 
 def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
     config = _with_model_at_hand(config, workers.imagined)
-    model = build_planned_model(config, load_model_config(config.model), workers.dtype)
+    model_config = load_model_config(config.model)
+    model = build_planned_model(config, model_config, workers.dtype)
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
+    if workers.device_type == "cuda":
+        needed = estimate_host(model, model_config, config, planned.layout, workers.num)
+        console.print(f"Each worker needs {format_bytes(needed)} of its node's memory.", soft_wrap=True)
     _print_time(console, planned, count_flops_per_token(model.model, config.full_ft))
     if not planned.fits:
         console.print(_describe_change(planned, find_fitting(model, planned)), soft_wrap=True)
