@@ -417,7 +417,7 @@ def test_sampling_follows_its_settings(fresh: RunDir) -> None:
     [
         (["--max_samples", "0"], "`--max_samples` is `0`", "Test rows at most"),
         (["--metrics", "bleu"], "there is no metric `bleu`", "metrics"),
-        (["--metrics", "numeric_match"], "no reference does", "GSM8K"),
+        (["--metrics", "tool_calls"], "no reference holds one", "`tool_calls`"),
         (["--test_path", "absent.jsonl"], "there is no test file `absent.jsonl`", "JSONL"),
         (["--test_path", "{empty}"], "is empty", "at least one row"),
         (["--checkpoint", "77"], "no checkpoint of step 77", "it has those of 6, 8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import pytest
 
 from support.runs import small_config, start, train_here
 from support.scores import minilm_folder
+from support.tokenizers import CHATML_TEMPLATE
 from tunesmith.cluster.pool import choose_pool
 from tunesmith.cluster.resources import Node
 from tunesmith.config import EvaluateConfig, ModelRef
@@ -38,6 +40,15 @@ CHANGED: dict[str, Any] = {
     "compare": "none",
     "test_dataset": "{folder}/rows.jsonl",
     "test_split": "validation",
+    "test_config": "other",
+    "input_template": "Say {{instruction}} ",
+    "output_template": "So {{output}}",
+    "field_mapping": {"instruction": "question", "output": "question"},
+    "message_keys": {"content": "text"},
+    "role_names": {"assistant": "bot"},
+    "system_prompt": "Be brief.",
+    "chat_template": "{folder}/louder.jinja",
+    "unrendered": "count",
     "max_samples": 2,
     "engine": "vllm",
     "batch_size": 3,
@@ -55,6 +66,9 @@ CHANGED: dict[str, Any] = {
     "num_replicas": 1,
 }
 NODES = [Node(8, 4)]
+# What these say is of test rows of one's own, as the run would read them; of conversations, which it can't.
+OF_ROWS = {"test_config", "input_template", "output_template", "field_mapping"}
+OF_CONVERSATIONS = {"message_keys", "role_names", "system_prompt", "chat_template", "unrendered"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +80,17 @@ def run(model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory,
     lines = rows.read_text().splitlines(keepends=True)
     for i, split in enumerate(("test", "validation")):
         (folder / "splits" / f"{split}.jsonl").write_text("".join(lines[i::2]))
+    said = [
+        ("user", "What is it?", "What?"),
+        ("assistant", "It is this.", "This."),
+        ("bot", "It is that.", "That."),
+    ]
+    messages = [{"role": role, "content": content, "text": text} for role, content, text in said]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    (folder / "tools.jsonl").write_text(json.dumps({"messages": messages[:2], "tools": tools}) + "\n")
+    (folder / "chat.jinja").write_text(CHATML_TEMPLATE)
+    (folder / "louder.jinja").write_text(CHATML_TEMPLATE.replace("im_start", "IM_START"))
     config = small_config(model_of("llama"), rows, folder / "home", save_total_limit=3, train_split_ratio=0.7)
     run = train_here(start(config))
     state = run.checkpoint_path(4) / "trainer_state.json"
@@ -98,7 +123,7 @@ def outcome(config: EvaluateConfig) -> dict[str, Any]:
             **found,
             "engine": plan.engine,
             "results": evaluation_folder(config, tuned),
-            "requests": plan_requests(plan.test_set, plan.variants, plan.max_model_len),
+            "requests": plan_requests(plan.test_set, plan.variants),
             "metrics": [(metric.name, metric.details) for metric in metrics],
             "replicas": pool.num_replicas,
             "spec": asdict(spec),
@@ -128,8 +153,16 @@ def test_a_setting_changes_the_evaluation(run: RunDir, name: str) -> None:
         fixed["metrics"] = None
     if name == "test_split":
         fixed["test_dataset"] = folder / "splits"
+    if name in OF_ROWS:
+        fixed["test_dataset"] = folder / "rows.jsonl"
+    if name in OF_CONVERSATIONS:
+        chats = folder / ("tools.jsonl" if name == "unrendered" else "chats.jsonl")
+        fixed |= {"checkpoints_dir": str(folder / "model"), "test_dataset": chats}
+        fixed["chat_template"] = str(folder / "chat.jinja")
     before = outcome(EvaluateConfig(**fixed))
     after = outcome(EvaluateConfig(**{**fixed, name: value}))
+    if name == "unrendered":
+        assert "leaves out the list of tools" in before.pop("error")
     assert "error" not in before
     assert after != before
     if "error" in after:

@@ -58,10 +58,11 @@ def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
         ("#### -5", "#### $-5", 1),
         ("#### -5", "#### 5", 0),
         ("#### 0.50", "#### .5", 1),
-        ("72", "#### 72", None),
+        ("72", "#### 72", 1),
         ("#### 72 apples", "#### 72", None),
         ("#### a half", "#### 72", None),
-        ("#### 3/4", "#### 3", None),
+        ("#### 3/4", "#### 3", 0),
+        ("#### 3/4", "#### 0.75", 1),
     ],
 )
 def test_numbers_match_by_value_behind_an_answers_first_marker(
@@ -133,7 +134,8 @@ def test_everything_that_applies_is_computed_and_the_rest_says_why() -> None:
     assert [metric.name for metric in chosen] == ["rougeL", "chrf", "exact_match"]
     assert set(left_out) == {"bertscore"}, "numeric_match is not missed where no answer is a number"
     assert "roberta-large" in left_out["bertscore"] and "--bertscore_model" in left_out["bertscore"]
-    chosen, left_out = choose_metrics(None, ["one", "#### 2"], str(minilm_folder()), "cpu")
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    chosen, left_out = choose_metrics(None, ["one", "#### 2", call], str(minilm_folder()), "cpu")
     assert [metric.name for metric in chosen] == list(METRICS) and not left_out
 
 
@@ -148,8 +150,10 @@ def test_what_was_asked_for_by_name_and_cant_be_had_is_refused(tmp_path: Path) -
         choose_metrics(["bertscore"], REFERENCES, None, "cpu")
     with pytest.raises(ModelError, match="nowhere"):
         choose_metrics(None, REFERENCES, str(tmp_path / "nowhere"), "cpu")
-    with pytest.raises(ConfigError, match="#### 72"):
-        choose_metrics(["numeric_match"], REFERENCES, None, "cpu")
+    with pytest.raises(ConfigError, match="no reference comes to one"):
+        choose_metrics(["numeric_match"], ["anything", "Paris"], None, "cpu")
+    with pytest.raises(ConfigError, match="no reference holds one"):
+        choose_metrics(["tool_calls"], REFERENCES, None, "cpu")
 
 
 def test_an_encoder_without_its_weights_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def metric(
         scale=scale,
         details="",
         num_samples=num_samples,
+        num_different=num_samples,
         base={"mean": 0.25, "low": 0.2, "high": 0.3},
         tuned={"mean": 0.25 + middle, "low": 0.2 + middle, "high": 0.3 + middle},
         difference={"mean": middle, "low": low, "high": high},

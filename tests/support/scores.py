@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from support.paths import REPOSITORY
+from tunesmith.evaluate.endings import count_endings
 from tunesmith.evaluate.metrics.score import choose_metrics, score_predictions, summarise
-from tunesmith.evaluate.results import Prediction, Scores
+from tunesmith.evaluate.results import RULES, Prediction, Scores
 from tunesmith.evaluate.verdict import judge
 
 _ENCODER = REPOSITORY / "examples/quickstart/build/all-MiniLM-L6-v2"
@@ -41,8 +42,15 @@ def make_predictions(num_rows: int, compare: bool = True, seed: int = 0) -> list
         rows.append(
             Prediction(
                 id=i,
+                group=i,
+                trained=None,
                 input=f"{name} had {a} {thing} on Monday and got {b} more on Tuesday. How many has {name} in all?",
                 reference=f"{name} has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} {thing} in all.\n#### {a + b}",
+                reference_reasoning="",
+                reasoning="",
+                reasoning_ended=True,
+                base_reasoning="" if compare else None,
+                base_reasoning_ended=True if compare else None,
                 prediction=f"{name} has {a} + {b} = <<{a}+{b}={said}>>{said} {thing} in all.\n#### {said}",
                 base_prediction=f"{rambling}The answer is {said}." if compare else None,
                 scores={},
@@ -71,6 +79,7 @@ def make_scores(
         finish["base"] = dict(Counter(row["base_finish_reason"] for row in rows))
     scores: dict[str, Any] = {
         "format_version": 1,
+        "rules": RULES,
         "run": "gsm8k-demo",
         "checkpoint": "checkpoint_00000040",
         "step": 40,
@@ -80,7 +89,10 @@ def make_scores(
         "tuned": "gsm8k-demo, step 40",
         "test_set": "runs/datasets/5f2c/test.jsonl",
         "num_samples": len(rows),
+        "num_different": len({row["group"] for row in rows}),
         "num_skipped": 0,
+        "rows_left_out": {},
+        "trained_on": None,
         "engine": {"name": "transformers", "version": "5.19.0", "dtype": "bfloat16", "num_replicas": 1},
         "generation": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_tokens": 96, "seed": 16257},
         "loss": {"base": 3.0412 if compare else None, "tuned": 2.1307},
@@ -88,6 +100,7 @@ def make_scores(
         "left_out": {"bertscore": "BERTScore's encoder `roberta-large` can't be had"},
         "throughput": {"samples": (1 + compare) * len(rows), "tokens": 96 * len(rows), "seconds": 30.1},
         "finish": finish,
+        "endings": {variant: count_endings(scored, variant, 96) for variant in finish},
         "verdict": judge(summary),
     }
     return Scores(**{**scores, **changes}), scored  # type: ignore[typeddict-item]

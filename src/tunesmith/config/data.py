@@ -74,7 +74,8 @@ def _join(value: Any) -> Any:
     )
 
 
-def _check_keys(keys: dict[str, str]) -> dict[str, str]:
+def check_keys(keys: dict[str, str]) -> dict[str, str]:
+    """Refuse keys of `message_keys` that messages don't have."""
     for usual, own in keys.items():
         if usual not in MESSAGE_KEYS:
             swapped = f"; did you mean {own}={usual}?" if own in MESSAGE_KEYS else ""
@@ -82,7 +83,8 @@ def _check_keys(keys: dict[str, str]) -> dict[str, str]:
     return keys
 
 
-def _check_roles(names: dict[str, str]) -> dict[str, str]:
+def check_roles(names: dict[str, str]) -> dict[str, str]:
+    """Refuse pairs of `role_names` of which neither is a role."""
     for one, other in names.items():
         if not {one, other} & set(ROLES):
             raise ValueError(f"neither `{one}` nor `{other}` is a role: the roles are {', '.join(ROLES)}")
@@ -151,13 +153,13 @@ class HFDatasetConfig(Settings):
         group="data",
         scope="data",
     )
-    message_keys: Annotated[Mapping, AfterValidator(_check_keys)] = setting(
+    message_keys: Annotated[Mapping, AfterValidator(check_keys)] = setting(
         {},
         "Key of a message → what the rows call it, as role=speaker,content=text; a key that is not named has its own name.",
         group="data",
         scope="data",
     )
-    role_names: Annotated[Mapping, AfterValidator(_check_roles)] = setting(
+    role_names: Annotated[Mapping, AfterValidator(check_roles)] = setting(
         {},
         "Role → what the rows call it, as assistant=bot, or bot=assistant,agent=assistant where several names mean one; "
         "ShareGPT's names are known.",

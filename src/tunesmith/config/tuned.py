@@ -19,8 +19,9 @@ from tunesmith.config.declare import (
     Settings,
     setting,
 )
+from tunesmith.config.reading import ReadingConfig
 
-METRICS = ("bertscore", "rougeL", "chrf", "exact_match", "numeric_match")
+METRICS = ("bertscore", "rougeL", "chrf", "exact_match", "numeric_match", "tool_calls")
 
 
 def _check_metrics(names: list[str] | None) -> list[str] | None:
@@ -82,7 +83,7 @@ class TunedModelConfig(Settings):
     )
 
 
-class EvaluateConfig(TunedModelConfig):
+class EvaluateConfig(ReadingConfig, TunedModelConfig):
     """Everything `tunesmith evaluate` can be told."""
 
     full_ft: AutoBool = setting(
@@ -99,8 +100,8 @@ class EvaluateConfig(TunedModelConfig):
     )
     test_dataset: DatasetName = setting(
         None,
-        "Test rows, a hub id or a path of anything that training reads, rendered by the run's templates; unset: the "
-        "run's own test set. Its older name is test_path.",
+        "Test rows, a hub id or a path of anything that training reads, rendered as the run's rows were, or as the settings "
+        "of rows say; unset: the run's own test set. Its older name is test_path.",
         group="data",
         scope="run",
         older_names=("test_path",),

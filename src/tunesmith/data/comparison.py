@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.data.formats import RowFormat
+from tunesmith.data.formats import RenderedRow, RowFormat
 from tunesmith.data.mixture import dataset_of, without_tag
 from tunesmith.data.split import SETS
 
+Found = Literal["row", "prompt"]
 _WHITE_SPACE = re.compile(r"\s+")
 
 
@@ -66,6 +67,42 @@ def hash_rows(rows_file: Path, formats: Sequence[RowFormat]) -> RowHashes:
         np.frombuffer(dataset_ids, np.int32),
         np.frombuffer(sizes, np.int64),
     )
+
+
+def find_in_rows(
+    rows: Mapping[int, RenderedRow],
+    row_formats: Sequence[RowFormat],
+    rows_file: Path,
+    formats: Sequence[RowFormat],
+) -> dict[int, Found]:
+    """Return which rows are in a file of rendered rows, by their number: the whole row, or what it asks last.
+
+    `row_formats` are those of the rows, `formats` those of the file's. Case and white space don't count.
+    """
+    whole, asked = {}, {}
+    for number, row in rows.items():
+        row_format, row = row_formats[dataset_of(row)], without_tag(row)
+        whole[number] = hash_alike(row_format.split_key(row))
+        if questions := row_format.questions(row):
+            asked[number] = hash_alike(questions[-1])
+    wanted_rows, wanted = set(whole.values()), set(asked.values())
+    found_rows, found = set(), set()
+    with rows_file.open("rb") as stream:
+        for line in stream:
+            row = json.loads(line)
+            row_format, row = formats[dataset_of(row)], without_tag(row)
+            found_rows |= wanted_rows & {hash_alike(row_format.split_key(row))}
+            found |= wanted & set(map(hash_alike, row_format.questions(row)))
+    return {
+        number: "row" if whole[number] in found_rows else "prompt"
+        for number in rows
+        if whole[number] in found_rows or asked.get(number) in found
+    }
+
+
+def hash_alike(said: Any) -> int:
+    """Return a hash that is the same for texts, and what holds them, that differ in case and white space alone."""
+    return _hash(_fold(said))
 
 
 def count_repeats(hashes: Sequence[np.ndarray]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.atomic_files import write_json, write_json_lines
 from tunesmith.config import EvaluateConfig
-from tunesmith.evaluate.engines.base import Request
+from tunesmith.evaluate.endings import count_endings
 from tunesmith.evaluate.engines.pool import Pool
 from tunesmith.evaluate.generate import generate_missing
 from tunesmith.evaluate.metrics.score import (
@@ -26,6 +27,8 @@ from tunesmith.evaluate.passes import plan_requests
 from tunesmith.evaluate.plan import Plan, evaluation_folder, make_plan
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.results import (
+    RULES,
+    Endings,
     EngineRecord,
     GenerationRecord,
     LossRecord,
@@ -33,6 +36,7 @@ from tunesmith.evaluate.results import (
     Prediction,
     Scores,
     ThroughputRecord,
+    TrainedOn,
 )
 from tunesmith.evaluate.store import GenerationStore, only_writer
 from tunesmith.evaluate.verdict import judge
@@ -59,18 +63,19 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
         ConfigError, DataError, ModelError, RunError: bad input, before anything is generated.
     """
     plan = make_plan(config, tuned, pool.use_gpu)
-    references = [prompt.reference for prompt in plan.test_set.samples.values()]
+    references = [reference.text for reference in plan.asked_references()]
     device = "cuda" if pool.use_gpu and not pool.is_elsewhere else "cpu"
     metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, device)
     folder = evaluation_folder(config, tuned)
     with only_writer(folder):
-        requests = plan_requests(plan.test_set, plan.variants, plan.max_model_len)
+        requests = plan_requests(plan.test_set, plan.variants)
         prompts = {number: prompt.input_ids for number, prompt in plan.test_set.samples.items()}
         store = GenerationStore(folder, plan.identity(config), prompts)
         generate_missing(config, plan, pool, store, requests, folder)
-        rows = _score(_make_rows(plan, store, requests), metrics, pool, config.bertscore_model)
+        rows = _score(_make_rows(plan, store), metrics, pool, config.bertscore_model)
         results = summarise(rows, metrics, config.seed)
         scores = _describe(config, plan, pool, store, rows, results, left_out)
+        _note_older_scores(folder)
         write_json_lines(folder / "predictions.jsonl", rows)
         write_json(folder / "scores.json", scores)
         curve = render_loss_curve(tuned.run) if tuned.run else None
@@ -78,19 +83,27 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     return EvaluationResult(folder, scores)
 
 
-def _make_rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) -> list[Prediction]:
+def _make_rows(plan: Plan, store: GenerationStore) -> list[Prediction]:
     """Return the lines of `predictions.jsonl`, still without scores."""
-    rows = []
-    for number in sorted({request.sample for request in requests}):
-        prompt, tuned = plan.test_set.samples[number], store.finished["tuned", number]
+    rows, test_set = [], plan.test_set
+    for number, prompt in test_set.samples.items():
+        tuned, reference = store.finished["tuned", number], test_set.references[number]
         base = store.finished["base", number] if plan.base is not None else None
+        answer, base_answer = plan.read(tuned), plan.read(base) if base else None
         rows.append(
             Prediction(
                 id=number,
+                group=test_set.groups[number],
+                trained=(test_set.trained or {}).get(number),
                 input=prompt.text,
-                reference=prompt.reference,
-                prediction=plan.decode(tuned),
-                base_prediction=plan.decode(base) if base else None,
+                reference=reference.text,
+                reference_reasoning=reference.reasoning,
+                prediction=answer.text,
+                reasoning=answer.reasoning,
+                reasoning_ended=answer.ended,
+                base_prediction=base_answer.text if base_answer else None,
+                base_reasoning=base_answer.reasoning if base_answer else None,
+                base_reasoning_ended=base_answer.ended if base_answer else None,
                 scores={},
                 base_scores=None,
                 finish_reason=tuned.finish_reason,
@@ -101,6 +114,22 @@ def _make_rows(plan: Plan, store: GenerationStore, requests: Sequence[Request]) 
             )
         )
     return rows
+
+
+def _note_older_scores(folder: Path) -> None:
+    """Tell where the scores that are replaced were counted by other rules."""
+    try:
+        rules = json.loads((folder / "scores.json").read_text(encoding="utf-8")).get("rules", 1)
+    except (OSError, ValueError, AttributeError):
+        return
+    if rules != RULES:
+        logger.warning(
+            "the last evaluation in `%s` compared answers by other rules (%s, now %d): its scores are counted anew, "
+            "and the old ones don't compare with these",
+            folder,
+            rules,
+            RULES,
+        )
 
 
 def _score(
@@ -122,12 +151,18 @@ def _describe(
     results: dict[str, MetricScores],
     left_out: dict[str, str],
 ) -> Scores:
-    tuned = plan.tuned
+    tuned, test_set = plan.tuned, plan.test_set
     finish = {"tuned": dict(Counter(row["finish_reason"] for row in rows))}
     if plan.base is not None:
         finish["base"] = dict(Counter(row["base_finish_reason"] or "" for row in rows))
+    counts = Counter(test_set.trained.values()) if test_set.trained is not None else None
+    trained_on = None if counts is None else TrainedOn(rows=counts["row"], prompts=counts["prompt"])
+    endings: dict[str, Endings] = {
+        variant: count_endings(rows, variant, config.max_tokens) for variant in plan.variants
+    }
     return Scores(
         format_version=FORMAT_VERSION,
+        rules=RULES,
         run=tuned.run.run_name if tuned.run else None,
         checkpoint=tuned.folder.name,
         step=tuned.step,
@@ -135,9 +170,12 @@ def _describe(
         kind=tuned.kind,
         base=plan.base.name if plan.base else None,
         tuned=tuned.label,
-        test_set=str(plan.test_set.path),
+        test_set=str(test_set.path),
         num_samples=len(rows),
-        num_skipped=plan.test_set.num_skipped + len(plan.test_set.samples) - len(rows),
+        num_different=len(set(test_set.groups.values())),
+        num_skipped=sum(test_set.left_out.values()),
+        rows_left_out=test_set.left_out,
+        trained_on=trained_on,
         engine=EngineRecord(
             name=plan.engine,
             version=_engine_version(plan.engine),
@@ -160,7 +198,8 @@ def _describe(
             seconds=store.seconds,
         ),
         finish=finish,
-        verdict=judge(results),
+        endings=endings,
+        verdict=judge(results, trained_on, len(rows)),
     )
 
 

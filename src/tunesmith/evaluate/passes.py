@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
-from tunesmith.errors import DataError
 from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
@@ -37,26 +36,9 @@ class Served:
     adapter: Path | None = None
 
 
-def plan_requests(test_set: TestSet, variants: list[Variant], max_model_len: int) -> list[Request]:
-    """Return a request for each sample and variant; prompts that leave no room for an answer are left out.
-
-    Raises:
-        DataError: no prompt leaves any.
-    """
-    fitting = {n: p for n, p in test_set.samples.items() if len(p.input_ids) < max_model_len}
-    if not fitting:
-        raise DataError(
-            f"all {len(test_set.samples):,} prompts of `{test_set.path}` fill `max_model_len` ({max_model_len} tokens)",
-            "raise --max_model_len, or give shorter prompts",
-        )
-    if len(fitting) < len(test_set.samples):
-        logger.warning(
-            "%d of %d prompts fill max_model_len (%d tokens) and are left out",
-            len(test_set.samples) - len(fitting),
-            len(test_set.samples),
-            max_model_len,
-        )
-    return [Request(n, variant, p.input_ids) for variant in variants for n, p in fitting.items()]
+def plan_requests(test_set: TestSet, variants: list[Variant]) -> list[Request]:
+    """Return a request for each sample and variant."""
+    return [Request(n, variant, p.input_ids) for variant in variants for n, p in test_set.samples.items()]
 
 
 def served_as_adapter(tuned: TunedModel, engine: str, use_gpu: bool) -> tuple[Served | None, str | None]:

@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.config import EvaluateConfig, ModelRef
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.evaluate.answers import Answer, AnswerReader
 from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
 from tunesmith.evaluate.passes import weights_digest
@@ -35,7 +36,7 @@ from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Plan:
     tuned: TunedModel
     base: ModelRef | None
     """None where the tuned model is evaluated alone."""
-    tokenizer: PreTrainedTokenizerFast
+    reader: AnswerReader
     test_set: TestSet
     engine: str
     dtype: str
@@ -62,13 +63,20 @@ class Plan:
     def variants(self) -> list[Variant]:
         return ["tuned", "base"] if self.base is not None else ["tuned"]
 
-    def decode(self, generation: Generation) -> str:
-        """Return an answer as text."""
-        return str(self.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+    def asked_references(self) -> list[Answer]:
+        """Return the expected answers of the samples that are asked."""
+        return [self.test_set.references[number] for number in self.test_set.samples]
+
+    def read(self, generation: Generation) -> Answer:
+        """Return what of an answer is compared, and its reasoning."""
+        prompt = self.test_set.samples[generation.sample]
+        return self.reader.read_generated(generation.token_ids, prompt.text)
 
     def identity(self, config: EvaluateConfig) -> dict[str, Any]:
         """Return everything that shapes a generation, by the names that a message calls it."""
         sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        if self.engine == "transformers":
+            sampling["way of sampling"] = "by sample"  # earlier versions drew by batch
         return {
             "tuned weights": weights_digest(self.tuned),
             "base_model": self.base_fingerprint,
@@ -111,24 +119,27 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         base_config = load_model_config(tuned.base)
     is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
     _check_fit(tuned, model_config, is_recorded)
-    tokenizer = load_tokenizer(loaded, tuned.folder if holds_tokenizer(tuned.folder) else None)
+    beside = tuned.folder if holds_tokenizer(tuned.folder) else None
+    tokenizer = load_tokenizer(loaded, beside, config.chat_template)
     test_set = read_test_set(tuned, config, tokenizer)
+    text_config = model_config.get_text_config()
+    longest = test_set.longest_prompt + config.max_tokens
+    positions = getattr(text_config, "max_position_embeddings", None) or longest
+    max_model_len = config.max_model_len or min(longest, positions)
+    test_set = test_set.within(max_model_len)
     if base is not None:
         if base is not loaded:
             check_weights(base)
         _check_vocabulary(test_set, base, base_config)
     ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
-    longest = test_set.longest_prompt + config.max_tokens
-    text_config = model_config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None) or longest
     return Plan(
         tuned,
         base,
-        tokenizer,
+        AnswerReader(tokenizer),
         test_set,
         engine,
         _choose_dtype(config, tuned, use_gpu),
-        config.max_model_len or min(longest, positions),
+        max_model_len,
         # A model's configuration may name tokens that it doesn't have.
         tuple(sorted(token for token in ends if token < text_config.vocab_size)),
         trusts,
@@ -143,6 +154,8 @@ def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
     Other test sets than the run's own, and folders of the same name, have folders of their own.
     """
     test_name = f"-{Path(config.test_dataset).stem}" if config.test_dataset is not None else ""
+    if config.test_config is not None:
+        test_name += f"-{re.sub(r'[^A-Za-z0-9]+', '_', config.test_config)}"
     if config.test_split is not None:
         test_name += f"-{re.sub(r'[^A-Za-z0-9]+', '_', config.test_split)}"
     if tuned.run is not None:

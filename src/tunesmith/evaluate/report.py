@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.atomic_files import write_bytes
+from tunesmith.evaluate.endings import describe_endings
+from tunesmith.evaluate.intervals import FEW_GROUPS
 from tunesmith.evaluate.results import (
     IntervalRecord,
     MetricScores,
@@ -18,7 +20,12 @@ from tunesmith.evaluate.results import (
     format_score,
 )
 from tunesmith.evaluate.samples import SAMPLES_SHOWN, choose_samples, lay_out, tally_gains
-from tunesmith.evaluate.table import format_throughput, list_losses
+from tunesmith.evaluate.table import (
+    describe_left_out,
+    describe_samples,
+    format_throughput,
+    list_losses,
+)
 from tunesmith.evaluate.verdict import outcome_of, rank_metrics
 from tunesmith.view.page import embed_png, render_page
 
@@ -87,6 +94,7 @@ def _render(scores: Scores, predictions: Sequence[Prediction], loss_curve_png: b
         facts=list(_facts(scores)),
         tally=tally_gains(predictions, primary),
         samples=[lay_out(row, scores["metrics"], primary) for row in shown],
+        few_groups=FEW_GROUPS,
         num_hidden=len(predictions) - len(shown),
         samples_shown=SAMPLES_SHOWN,
     )
@@ -117,16 +125,36 @@ def _place_whisker(difference: IntervalRecord) -> Whisker:
     return Whisker(low, mean, high)
 
 
-def _ending_rows(scores: Scores, predictions: Sequence[Prediction]) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (model, answers ended by themselves, answers cut off, mean tokens)."""
+@dataclass(frozen=True)
+class EndingRow:
+    """How many answers of a model ended how, the mean of their tokens, and what the bad ones cost, in words."""
+
+    model: str
+    stopped: int
+    cut: int
+    unended: int
+    empty: int
+    mean_tokens: str
+    cost: str | None
+
+
+def _ending_rows(scores: Scores, predictions: Sequence[Prediction]) -> Iterator[EndingRow]:
     lengths: dict[str, list[int | None]] = {
         "base": [row["base_num_tokens"] for row in predictions],
         "tuned": [row["num_tokens"] for row in predictions],
     }
-    for variant, reasons in sorted(scores["finish"].items()):
+    costs = dict(describe_endings(scores))
+    for variant, endings in sorted(scores["endings"].items()):
         counts = [count for count in lengths[variant] if count is not None]
-        mean = f"{sum(counts) / len(counts):,.1f}" if counts else "–"
-        yield variant, reasons.get("stop", 0), reasons.get("length", 0), mean
+        yield EndingRow(
+            variant,
+            endings["answers"] - endings["cut"],
+            endings["cut"],
+            endings["unended"],
+            endings["empty"],
+            f"{sum(counts) / len(counts):,.1f}" if counts else "–",
+            costs.get(variant),
+        )
 
 
 def _facts(scores: Scores) -> Iterator[tuple[str, str]]:
@@ -138,8 +166,10 @@ def _facts(scores: Scores) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"{scores['checkpoint']}: {scores['why']}"
     if scores["base"] is not None:
         yield "base model", scores["base"]
-    skipped = f", {scores['num_skipped']:,} more skipped" if scores["num_skipped"] else ""
-    yield "test set", f"{scores['test_set']}: {scores['num_samples']:,} samples{skipped}"
+    yield "test set", scores["test_set"]
+    yield "samples", describe_samples(scores)
+    if scores["rows_left_out"]:
+        yield "left out", describe_left_out(scores)
     replicas = f", {engine['num_replicas']} replicas" if engine["num_replicas"] > 1 else ""
     yield "engine", f"{engine['name']} {engine['version']}, {engine['dtype']}{replicas}"
     if generation["temperature"] == 0:

@@ -7,19 +7,37 @@ from typing import Literal, TypedDict
 # fraction: 0 to 1. points: 0 to 100. share: 0 to 1, of the samples, shown in per cent.
 Scale = Literal["fraction", "points", "share"]
 Outcome = Literal["better", "worse", "unclear", "alone"]
+# row: the very row was trained on. prompt: its prompt was, with another answer.
+Trained = Literal["row", "prompt"]
+
+RULES = 2
+"""The rules by which answers are compared and intervals drawn; scores of other rules don't compare with these.
+
+1 compared reasoning and tool calls as text, and took copies for samples of their own.
+"""
 
 
 class Prediction(TypedDict):
     """A line of `predictions.jsonl`; `base_…` are None where the tuned model was evaluated alone.
 
-    A score is None where the metric doesn't apply to the sample. `input` is the prompt as the model saw it.
+    A score is None where the metric doesn't apply to the sample. `input` is the prompt as the model saw it; what was
+    compared is without the reasoning, which stands by itself: "" where there is none. `reasoning_ended` is False for
+    an answer that is reasoning to its end. `group` is the first sample that asks the same. `trained` says what of the
+    sample the run was trained on, None where it wasn't or no run is known.
     """
 
     id: int
+    group: int
+    trained: Trained | None
     input: str
     reference: str
+    reference_reasoning: str
     prediction: str
+    reasoning: str
+    reasoning_ended: bool
     base_prediction: str | None
+    base_reasoning: str | None
+    base_reasoning_ended: bool | None
     scores: dict[str, float | None]
     base_scores: dict[str, float | None] | None
     finish_reason: str
@@ -38,12 +56,16 @@ class IntervalRecord(TypedDict):
 
 
 class MetricScores(TypedDict):
-    """A metric over the samples it applies to; `difference` is tuned − base, paired by sample."""
+    """A metric over the samples it applies to; `difference` is tuned − base, paired by sample.
+
+    `num_different` of the samples ask something different: what decides how wide the intervals are.
+    """
 
     label: str
     scale: Scale
     details: str
     num_samples: int
+    num_different: int
     base: IntervalRecord | None
     tuned: IntervalRecord
     difference: IntervalRecord | None
@@ -87,10 +109,37 @@ class ThroughputRecord(TypedDict):
     seconds: float
 
 
+class Endings(TypedDict):
+    """How the answers of one model ended.
+
+    `cut` counts those cut off for their length, `cut_early` those of them that had less than max_tokens, `unended` those that never left their reasoning, `empty` others
+    without a text. `whole` has each metric's mean over the `num_whole` answers that are none of these.
+    """
+
+    answers: int
+    cut: int
+    cut_early: int
+    unended: int
+    empty: int
+    num_whole: int
+    whole: dict[str, float]
+
+
+class TrainedOn(TypedDict):
+    """How many of the samples the run was trained on: as they are, and their prompts with another answer."""
+
+    rows: int
+    prompts: int
+
+
 class Scores(TypedDict):
-    """`scores.json`; None for what no run recorded. `finish` counts finish reasons of tuned, and of base if it ran."""
+    """`scores.json`; None for what no run recorded. `finish` counts finish reasons of tuned, and of base if it ran.
+
+    `num_different` of the samples ask something different. `rows_left_out` counts rows that weren't asked, by reason.
+    """
 
     format_version: int
+    rules: int
     run: str | None
     checkpoint: str | None
     step: int | None
@@ -100,7 +149,10 @@ class Scores(TypedDict):
     tuned: str
     test_set: str
     num_samples: int
+    num_different: int
     num_skipped: int
+    rows_left_out: dict[str, int]
+    trained_on: TrainedOn | None
     engine: EngineRecord
     generation: GenerationRecord
     loss: LossRecord | None
@@ -108,6 +160,7 @@ class Scores(TypedDict):
     left_out: dict[str, str]
     throughput: ThroughputRecord
     finish: dict[str, dict[str, int]]
+    endings: dict[str, Endings]
     verdict: Verdict
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunesmith.evaluate.results import MetricScores, Prediction, Scale, format_gain, format_score
@@ -23,10 +23,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one of the models said, its scores as (label, value), and why and where it ended."""
+    """What one of the models said, its scores as (label, value), and why and where it ended.
+
+    `reasoning` is None where there is none; not `ended`: it was never left.
+    """
 
     model: str
     text: Text
+    reasoning: Text | None
+    ended: bool
     scores: tuple[tuple[str, str], ...]
     num_tokens: int
     finish_reason: str
@@ -34,14 +39,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as shown; `gain` is in words, and None where the primary metric doesn't apply."""
+    """A sample as shown; `gain` is in words, and None where the primary metric doesn't apply.
+
+    `notes` say what the sample shares with others and with the training set.
+    """
 
     id: int
+    notes: tuple[str, ...]
     gain: str | None
     outcome: str
     input: Text
     num_prompt_tokens: int
     reference: Text
+    reference_reasoning: Text | None
     answers: tuple[Answer, ...]
 
 
@@ -94,6 +104,8 @@ def lay_out(row: Prediction, metrics: Mapping[str, MetricScores], primary: str) 
     tuned = Answer(
         "tuned",
         shorten(row["prediction"]),
+        _fold(row["reasoning"]),
+        row["reasoning_ended"],
         _label(row["scores"], metrics),
         row["num_tokens"],
         row["finish_reason"],
@@ -103,6 +115,8 @@ def lay_out(row: Prediction, metrics: Mapping[str, MetricScores], primary: str) 
         base = Answer(
             "base",
             shorten(row["base_prediction"]),
+            _fold(row["base_reasoning"]),
+            row["base_reasoning_ended"] is not False,
             _label(row["base_scores"] or {}, metrics),
             row["base_num_tokens"] or 0,
             row["base_finish_reason"] or "",
@@ -112,13 +126,30 @@ def lay_out(row: Prediction, metrics: Mapping[str, MetricScores], primary: str) 
     compared = row["base_scores"] is not None
     return Sample(
         id=row["id"],
+        notes=tuple(_notes(row)),
         gain=None if gain is None else _describe_gain(gain, metrics[primary], compared),
         outcome=_outcome(gain) if compared else "alone",
         input=shorten(row["input"]),
         num_prompt_tokens=row["num_prompt_tokens"],
         reference=shorten(row["reference"]),
+        reference_reasoning=_fold(row["reference_reasoning"]),
         answers=answers,
     )
+
+
+_TRAINED = {"row": "trained on", "prompt": "prompt trained on, with another answer"}
+
+
+def _notes(row: Prediction) -> Iterator[str]:
+    if row["trained"] is not None:
+        yield _TRAINED[row["trained"]]
+    if row["group"] != row["id"]:
+        yield f"asks what sample {row['group']} asks"
+
+
+def _fold(reasoning: str | None) -> Text | None:
+    """Return the reasoning as a text that is all `rest`, to be asked for; None if there is none."""
+    return Text("", reasoning) if reasoning else None
 
 
 def _outcome(gain: float | None) -> str:

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.evaluate.endings import describe_endings
 from tunesmith.evaluate.results import (
     MetricScores,
     Scores,
@@ -80,11 +81,37 @@ def _perplexity(loss: float) -> float:
 
 def _lines(scores: Scores) -> Iterator[tuple[str, str]]:
     engine, done = scores["engine"], scores["throughput"]
+    for variant, text in describe_endings(scores):
+        yield f"{variant} model", text
+    yield "samples", describe_samples(scores)
+    if scores["rows_left_out"]:
+        yield "left out", describe_left_out(scores)
     replicas = f", {engine['num_replicas']} replicas" if engine["num_replicas"] > 1 else ""
     yield "engine", f"{engine['name']} {engine['version']}, {engine['dtype']}{replicas}"
     yield "throughput", format_throughput(done)
     for name, why in scores["left_out"].items():
         yield name, f"left out: {why}"
+
+
+def describe_samples(scores: Scores) -> str:
+    """Return how many samples were asked, how many of them are different, and what of them was trained on."""
+    text = f"{scores['num_samples']:,}"
+    if scores["num_different"] < scores["num_samples"]:
+        text += f", {scores['num_different']:,} different: those that ask the same count as one in intervals"
+    trained = scores["trained_on"]
+    if trained is not None and (trained["rows"] or trained["prompts"]):
+        text += f"; {trained['rows']:,} trained on"
+        if trained["prompts"]:
+            text += f", {trained['prompts']:,} more with another answer"
+    return text
+
+
+def describe_left_out(scores: Scores) -> str:
+    """Return how many rows weren't asked, by reason."""
+    reasons = scores["rows_left_out"]
+    total = sum(reasons.values())
+    listed = ", ".join(f"{number:,} with {reason}" for reason, number in reasons.items())
+    return f"{total:,} row{'s' if total > 1 else ''}: {listed}"
 
 
 def format_throughput(done: ThroughputRecord) -> str:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import EvaluateConfig, HFDatasetConfig
+from tunesmith.data.comparison import Found
+from tunesmith.data.encode import RowError
 from tunesmith.data.formats import Findings, Prompt, RenderedRow, RowFormat, choose_format
+from tunesmith.data.formats.conversation import is_answer
 from tunesmith.data.formats.template import TemplateFormat
 from tunesmith.data.mixture import encode_rows, prompt_of, recorded_formats, without_tag
 from tunesmith.data.sources import describe_source, local_path, read_rows, source_fingerprint
 from tunesmith.data.split import check_other_split
 from tunesmith.errors import DataError
+from tunesmith.evaluate.answers import Answer, AnswerReader
+from tunesmith.evaluate.repeats import find_trained, group_alike
 from tunesmith.paths import exists, expand_user
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel
@@ -33,16 +39,27 @@ _ROWS_FOR_END_TOKENS = 64
 _RENDERED = {"input", "output"}
 
 
+PLAIN_TEXT = "plain text, which asks nothing"
+NO_ANSWER = "no answer to compare with"
+REASONING_ALONE = "an answer that is reasoning alone"
+TOO_LONG = "a prompt that fills max_model_len"
+
+
 @dataclass(frozen=True)
 class TestSet:
-    """The samples by their row number, how many rows were left out, and the tokens that end a trained answer.
+    """The samples by their row number, and the tokens that end a trained answer.
 
-    `path` is where they lie, or their place on the hub. `digest` is of the whole set.
+    `path` is where they lie, or their place on the hub. `digest` is of the whole set. `references` are the expected
+    answers as they are compared, `groups` the first sample that asks the same, `trained` what the run was trained on:
+    None where that isn't known. `left_out` counts rows that aren't asked, by reason.
     """
 
     path: Path
     samples: dict[int, Prompt]
-    num_skipped: int
+    references: dict[int, Answer]
+    groups: dict[int, int]
+    trained: dict[int, Found] | None
+    left_out: dict[str, int]
     end_tokens: frozenset[int]
     digest: str
 
@@ -51,12 +68,41 @@ class TestSet:
         """Return the length of the longest prompt, in tokens."""
         return max(len(prompt.input_ids) for prompt in self.samples.values())
 
+    def within(self, max_model_len: int) -> TestSet:
+        """Return the set without the prompts that leave no room for an answer in so many tokens.
+
+        Raises:
+            DataError: no prompt leaves any.
+        """
+        fitting = {n: p for n, p in self.samples.items() if len(p.input_ids) < max_model_len}
+        num_long = len(self.samples) - len(fitting)
+        if not fitting:
+            raise DataError(
+                f"all {num_long:,} prompts of `{self.path}` fill `max_model_len` ({max_model_len} tokens)",
+                "raise --max_model_len, or give shorter prompts",
+            )
+        if not num_long:
+            return self
+        logger.warning(
+            "%d of %d prompts fill max_model_len (%d tokens) and are left out",
+            num_long,
+            len(self.samples),
+            max_model_len,
+        )
+        return replace(
+            self,
+            samples=fitting,
+            # The first of a group may be among those that are left out.
+            groups=group_alike(fitting),
+            left_out={**self.left_out, TOO_LONG: num_long},
+        )
+
 
 def read_test_set(tuned: TunedModel, config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast) -> TestSet:
-    """Return the first `max_samples` rows that ask something.
+    """Return the first `max_samples` rows, those of them that ask something.
 
-    The run's own test set holds rendered rows. Rows of another set go through the run's templates, unless
-    they are conversations or are rendered already.
+    The run's own test set holds rendered rows. Rows of another set are read as the run's were, or as the settings say,
+    unless they are rendered already.
 
     Raises:
         DataError: the set is missing, empty or malformed, or no row asks anything.
@@ -65,28 +111,84 @@ def read_test_set(tuned: TunedModel, config: EvaluateConfig, tokenizer: PreTrain
     path = Path(settings.dataset_name)
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"the test file `{path}` is empty", "give one with at least one row")
-    rows, formats = _rendered_rows(tuned, settings)
+    rows, formats = _rendered_rows(tuned, config, settings)
     date = recorded_date(tuned.params)
     formats = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
     taken: list[RenderedRow] = list(islice(rows, config.max_samples))
     _check_characters(path, taken)
-    prompts = {number: prompt_of(formats, row) for number, row in enumerate(taken)}
-    samples = {number: prompt for number, prompt in prompts.items() if prompt is not None}
+    samples, references, left_out = _ask(path, formats, taken, AnswerReader(tokenizer))
     if not samples:
+        listed = ", ".join(f"{number:,} with {reason}" for reason, number in left_out.items())
+        hint = "plain text has no answers to compare; the run's validation loss tells how well it was learned"
         raise DataError(
-            f"none of the {len(taken):,} rows of `{path}` asks anything: there is no prompt to answer",
-            "plain text has no answers to compare; the run's validation loss tells how well it was learned",
+            f"none of the {len(taken):,} rows of `{path}` asks anything: there is no prompt to answer ({listed})",
+            hint if PLAIN_TEXT in left_out else "give rows with a question and an answer to compare with",
         )
-    # What the model has learned to stop with.
-    encoded = encode_rows(formats, taken[:_ROWS_FOR_END_TOKENS], Findings())
-    ends = frozenset(example.segments[0].input_ids[-1] for examples in encoded for example in examples)
-    return TestSet(path, samples, len(taken) - len(samples), ends, source_fingerprint(settings))
+    trained = find_trained(tuned, formats, {number: taken[number] for number in samples})
+    if trained:
+        logger.warning("%d of the %d samples, or their prompts, were trained on", len(trained), len(samples))
+    return TestSet(
+        path,
+        samples,
+        references,
+        group_alike(samples),
+        trained,
+        left_out,
+        _learned_ends(path, formats, taken),
+        source_fingerprint(settings),
+    )
+
+
+def _ask(
+    path: Path, formats: Sequence[RowFormat], rows: Sequence[RenderedRow], reader: AnswerReader
+) -> tuple[dict[int, Prompt], dict[int, Answer], dict[str, int]]:
+    """Return the prompts and the expected answers by the rows' numbers, and how many rows have none, by reason."""
+    samples: dict[int, Prompt] = {}
+    references: dict[int, Answer] = {}
+    left_out: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        try:
+            prompt = prompt_of(formats, row)
+        except DataError as error:
+            raise DataError(f"row {number + 1} of `{path}`: {error.message}", error.hint) from error
+        if prompt is None:
+            left_out[_why_not_asked(row)] += 1
+            continue
+        reference = reader.read_reference(prompt.reference, prompt.text)
+        if not reference.text.strip():
+            left_out[REASONING_ALONE if reference.reasoning else NO_ANSWER] += 1
+            continue
+        samples[number], references[number] = prompt, reference
+    return samples, references, dict(left_out)
+
+
+def _why_not_asked(row: RenderedRow) -> str:
+    if "messages" in row:
+        asks = any(is_answer(row["messages"], index) for index in range(len(row["messages"])))
+        return NO_ANSWER if asks or len(row["messages"]) > 1 else PLAIN_TEXT
+    return PLAIN_TEXT if row.get("output") and not row.get("input") else NO_ANSWER
+
+
+def _learned_ends(path: Path, formats: Sequence[RowFormat], rows: Sequence[RenderedRow]) -> frozenset[int]:
+    """Return the tokens that the model has learned to stop with."""
+    findings: Findings = Counter()
+    try:
+        encoded = list(encode_rows(formats, rows[:_ROWS_FOR_END_TOKENS], findings))
+    except RowError as error:
+        raise DataError(f"row {error.index + 1} of `{path}`: {error.message}", error.hint) from error
+    for what, number in findings.items():
+        logger.warning("%d of the first %d rows: %s", number, len(rows[:_ROWS_FOR_END_TOKENS]), what)
+    return frozenset(example.segments[0].input_ids[-1] for examples in encoded for example in examples)
 
 
 def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig:
     """Return where the rows are read from: the set or the split that was named, else the run's own test set."""
     if config.test_dataset is not None:
-        named = HFDatasetConfig(dataset_name=config.test_dataset, split=config.test_split or "test")
+        named = HFDatasetConfig(
+            dataset_name=config.test_dataset,
+            dataset_config=config.test_config,
+            split=config.test_split or "test",
+        )
         try:
             path = local_path(named)
         except DataError as error:
@@ -141,21 +243,25 @@ def _own_test_set(tuned: TunedModel) -> Path:
 
 
 def _rendered_rows(
-    tuned: TunedModel, settings: HFDatasetConfig
+    tuned: TunedModel, config: EvaluateConfig, settings: HFDatasetConfig
 ) -> tuple[Iterator[RenderedRow], list[RowFormat]]:
     """Return the rows of the test set, and the formats of the data sets that they are of."""
     path = Path(settings.dataset_name)
     is_own = tuned.data_dir is not None and path.parent.absolute() == tuned.data_dir.absolute()
+    given = config.given_reading
     if is_own and tuned.params is not None:
+        if given:
+            logger.warning("`%s` isn't used: the run has rendered its own test set", next(iter(given)))
         formats = recorded_formats(tuned.params["data"]["row_format"], tuned.dataset.sources)
         return (row for _, row in read_rows(settings)), formats
     first = _read_first(settings)
     source = describe_source(settings)
-    templates = TemplateFormat.from_settings(tuned.dataset.data_sets[0])
+    known = [data_set.model_copy(update=given) for data_set in tuned.dataset.data_sets]
+    templates = TemplateFormat.from_settings(known[0])
     if set(without_tag(first)) == _RENDERED and templates.absent_from(first):
         logger.info("%s: rows are rendered already, as input and output", source)
         return (without_tag(row) for _, row in read_rows(settings)), [templates]
-    row_format = _choose_for_file(tuned.dataset.data_sets, first, source)
+    row_format = _choose_for_file(known, first, source)
     logger.info("%s: rows are read as %s, because %s", source, row_format.name, row_format.why)
     return (row_format.render(row, where) for where, row in read_rows(settings)), [row_format]
 
@@ -164,9 +270,14 @@ def _read_first(settings: HFDatasetConfig) -> dict[str, Any]:
     try:
         return next(read_rows(settings))[1]
     except DataError as error:
-        # The split of a run's rows is --split; here that is no flag.
-        hint = error.hint and re.sub(r"--split\b", "--test_split", error.hint)
-        raise DataError(error.message, hint) from error
+        raise DataError(error.message, error.hint and _with_own_names(error.hint)) from error
+
+
+def _with_own_names(hint: str) -> str:
+    """Return a hint of the data sets' with the names that evaluate has: the split of a run's rows is --split."""
+    for name, own in (("--split", "--test_split"), ("dataset_config, split", "test_config, test_split")):
+        hint = re.sub(rf"{name}\b", own, hint)
+    return re.sub(r"\bdataset_config\b", "test_config", hint)
 
 
 def _choose_for_file(data_sets: Sequence[HFDatasetConfig], first: dict[str, Any], source: str) -> RowFormat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import math
 from pathlib import Path
@@ -105,7 +106,7 @@ def load_model(
     Raises:
         ModelError: the model is absent, transformers can't load it, or it is quantized in a way that isn't undone.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -118,6 +119,8 @@ def load_model(
             dtype="auto",
             attn_implementation=attention,
             output_loading_info=True,
+            # Not the model's own, which may hold what transformers refuses; nothing here generates by it.
+            generation_config=GenerationConfig(),
             **_hub_options(ref),
             **dequantize_while_loading(model_config),
             **({} if reads_weights else {"device_map": "meta"}),
@@ -139,14 +142,50 @@ def load_model(
 
 
 def load_end_tokens(ref: ModelRef, model_config: PretrainedConfig) -> set[int]:
-    """Return the tokens that the model itself ends its answers with."""
-    from transformers import GenerationConfig
+    """Return the tokens that the model itself ends its answers with.
 
-    try:
-        ends = GenerationConfig.from_pretrained(ref.source, **_hub_options(ref)).eos_token_id
-    except OSError:  # few models come without one
+    Raises:
+        ModelError: they are no numbers of tokens.
+    """
+    ends = read_generation_config(ref).get("eos_token_id")
+    if ends is None:  # few models come without one
         ends = getattr(model_config.get_text_config(), "eos_token_id", None)
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        raise ModelError(
+            f"`eos_token_id` of `{ref.source}` is {ends!r}: it is the number of a token, or a list of such",
+            "mend generation_config.json, or config.json where that has none",
+        )
+    return set(listed)
+
+
+def read_generation_config(ref: ModelRef) -> dict[str, Any]:
+    """Return what the model's `generation_config.json` says, {} where it has none.
+
+    It is read as it is: transformers refuses settings that greedy answers can't have, such as `num_return_sequences`.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        ref.source,
+        "generation_config.json",
+        revision=ref.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read `{path}`: {error}", "download the model again") from error
+    return content
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:

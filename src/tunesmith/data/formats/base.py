@@ -96,6 +96,9 @@ class RowFormat(Protocol):
     def split_key(self, row: RenderedRow) -> RenderedRow:
         """Return what of a rendered row decides its set: rows with equal keys are never split."""
 
+    def questions(self, row: RenderedRow) -> list[Any]:
+        """Return what is asked in a rendered row, before each of its answers."""
+
     def warnings(self) -> list[str]:
         """Return what of its settings is most likely not meant so."""
 
@@ -147,6 +150,9 @@ class ColumnsFormat:
 
     def used_columns(self) -> set[str]:
         return set(self.own_columns)
+
+    def questions(self, row: RenderedRow) -> list[Any]:
+        return [row["input"]] if row.get("input") else []
 
     def warnings(self) -> list[str]:
         return []

@@ -12,7 +12,7 @@ from tunesmith.data.encode import MarkedText, RowError, TextEncoder, name_of
 from tunesmith.data.examples import Example
 from tunesmith.data.formats.base import ColumnsFormat, Findings, Prompt, RenderedRow
 from tunesmith.data.formats.chat import ChatRenderer
-from tunesmith.data.formats.conversation import ConversationReader
+from tunesmith.data.formats.conversation import ConversationReader, is_answer
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class MessagesFormat(ColumnsFormat):
         """Return what is said, without the ids and dates that may come with it."""
         said = [{key: message.get(key) for key in _SAID} for message in row["messages"]]
         return {**row, "messages": said}
+
+    def questions(self, row: RenderedRow) -> list[Any]:
+        said = [{key: message.get(key) for key in _SAID} for message in row["messages"]]
+        return [said[:index] for index in range(len(said)) if is_answer(said, index)]
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, date: str) -> Self:
         # A chat template writes the special tokens itself.

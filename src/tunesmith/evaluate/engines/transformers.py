@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
+from tunesmith.evaluate.engines.sampling import sample_seed, sampling_processors
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +64,12 @@ class TransformersEngine:
             mask_BT[row, start:] = 1
         without_adapter = variant == "base" and self._spec.adapter is not None
         rooms = [self._room(request) for request in batch]
-        torch.manual_seed(self._spec.seed + batch[0].sample)
         with torch.inference_mode(), self._model.disable_adapter() if without_adapter else nullcontext():
             output_BT: torch.Tensor = self._model.generate(
                 input_ids=input_ids_BT.to(self._device),
                 attention_mask=mask_BT.to(self._device),
                 generation_config=self._generation_config(max(rooms)),
+                logits_processor=self._processors(batch, longest, max(rooms)),
             )
         answers = zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True)
         return [_generation(request, ids[:room], self._spec.stop_token_ids) for request, room, ids in answers]
@@ -77,23 +78,25 @@ class TransformersEngine:
         """Return how many tokens the answer may have."""
         return min(self._spec.max_tokens, self._spec.max_model_len - len(request.prompt_ids))
 
+    def _processors(self, batch: Sequence[Request], prompt_length: int, num_tokens: int) -> Any:
+        from transformers import LogitsProcessorList
+
+        spec = self._spec
+        if spec.temperature == 0:
+            return None
+        seeds = [sample_seed(spec.seed, request.sample) for request in batch]
+        return LogitsProcessorList(
+            sampling_processors(seeds, prompt_length, num_tokens, spec.temperature, spec.top_k, spec.top_p)
+        )
+
     def _generation_config(self, max_new_tokens: int) -> Any:
         from transformers import GenerationConfig
 
-        spec = self._spec
-        sampling: dict[str, Any] = {"do_sample": False}
-        if spec.temperature > 0:
-            sampling = {
-                "do_sample": True,
-                "temperature": spec.temperature,
-                "top_k": spec.top_k,
-                "top_p": spec.top_p,
-            }
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            eos_token_id=list(spec.stop_token_ids),
-            pad_token_id=spec.stop_token_ids[0],
-            **sampling,
+            eos_token_id=list(self._spec.stop_token_ids),
+            pad_token_id=self._spec.stop_token_ids[0],
+            do_sample=False,  # sampled answers are chosen by the processors, row by row
         )
 
 

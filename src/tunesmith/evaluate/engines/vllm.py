@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pydantic
 
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
+from tunesmith.evaluate.engines.sampling import sample_seed
 from tunesmith.machine import available_memory
 from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
 
@@ -115,7 +115,6 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         spec = self._spec
-        seed = np.random.SeedSequence((spec.seed, request.sample)).generate_state(1)[0]
         return SamplingParams(
             temperature=spec.temperature,
             top_k=spec.top_k,
@@ -123,7 +122,7 @@ class VLLMEngine:
             max_tokens=spec.max_tokens,
             stop_token_ids=list(spec.stop_token_ids),
             ignore_eos=True,  # the stop tokens alone end an answer
-            seed=int(seed) if spec.temperature > 0 else None,
+            seed=sample_seed(spec.seed, request.sample) if spec.temperature > 0 else None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from importlib.metadata import version
 from typing import Literal
 
@@ -13,14 +12,9 @@ from tunesmith.config.tuned import METRICS
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.evaluate.intervals import Interval, bootstrap_interval, paired_difference
 from tunesmith.evaluate.metrics.bertscore import find_bertscore
+from tunesmith.evaluate.metrics.calls import match_calls, parse_calls
+from tunesmith.evaluate.metrics.numbers import find_marked, is_numeric, match_numbers, reference_number
 from tunesmith.evaluate.results import IntervalRecord, MetricScores, Prediction, Scale
-
-# A number with its sign, a currency sign and commas between thousands: 72, -1,234.50, -$5. It ends where no
-# further digit, decimal or denominator follows.
-_NUMBER = r"(?P<prefix>[+\-−$€£ ]*)(?P<digits>\d[\d,]*(?:\.\d+)?|\.\d+)(?!\.?\d|\s*/)"
-_MARKER = "####"
-_AFTER_MARKER = re.compile(rf"\s*{_NUMBER}")
-_ENDS_IN_NUMBER = re.compile(rf"\s*{_NUMBER}\s*\.?\s*")
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float | None]]
 
@@ -45,15 +39,16 @@ def choose_metrics(
 ) -> tuple[list[Metric], dict[str, str]]:
     """Return the metrics to compute, and for each one left out, why and how to get it.
 
-    `asked` None takes all that apply to the references and can be had; `numeric_match` is missed only
-    where it applies. An encoder given as `bertscore_model` asks for BERTScore. `device` is where it will run.
+    `references` are those of the samples that will be asked. `asked` None takes all that apply to them and can be had;
+    `numeric_match` and `tool_calls` are missed only where they apply. An encoder given as `bertscore_model` asks for BERTScore. `device` is where it will run.
 
     Raises:
         ConfigError: a metric that was asked for doesn't apply to any reference.
         ModelError: BERTScore was asked for and its encoder can't be had.
     """
     chosen, left_out = [], {}
-    expected = [name for name in METRICS if name != "numeric_match" or _have_numbers(references)]
+    applies = {"numeric_match": _are_numeric, "tool_calls": _hold_calls}
+    expected = [name for name in METRICS if name not in applies or applies[name](references)]
     for name in expected if asked is None else [name for name in METRICS if name in asked]:
         try:
             chosen.append(_make_metric(name, references, bertscore_model, device))
@@ -78,6 +73,8 @@ def _make_metric(name: str, references: Sequence[str], bertscore_model: str | No
             return Metric(name, "exact match", "share", details, _match_exactly)
         case "numeric_match":
             return _make_numeric_match(references)
+        case "tool_calls":
+            return _make_tool_calls(references)
     raise ValueError(name)
 
 
@@ -114,49 +111,56 @@ def _make_chrf() -> Metric:
 
 
 def _make_numeric_match(references: Sequence[str]) -> Metric:
-    if not _have_numbers(references):
+    if all(reference_number(reference) is None for reference in references):
         raise ConfigError(
-            "`numeric_match` compares answers that end in `#### 72`, and no reference does",
-            "it applies to test sets such as GSM8K",
+            "`numeric_match` compares numbers, and no reference comes to one",
+            "it applies to references such as 72, `The answer is 72.` and GSM8K's `#### 72`",
         )
-    details = "equal numbers after ####, an answer's first and a reference's last"
-    return Metric("numeric_match", "numeric match", "share", details, _match_numbers)
+    # Where the answers are numbers, a year in one that isn't is none. A person who asks has any text's last one.
+    are_numeric = _are_numeric(references)
+
+    def score(predictions: Sequence[str], references: Sequence[str]) -> list[float | None]:
+        applies = [is_numeric(reference) or not are_numeric for reference in references]
+        scores = match_numbers(predictions, references)
+        return [value if applied else None for value, applied in zip(scores, applies, strict=True)]
+
+    details = (
+        "equal numbers: after ####, an answer's first and a reference's last; else in the last \\boxed{}, else the last"
+        + ("" if are_numeric else " of the text, which few of these references are about")
+    )
+    return Metric("numeric_match", "numeric match", "share", details, score)
 
 
-def _have_numbers(references: Sequence[str]) -> bool:
-    return any(_reference_number(reference) is not None for reference in references)
+def _are_numeric(references: Sequence[str]) -> bool:
+    """Tell whether numbers are what is asked for: some are marked as the answer, or half of the references are one."""
+    if any(find_marked(reference) is not None for reference in references):
+        return True
+    return 2 * sum(map(is_numeric, references)) >= len(references) > 0
+
+
+def _make_tool_calls(references: Sequence[str]) -> Metric:
+    if not _hold_calls(references):
+        raise ConfigError(
+            "`tool_calls` compares calls of tools, and no reference holds one",
+            "it applies to conversations whose last answer has `tool_calls`",
+        )
+
+    def score(predictions: Sequence[str], references: Sequence[str]) -> list[float | None]:
+        return [match_calls(*pair) for pair in zip(predictions, references, strict=True)]
+
+    details = (
+        "the same calls by name and arguments, in any order, and no others; where the reference calls a tool"
+    )
+    return Metric("tool_calls", "tool calls", "share", details, score)
+
+
+def _hold_calls(references: Sequence[str]) -> bool:
+    return any(parse_calls(reference) for reference in references)
 
 
 def _match_exactly(predictions: Sequence[str], references: Sequence[str]) -> list[float | None]:
     pairs = zip(predictions, references, strict=True)
     return [float(text.strip() == reference.strip()) for text, reference in pairs]
-
-
-def _match_numbers(predictions: Sequence[str], references: Sequence[str]) -> list[float | None]:
-    scores: list[float | None] = []
-    for text, reference in zip(predictions, references, strict=True):
-        number = _reference_number(reference)
-        scores.append(None if number is None else float(_predicted_number(text) == number))
-    return scores
-
-
-def _reference_number(text: str) -> Decimal | None:
-    _, marker, answer = text.rpartition(_MARKER)
-    return _to_number(_ENDS_IN_NUMBER.fullmatch(answer)) if marker else None
-
-
-def _predicted_number(text: str) -> Decimal | None:
-    # The first: a model that runs on asks and answers questions of its own. What follows the number doesn't
-    # count against it: "#### 72 dollars" says 72.
-    _, marker, answer = text.partition(_MARKER)
-    return _to_number(_AFTER_MARKER.match(answer)) if marker else None
-
-
-def _to_number(match: re.Match[str] | None) -> Decimal | None:
-    if match is None:
-        return None
-    number = Decimal(match["digits"].replace(",", ""))
-    return -number if {"-", "−"} & set(match["prefix"]) else number
 
 
 def score_predictions(rows: Sequence[Prediction], metrics: Sequence[Metric]) -> list[Prediction]:
@@ -197,16 +201,24 @@ def summarise(rows: Sequence[Prediction], metrics: Sequence[Metric], seed: int) 
 
 
 def _summarise_metric(rows: Sequence[Prediction], metric: Metric, seed: int) -> MetricScores:
-    tuned = [value for row in rows if (value := row["scores"][metric.name]) is not None]
-    base = [value for row in rows if (value := (row["base_scores"] or {}).get(metric.name)) is not None]
+    scored = [row for row in rows if row["scores"][metric.name] is not None]
+    tuned = [value for row in scored if (value := row["scores"][metric.name]) is not None]
+    base = [value for row in scored if (value := (row["base_scores"] or {}).get(metric.name)) is not None]
+    groups = [row["group"] for row in scored]
+    ends = (0.0, 1.0) if metric.scale == "share" else None
+    difference = None
+    if base:
+        reach = None if ends is None else (-1.0, 1.0)
+        difference = _record(paired_difference(tuned, base, seed, groups, reach))
     return MetricScores(
         label=metric.label,
         scale=metric.scale,
         details=metric.details,
         num_samples=len(tuned),
-        base=_record(bootstrap_interval(base, seed)) if base else None,
-        tuned=_record(bootstrap_interval(tuned, seed)),
-        difference=_record(paired_difference(tuned, base, seed)) if base else None,
+        num_different=len(set(groups)),
+        base=_record(bootstrap_interval(base, seed, groups=groups, ends=ends)) if base else None,
+        tuned=_record(bootstrap_interval(tuned, seed, groups=groups, ends=ends)),
+        difference=difference,
     )
 
 
