@@ -49,10 +49,12 @@ FLOORS = {
     "config": 2,
     "remote": 2,
     "paths": 1,
+    "locks": 1,
     "atomic_files": 0,
     "compat": 0,
     "machine": 0,
     "errors": 0,
+    "terminal": 0,
     "urls": 0,
 }
 

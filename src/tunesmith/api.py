@@ -24,6 +24,7 @@ from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import check_weights, load_tokenizer
+from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import is_finished
@@ -94,10 +95,12 @@ def _fine_tune(config: TrainConfig, run: RunDir) -> FineTuneResult:
     here = with_model_here(config)
     check_weights(here.model)
     tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
-    check_model(here)
+    num_known = check_model(here)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)
         prepared = prepare_run(config, tokenizer, run)
+        sets = (prepared.train, prepared.validation)
+        check_data_tokens(sets, tokenizer, num_known, str(config.model.source))
         with Lease(run.lease_path) as lease, log_to_file(run.log_path()):
             logger.info("the run's home is `%s`; `tunesmith watch` shows it from anywhere", run.home)
             run.clean()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
+from tunesmith.terminal import print_in_any_encoding, use_utf8
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -18,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: a failure at work. 2: bad input. 130: interrupted. 141: the reader of stdout is gone.
     """
+    if argv is None:
+        use_utf8()
+    print_in_any_encoding()
     try:
         exit_code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

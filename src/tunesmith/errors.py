@@ -59,6 +59,12 @@ class RunError(TunesmithError, RuntimeError):
     exit_code = 2
 
 
+class LockError(TunesmithError, RuntimeError):
+    """A disk has no locks, by which processes keep out of one another's way."""
+
+    exit_code = 2
+
+
 class CheckpointError(TunesmithError, RuntimeError):
     """A checkpoint can't be written or read."""
 

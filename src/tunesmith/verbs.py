@@ -18,7 +18,8 @@ from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import ConfigError, ResourceError
 from tunesmith.logs import configure_logging
 from tunesmith.options import Option, Verb, did_you_mean
-from tunesmith.paths import expand_user
+from tunesmith.paths import expand
+from tunesmith.terminal import print_data
 
 if TYPE_CHECKING:
     from tunesmith.chart.release import Release
@@ -68,7 +69,7 @@ def run_inspect(verb: Verb, words: list[str]) -> int:
     config = _read_settings(verb, TrainConfig, words)
     from tunesmith.view.inspect import inspect
 
-    inspect(config, html=expand_user(given["--html"][-1]) if "--html" in given else None)
+    inspect(config, html=expand(given["--html"][-1]) if "--html" in given else None)
     return 0
 
 
@@ -96,7 +97,7 @@ def run_watch(verb: Verb, words: list[str]) -> int:
     configure_logging()
     from tunesmith.view.watch import watch
 
-    watch(run, once="--once" in given)
+    watch(expand(run), once="--once" in given)
     return 0
 
 
@@ -122,7 +123,7 @@ def run_render(verb: Verb, words: list[str]) -> int:
     release = _read_release(verb, given, words)
     from tunesmith.chart.release import render
 
-    print(render(release), end="")
+    print_data(render(release))
     return 0
 
 
@@ -140,9 +141,9 @@ def run_schema(verb: Verb, words: list[str]) -> int:
     if name not in models:
         raise ConfigError(f"there is no schema `{name}`", f"there are those of {', '.join(models)}")
     if output_format == "json":
-        print(json.dumps(json_schema(models[name]), indent=2, ensure_ascii=False))
+        print_data(json.dumps(json_schema(models[name]), indent=2, ensure_ascii=False) + "\n")
     else:
-        print(format_markdown(models[name], name), end="")
+        print_data(format_markdown(models[name], name))
     return 0
 
 
@@ -164,7 +165,8 @@ def _submit_to_ray(release: Release, wait: bool) -> int:
 def _read_release(verb: Verb, given: dict[str, list[str]], words: list[str]) -> Release:
     """Return the release that the options and settings of a verb describe."""
 
-    config = _read_settings(verb, TrainConfig, words)
+    # The job's variables are those of its pods.
+    config = _read_settings(verb, TrainConfig, words, as_written=True)
     from tunesmith.chart.release import Release, choose_name
 
     path = parse_flags(TrainConfig, words).yaml_path
@@ -179,11 +181,11 @@ def _read_release(verb: Verb, given: dict[str, list[str]], words: list[str]) -> 
     )
 
 
-def _read_settings(verb: Verb, model: type[Model], words: list[str]) -> Model:
+def _read_settings(verb: Verb, model: type[Model], words: list[str], as_written: bool = False) -> Model:
     """Return the settings of a verb from its words, the environment and its YAML file; log from now on."""
 
     flags = parse_flags(model, words, "checkpoints_dir" if issubclass(model, TunedModelConfig) else None)
-    config = load_settings(model, flags.yaml_path, flags.values, os.environ, verb.values_section)
+    config = load_settings(model, flags.yaml_path, flags.values, os.environ, verb.values_section, as_written)
     configure_logging()
     return config
 

@@ -21,7 +21,11 @@ def refuse_relative_paths(config: TrainConfig, own_home: bool) -> None:
     Raises:
         ConfigError: there are such paths; all are named.
     """
-    relative = {name: path for name, path in _paths_of(config).items() if not path.is_absolute()}
+    relative = {
+        name: path
+        for name, path in _paths_of(config).items()
+        if not path.is_absolute() and not _begins_with_variable(path)
+    }
     if not relative:
         return
     named = ", ".join(f"`{name}` is `{path}`" for name, path in relative.items())
@@ -37,7 +41,9 @@ def refuse_relative_paths(config: TrainConfig, own_home: bool) -> None:
 def warn_of_unmounted_paths(config: TrainConfig, mount_paths: Sequence[str]) -> None:
     """Log which absolute paths lie on none of the claims that the pods mount."""
     for name, path in _paths_of(config).items():
-        if not any(PurePosixPath(path).is_relative_to(mount) for mount in mount_paths):
+        if not _begins_with_variable(path) and not any(
+            PurePosixPath(path).is_relative_to(mount) for mount in mount_paths
+        ):
             claims = ", ".join(mount_paths) or "none"
             logger.warning(
                 "warning: `%s` is `%s`, on no claim that the pods mount (%s): each pod must have it by itself",
@@ -53,11 +59,16 @@ def check_addresses(config: TrainConfig) -> None:
     Raises:
         DataError, ModelError: there is nothing at an address.
     """
-    if isinstance(config.model_path, str):
+    if isinstance(config.model_path, str) and "$" not in config.model_path:
         check(config.model_path, "models")
     for url in dict.fromkeys(settings.dataset_name for settings in config.sources):
-        if is_url(url):
+        if is_url(url) and "$" not in url:
             check(url, "datasets")
+
+
+def _begins_with_variable(path: Path | str) -> bool:
+    """Tell whether where the path begins is told by a variable of the job."""
+    return str(path).startswith("$")
 
 
 def _paths_of(config: TrainConfig) -> dict[str, Path]:
@@ -71,7 +82,8 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
         trained = None if own.number is None else config.data_sets[own.number].dataset_name
         if own.settings.dataset_name != trained:
             paths[f"{place}{own.part}_dataset"] = _dataset_path(own.settings)
-    if config.model_path is None and config.hf_model_id.startswith((".", "/", "~")):
+    is_folder = config.model.folder is not None or _begins_with_variable(config.hf_model_id)
+    if config.model_path is None and is_folder:
         paths["hf_model_id"] = Path(config.hf_model_id)
     paths |= {"home": config.home, "data_dir": config.data_dir}
     if (template := config.chat_template) is not None and Path(template).suffix in (".jinja", ".json"):
@@ -82,6 +94,8 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
 def _dataset_path(settings: HFDatasetConfig) -> Path | None:
     if is_url(settings.dataset_name):
         return None
+    if _begins_with_variable(settings.dataset_name):
+        return Path(settings.dataset_name)
     try:
         is_local = local_path(settings) is not None
     except DataError:  # it can only be a path, and isn't here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +16,11 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationInfo,
     model_validator,
 )
 
+from tunesmith.paths import LONGEST_NAME_BYTES, LONGEST_PATH_BYTES, expand_variables, find_long_name
 from tunesmith.urls import check_url, is_url, scheme_of
 
 Scope = Literal["data", "model", "training", "run"]
@@ -27,6 +30,9 @@ another run by default; `run` never shapes the result."""
 
 RECORDED = {"recorded": True}
 """Context of a validation: the settings are all those that a run has recorded, not what a person gives."""
+
+AS_WRITTEN = {"as_written": True}
+"""Context of a validation: variables in paths stay, because they are those of another machine."""
 
 
 def setting(
@@ -123,6 +129,52 @@ def parse_auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null", "auto") else value
 
 
+def _check_path(value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    if (name := find_long_name(value)) is not None:
+        raise ValueError(
+            f"`{name[:20]}…` in it has {len(os.fsencode(name))} bytes; a name on a disk has {LONGEST_NAME_BYTES} at most"
+        )
+    if len(os.fsencode(value)) > LONGEST_PATH_BYTES:
+        raise ValueError(f"it is longer than {LONGEST_PATH_BYTES} bytes")
+    return value
+
+
+def _check_folder_name(value: str) -> str:
+    if (size := len(os.fsencode(value))) > LONGEST_NAME_BYTES:
+        raise ValueError(f"it has {size} bytes; a folder's name has {LONGEST_NAME_BYTES} at most")
+    return value
+
+
+def _check_run_name(value: str | None) -> str | None:
+    longest = LONGEST_NAME_BYTES - len("TorchTrainer_")
+    if value is not None and (size := len(os.fsencode(value))) > longest:
+        raise ValueError(
+            f"it has {size} bytes; as a folder's name, behind TorchTrainer_, it has {longest} at most"
+        )
+    return value
+
+
+def _check_place(value: str | None) -> str | None:
+    return value if value is None or is_url(value) else str(_check_path(Path(value)) and value)
+
+
+def _expand(value: Any, info: ValidationInfo) -> Any:
+    """Return a path with the environment's variables in it, except where it is to be taken as it stands."""
+    text = str(value) if isinstance(value, str | Path) else ""
+    # A web address may have a dollar in its query.
+    if "$" not in text or info.context in (RECORDED, AS_WRITTEN) or scheme_of(text).startswith("http"):
+        return value
+    expanded = expand_variables(text)
+    return Path(expanded) if isinstance(value, Path) else expanded
+
+
+def _expand_unless_text(value: Any, info: ValidationInfo) -> Any:
+    is_template = isinstance(value, str) and ("{%" in value or "{{" in value)
+    return value if is_template else _expand(value, info)
+
+
 def _check_source(value: str) -> str:
     return check_url(value) if is_url(value) else value
 
@@ -163,22 +215,40 @@ Names = Annotated[
 Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator(_parse_list)]
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]
-OptionalPath = Annotated[Path | None, BeforeValidator(_check_on_disk), BeforeValidator(parse_none)]
-HubId = Annotated[str, AfterValidator(_check_hub_id)]
-SourceName = Annotated[str, AfterValidator(_check_source)]
+OptionalPath = Annotated[
+    Path | None,
+    AfterValidator(_check_path),
+    BeforeValidator(_check_on_disk),
+    BeforeValidator(_expand),
+    BeforeValidator(parse_none),
+]
+HubId = Annotated[str, AfterValidator(_check_hub_id), BeforeValidator(_expand)]
+SourceName = Annotated[str, AfterValidator(_check_source), BeforeValidator(_expand)]
 # A hub id, an address, or a path as text or as a Path.
 DatasetName = Annotated[
     Annotated[str, AfterValidator(_check_source)] | None,
+    BeforeValidator(_expand),
     BeforeValidator(_path_as_text),
     BeforeValidator(parse_none),
 ]
-ModelPlace = Annotated[Path | str | None, BeforeValidator(_place_model), BeforeValidator(parse_none)]
+ModelPlace = Annotated[
+    Path | str | None, BeforeValidator(_place_model), BeforeValidator(_expand), BeforeValidator(parse_none)
+]
 OptionalStr = Annotated[str | None, BeforeValidator(parse_none)]
+# What may be a path or something else: a name, or the text itself.
+PathOrName = Annotated[
+    str | None, AfterValidator(_check_place), BeforeValidator(_expand), BeforeValidator(parse_none)
+]
+PathOrTemplate = Annotated[str | None, BeforeValidator(_expand_unless_text), BeforeValidator(parse_none)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # A part of a metric's name, which every tracker takes.
 MetricName = Annotated[Annotated[str, Field(pattern=NAME_PATTERN)] | None, BeforeValidator(parse_none)]
 # One folder below another: no slash, no control characters, not hidden and not `..`.
-FolderName = Annotated[str, Field(pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$")]
+_PLAIN_NAME = Field(pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$")
+FolderName = Annotated[str, _PLAIN_NAME, AfterValidator(_check_folder_name)]
+RunName = Annotated[
+    Annotated[str, _PLAIN_NAME] | None, AfterValidator(_check_run_name), BeforeValidator(parse_none)
+]
 
 
 class Settings(BaseModel):

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.config import HFDatasetConfig, Settings
 from tunesmith.config.data import OF_ALL
-from tunesmith.config.declare import RECORDED, parse_json, unescape
+from tunesmith.config.declare import AS_WRITTEN, RECORDED, parse_json, unescape
 from tunesmith.config.fields import (
     DATASET_KEY,
     DATASETS,
@@ -54,11 +54,13 @@ def load_settings(
     flags: Mapping[str, str],
     environ: Mapping[str, str],
     section: str | None = None,
+    as_written: bool = False,
 ) -> Model:
     """Return the settings; its `model_fields_set` is exactly what the user gave.
 
     `flags` holds texts by setting, as `parse_flags` returns them; of `environ` the variables that start
     with `TUNESMITH_` count, unless they are empty. Of a YAML file with a mapping `section`, that alone counts.
+    Variables in paths are the process's own, unless they are to stay `as_written`.
 
     Raises:
         ConfigError: anything is unknown, given twice in one place, malformed or out of range. One error names
@@ -73,7 +75,7 @@ def load_settings(
     given = _spread_single_dataset(model, given)
     values = {name: _plain_value(fields[name], item.value) for name, item in given.items()}
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=AS_WRITTEN if as_written else None)
     except ValidationError as error:
         raise _explain(model, given, error.errors(include_url=False)) from None
 

@@ -98,6 +98,9 @@ def format_markdown(model: type[Settings], verb: str) -> str:
         f"A switch is on with `--{switch}`, `--{switch}=true` or `--{switch} true` (or yes, 1), off with",
         f"`--no-{switch}` or `--{switch}=false` (or no, 0). `none` or `auto` unsets a setting that has no value",
         f"by default, as in `--{unset.name} {unset.unset_word}`.",
+        "",
+        "In a path, `$NAME` and `${NAME}` are the environment's (of what `submit` and `render` send, the job's), and `$$`",
+        "is a dollar; one that isn't set is refused. A path that is there as it is written means itself.",
     ]
     if dataset_field_names(model):
         names = ", ".join(f"`{name}`" for name in read_fields(HFDatasetConfig))

@@ -27,12 +27,13 @@ from tunesmith.config.declare import (
     Names,
     OptionalPath,
     OptionalStr,
+    PathOrTemplate,
+    RunName,
     Trackers,
     parse_auto,
-    parse_none,
     setting,
 )
-from tunesmith.config.model_ref import ModelRef
+from tunesmith.config.model_ref import ModelRef, refer_to
 from tunesmith.paths import expand_user
 
 
@@ -109,7 +110,7 @@ class TrainConfig(HFDatasetConfig):
         group="data",
         scope="data",
     )
-    chat_template: OptionalStr = setting(
+    chat_template: PathOrTemplate = setting(
         None,
         "Jinja file, or name among the tokenizer's chat templates, in place of its own; the tuned model keeps it.",
         group="data",
@@ -268,7 +269,7 @@ class TrainConfig(HFDatasetConfig):
     results_dir: FolderName = setting(
         "results", "Folder of the results under home.", group="output", scope="run", min_length=1
     )
-    run_name: Annotated[FolderName | None, BeforeValidator(parse_none)] = setting(
+    run_name: RunName = setting(
         None,
         "Name of the run; unset: the model's name and a digest of the settings that shape the result.",
         group="output",
@@ -360,9 +361,9 @@ class TrainConfig(HFDatasetConfig):
     @property
     def model(self) -> ModelRef:
         """The model to train, called by `hf_model_id` when that was given, else by `model_path`."""
-        on_hub = ModelRef(self.hf_model_id, self.model_revision, self.trust_remote_code)
         if self.model_path is None:
-            return on_hub
+            return refer_to(self.hf_model_id, self.model_revision, self.trust_remote_code)
+        on_hub = ModelRef(self.hf_model_id)
         called = on_hub.name if "hf_model_id" in self.model_fields_set else None
         if isinstance(self.model_path, str):
             return ModelRef(self.model_path, None, self.trust_remote_code, called)

@@ -16,6 +16,7 @@ from tunesmith.config.declare import (
     Names,
     OptionalPath,
     OptionalStr,
+    PathOrName,
     Settings,
     setting,
 )
@@ -46,7 +47,7 @@ def _check_size(value: str) -> str:
 class TunedModelConfig(Settings):
     """Which tuned model to take."""
 
-    checkpoints_dir: OptionalStr = setting(
+    checkpoints_dir: PathOrName = setting(
         None,
         "Run folder, run name under home, checkpoint, PEFT adapter or Hugging Face folder; "
         "unset: the newest run of base_model under home. The word after the verb means the same.",
@@ -151,7 +152,7 @@ class EvaluateConfig(ReadingConfig, TunedModelConfig):
         group="scores",
         scope="run",
     )
-    bertscore_model: OptionalStr = setting(
+    bertscore_model: PathOrName = setting(
         None,
         "Encoder for BERTScore, a hub id or a folder; unset: bert-score's own for English, roberta-large.",
         group="scores",

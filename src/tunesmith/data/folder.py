@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tunesmith.atomic_files import sync_files
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, LockError
+from tunesmith.locks import Lock, Timeout
+from tunesmith.paths import exists
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class DataFolder:
 
     def read_details(self) -> dict[str, Any]:
         """Return what was published with the sets: their rows, and what else was told of them."""
-        details: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text())
+        details: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
         return details
 
     def publish(self, details: dict[str, Any] | None, sets: Sequence[str], tokens: Path) -> None:
@@ -67,7 +67,8 @@ class DataFolder:
             files = [f"{name}.jsonl" for name in sets]
             sizes = {name: (self.staged / name).stat().st_size for name in files}
             manifest = {"settings": self.settings, **details, "bytes": sizes}
-            (self.staged / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+            (self.staged / _MANIFEST).write_text(text, encoding="utf-8")
             for name in [*files, _MANIFEST]:
                 (self.staged / name).replace(self.path / name)
             self.has_split = True
@@ -75,20 +76,27 @@ class DataFolder:
 
 
 @contextmanager
-def open_folder(path: Path, settings: dict[str, Any]) -> Iterator[DataFolder]:
+def open_folder(path: Path, settings: dict[str, Any], moved_by: str = "home") -> Iterator[DataFolder]:
     """Hold `path` under its lock; an error leaves no folder behind that wasn't there before.
+
+    `moved_by` is the setting that puts it elsewhere.
 
     Raises:
         DataError: the folder can't be written, or holds something else than sets of these settings.
+        LockError: the disk has no locks.
     """
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    lock = FileLock(path / ".lock")
+    created = [folder for folder in (path, *path.parents) if not exists(folder)]
+    lock = Lock(path / ".lock", f"give a --{moved_by} on another disk")
     try:
         path.mkdir(parents=True, exist_ok=True)
         _acquire(lock, path)
     except OSError as error:
         _remove_empty(created)
         raise _cannot_write(path, error) from error
+    except LockError:
+        lock.path.unlink(missing_ok=True)
+        _remove_empty(created)
+        raise
     folder = DataFolder(path, settings)
     try:
         _clear_torn(folder)
@@ -104,7 +112,7 @@ def open_folder(path: Path, settings: dict[str, Any]) -> Iterator[DataFolder]:
         lock.release()
 
 
-def _acquire(lock: FileLock, path: Path) -> None:
+def _acquire(lock: Lock, path: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -150,7 +158,7 @@ def _clear_torn(folder: DataFolder) -> None:
 def _check_content(folder: DataFolder) -> bool:
     path = folder.path
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if entries := _entries(path):
             raise DataError(

@@ -97,6 +97,7 @@ def prepare(
         ConfigError: a malformed template, or examples that can't be cut.
         DataError: the data set is absent or malformed, holds nothing to train on, or can't be written.
         ModelError: the tokenizer can't be trained with.
+        LockError: the disk has no locks.
     """
     formats = check_sources(config)
     for line in describe_formats(config, formats):
@@ -112,7 +113,8 @@ def prepare(
     shaping = [split_fingerprint, tokenizer_content(tokenizer), *_length_settings(config)]
     fingerprint = _digest([*shaping, *_date_of(formats).values()])
     path = config.data_dir or datasets_dir / split_fingerprint
-    with open_folder(path.expanduser().absolute(), settings) as folder:
+    moved_by = "data_dir" if config.data_dir else "home"
+    with open_folder(path.expanduser().absolute(), settings, moved_by) as folder:
         tokens = folder.path / f"tokens-{fingerprint}"
         if not (folder.has_split and _is_whole(tokens)):
             # A machine that was lost may have left the folder without its content.
@@ -270,7 +272,7 @@ def _fill(
         **split.told,
         "stats": {name: asdict(value) for name, value in stats.items()},
     }
-    (tokens / _TOKENS_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (tokens / _TOKENS_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     folder.publish(None if folder.has_split else {"rows": row_counts, **split.told}, SETS, tokens)
 
 
@@ -304,7 +306,7 @@ def _nothing_to_train(stats: SetStats, config: TrainConfig) -> DataError:
 
 def _is_whole(tokens: Path) -> bool:
     try:
-        json.loads((tokens / _TOKENS_MANIFEST).read_text())
+        json.loads((tokens / _TOKENS_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
     return True
@@ -317,7 +319,7 @@ def open_prepared(folder: Path) -> Prepared:
         DataError: the folder is absent, or of a newer version.
     """
     try:
-        manifest = json.loads((folder / _TOKENS_MANIFEST).read_text())
+        manifest = json.loads((folder / _TOKENS_MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"no prepared data at `{folder}`", "start the run again to prepare them") from error
     if manifest["format_version"] > FORMAT_VERSION:

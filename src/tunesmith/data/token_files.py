@@ -184,7 +184,7 @@ def _to_arrow(
 def _run_processes(shards: list[Shard], pickled: Path, limits: Limits) -> Counts:
     """Encode each shard in a process of its own. Its answers are JSON lines: rows done, counts or an error."""
     package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [package, *_folders_of_own_code(), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     jobs = [
         json.dumps({"shard": asdict(shard), "formats": str(pickled), "limits": asdict(limits)})
@@ -214,6 +214,12 @@ def _run_processes(shards: list[Shard], pickled: Path, limits: Limits) -> Counts
             raise RowError(answer["error"], answer["hint"], answer["row"])
         counts += Counts(**{**answer, "findings": Findings(answer["findings"])})
     return counts
+
+
+def _folders_of_own_code() -> list[str]:
+    """Return where transformers has put the modules of models that bring code: a tokenizer's class is one of them."""
+    modules = sys.modules.get("transformers_modules")
+    return [] if modules is None else [str(Path(folder).absolute().parent) for folder in modules.__path__]
 
 
 class _Progress:

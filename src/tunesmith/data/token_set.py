@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,13 @@ class Packs(Sequence[np.ndarray]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self._bounds[index]
         return np.asarray(self._examples[start:end])
+
+
+class Beyond(NamedTuple):
+    """The lowest of the tokens from some number on, and how many examples have such ones."""
+
+    token: int
+    num_examples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,20 @@ class TokenSet:
     def num_segments(self) -> int:
         """How many segments each example has."""
         return int(self.segments.shape[1])
+
+    def find_beyond(self, limit: int) -> Beyond | None:
+        """Return which token ids from `limit` on there are; None without any. Reads all tokens."""
+        firsts, batches = self._batches
+        lowest, records = [], []
+        for first, (offsets, ids, _) in zip(firsts, batches, strict=False):
+            places = np.flatnonzero(ids >= limit)
+            if len(places):
+                lowest.append(int(ids[places].min()))
+                records.append(first + np.searchsorted(offsets, places, "right") - 1)
+        if not lowest:
+            return None
+        parts = self.num_segments if self.pieces is None else 1
+        return Beyond(min(lowest), len(np.unique(np.concatenate(records) // parts)))
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the example's token ids, int32 [T], and for each whether it is trained, bool [T].

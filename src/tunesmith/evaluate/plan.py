@@ -18,7 +18,7 @@ from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
 from tunesmith.evaluate.passes import weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
-from tunesmith.model.adapter_files import read_adapter_shapes
+from tunesmith.model.adapter_files import count_rows, read_adapter_shapes
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.fit import check_adapter_fits, check_state_fits
 from tunesmith.model.load import (
@@ -29,14 +29,17 @@ from tunesmith.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
+from tunesmith.model.positions import check_length, find_position_limit, named_positions
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.state import list_weights
 from tunesmith.model.tokenizer_files import holds_tokenizer
-from tunesmith.paths import expand_user
+from tunesmith.model.vocabulary import check_prompt_tokens, count_known_tokens
+from tunesmith.paths import expand_user, longest_name, shorten_name
+from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +121,18 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     if loaded is not tuned.base and tuned.base is not None:
         base_config = load_model_config(tuned.base)
     is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
-    _check_fit(tuned, model_config, is_recorded)
+    model = build_meta_model(loaded, model_config)
+    _check_fit(tuned, model, is_recorded)
+    if config.max_model_len is not None:
+        check_length(model, config.max_model_len, "max_model_len", str(loaded.source))
     beside = tuned.folder if holds_tokenizer(tuned.folder) else None
     tokenizer = load_tokenizer(loaded, beside, config.chat_template)
     test_set = read_test_set(tuned, config, tokenizer)
-    text_config = model_config.get_text_config()
     longest = test_set.longest_prompt + config.max_tokens
-    positions = getattr(text_config, "max_position_embeddings", None) or longest
+    positions = find_position_limit(model) or named_positions(model_config) or longest
     max_model_len = config.max_model_len or min(longest, positions)
     test_set = test_set.within(max_model_len)
+    _check_prompts(test_set, tokenizer, model, tuned)
     if base is not None:
         if base is not loaded:
             check_weights(base)
@@ -141,7 +147,7 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         _choose_dtype(config, tuned, use_gpu),
         max_model_len,
         # A model's configuration may name tokens that it doesn't have.
-        tuple(sorted(token for token in ends if token < text_config.vocab_size)),
+        tuple(sorted(token for token in ends if token < model_config.get_text_config().vocab_size)),
         trusts,
         model_fingerprint(tuned.base) if tuned.base is not None else None,
         base is not None and is_recorded,
@@ -159,10 +165,13 @@ def evaluation_folder(config: EvaluateConfig, tuned: TunedModel) -> Path:
     if config.test_split is not None:
         test_name += f"-{re.sub(r'[^A-Za-z0-9]+', '_', config.test_split)}"
     if tuned.run is not None:
-        return tuned.run.evaluation_path(f"{tuned.folder.name}{test_name}")
+        return tuned.run.evaluation_path(
+            shorten_name(f"{tuned.folder.name}{test_name}", longest_name(tuned.run.path))
+        )
     home = expand_user(config.home) if config.home else Path("runs")
     place = hashlib.blake2b(str(tuned.folder.resolve()).encode(), digest_size=4).hexdigest()
-    return home.absolute() / "evaluation" / f"{tuned.folder.name}-{place}{test_name}"
+    name = shorten_name(f"{tuned.folder.name}-{place}{test_name}", longest_name(home))
+    return home.absolute() / "evaluation" / name
 
 
 def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
@@ -181,11 +190,10 @@ def _is_recorded(tuned: TunedModel, base: ModelRef) -> bool:
     return recorded is not None and model_fingerprint(base, like=recorded) == recorded
 
 
-def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, is_recorded: bool) -> None:
+def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> None:
     if tuned.kind == "model":
         return
     assert tuned.base is not None
-    model = build_meta_model(tuned.base, model_config)
     if tuned.kind == "adapter":
         check_adapter_fits(model, read_adapter_shapes(tuned.folder), str(tuned.base.source))
     else:
@@ -197,6 +205,18 @@ def _check_fit(tuned: TunedModel, model_config: PretrainedConfig, is_recorded: b
             tuned.base.source,
             tuned.params["model"]["fingerprint"],
         )
+
+
+def _check_prompts(
+    test_set: TestSet, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, tuned: TunedModel
+) -> None:
+    """Refuse prompts with tokens that the model, whose embeddings an adapter may have grown, doesn't know."""
+    num_known = count_known_tokens(model)
+    if tuned.kind == "adapter":
+        settings, shapes = read_adapter_config(tuned.folder), read_adapter_shapes(tuned.folder)
+        num_known = max(num_known, count_rows(model, shapes, settings))
+    prompts = (prompt.input_ids for prompt in test_set.samples.values())
+    check_prompt_tokens(prompts, tokenizer, num_known, str(tuned.folder))
 
 
 def _check_vocabulary(test_set: TestSet, base: ModelRef, base_config: PretrainedConfig) -> None:

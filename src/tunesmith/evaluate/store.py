@@ -16,11 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tunesmith.atomic_files import write_json_lines
 from tunesmith.errors import RunError
 from tunesmith.evaluate.engines.base import Generation, Request, Variant
+from tunesmith.locks import Lock, Timeout
 from tunesmith.runs.folder import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
@@ -105,22 +104,24 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold an evaluation's folder.
+def only_writer(folder: Path, lies_in_run: bool) -> Iterator[None]:
+    """Hold an evaluation's folder, which may lie in the run that it is of.
 
     Raises:
         RunError: another process evaluates this checkpoint, or the folder can't be written.
+        LockError: the disk has no locks.
     """
+    elsewhere = "give another --home"
+    if lies_in_run:  # which `home` doesn't move
+        elsewhere = "copy the run to another disk, and evaluate that one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = Lock(folder / ".lock", elsewhere)
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(f"another process is evaluating into `{folder}`", "wait for it, or stop it") from None
     except OSError as error:
-        raise RunError(
-            f"can't write to `{folder}`: {error.strerror or error}", "give another --home"
-        ) from error
+        raise RunError(f"can't write to `{folder}`: {error.strerror or error}", elsewhere) from error
     try:
         yield
     finally:

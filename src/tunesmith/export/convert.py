@@ -21,6 +21,8 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
+from tunesmith.model.load import load_tokenizer
+from tunesmith.model.tokenizer import has_tokenizer
 from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
@@ -92,6 +94,8 @@ def export_elsewhere(tuned: TunedModel, config: ConvertConfig, output: Path, mar
 
 def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
     files = _model_files(tuned, config)
+    has_own = tuned.kind != "model" and has_tokenizer(tuned.folder)
+    load_tokenizer(files, tuned.folder if has_own else None)  # before anything is written
     dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
     sources = [tuned.folder] + ([files.folder] if files.folder else [])
     with new_folder(output, config.overwrite, sources) as folder:

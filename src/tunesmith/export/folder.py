@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from filelock import FileLock, Timeout
-
 from tunesmith.atomic_files import repair_folder, replace_folder
-from tunesmith.errors import ExportError, ResourceError, RunError
+from tunesmith.errors import ConfigError, ExportError, ResourceError, RunError
+from tunesmith.locks import Lock, Timeout
+from tunesmith.paths import longest_name
 from tunesmith.view.units import format_bytes
 
+_ROOM_FOR_NAMES = len(".removed__12345678")
 _RELEASED_WITHIN_S = 5  # a lock, once its process has been killed
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -32,7 +34,10 @@ def new_folder(output: Path, overwrite: bool, sources: Sequence[Path]) -> Iterat
     Raises:
         RunError: `output` exists, or another process is writing it.
         ExportError: it can't be written.
+        LockError: the disk has no locks.
+        ConfigError: the folder's name is too long.
     """
+    _check_name(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         held = _lock_of(output).acquire(timeout=0)
@@ -91,8 +96,19 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _lock_of(output: Path) -> FileLock:
-    return FileLock(output.with_name(f".{output.name}.lock"))
+def _check_name(output: Path) -> None:
+    """Refuse a name that leaves no room for those that the folder has while it is written."""
+    longest = longest_name(output) - _ROOM_FOR_NAMES
+    if (size := len(os.fsencode(output.name))) > longest:
+        raise ConfigError(
+            f"`output_dir` has a name of {size} bytes, `{output.name}`: with what is written beside it, its disk "
+            f"takes {longest}",
+            "give an --output_dir with a shorter name",
+        )
+
+
+def _lock_of(output: Path) -> Lock:
+    return Lock(output.with_name(f".{output.name}.lock"), "give an --output_dir on another disk")
 
 
 def _not_writable(output: Path, error: OSError) -> ExportError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,18 @@ from tunesmith.compat import (
 from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 from tunesmith.model.chat_template import use_chat_template
+from tunesmith.model.config_errors import explain_config
+from tunesmith.model.folder_files import (
+    CONFIG,
+    check_files,
+    read_object,
+    refuse_adapter,
+)
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
+from tunesmith.model.tokenizer import open_tokenizer
 from tunesmith.model.weight_files import list_weight_files
 from tunesmith.paths import is_dir, is_file
+from tunesmith.runs.folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -41,18 +50,22 @@ def load_tokenizer(
     A `chat_template` takes the place of its own: a file, the name of another of its own, or the text itself.
 
     Raises:
-        ModelError: it is absent.
+        ModelError: it is absent, or can't be read.
         ConfigError: there is no such chat template.
     """
-    from transformers import AutoTokenizer
-
     if folder is None:
         check_model_path(ref)
+    else:
+        check_files(folder)
     options = _hub_options(ref) if folder is None else {"trust_remote_code": ref.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or ref.source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded("tokenizer", ref, error) from error
+        tokenizer = open_tokenizer(folder or ref.source, **options)
+    except ModelError:
+        if (
+            folder is None and ref.folder is not None
+        ):  # transformers looks into the model's config for the class
+            load_model_config(ref)
+        raise
     if chat_template is not None:
         use_chat_template(tokenizer, chat_template)
     return tokenizer
@@ -62,15 +75,17 @@ def load_model_config(ref: ModelRef) -> PretrainedConfig:
     """Return the model's own configuration.
 
     Raises:
-        ModelError: it is absent or not a causal language model's.
+        ModelError: it is absent, malformed or not a causal language model's.
     """
     from transformers import AutoConfig
 
     check_model_path(ref)
     try:
         return AutoConfig.from_pretrained(ref.source, **_hub_options(ref))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded("config", ref, error) from error
+    except Exception as error:  # huggingface_hub's for a field of another type, and what comes of a bad value
+        raise _malformed(ref, error) from error
 
 
 def build_meta_model(ref: ModelRef, model_config: PretrainedConfig) -> PreTrainedModel:
@@ -85,8 +100,10 @@ def build_meta_model(ref: ModelRef, model_config: PretrainedConfig) -> PreTraine
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=ref.trust_remote_code)
-    except (ValueError, KeyError) as error:
+    except (ValueError, ImportError) as error:
         raise _not_loaded("model", ref, error) from error
+    except Exception as error:  # what comes of a bad value, as negative widths
+        raise _malformed(ref, error, has_config=True) from error
 
 
 def load_model(
@@ -177,15 +194,7 @@ def read_generation_config(ref: ModelRef) -> dict[str, Any]:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    if path is None:
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"can't read `{path}`: {error}", "download the model again") from error
-    return content
+    return {} if path is None else read_object(Path(path))
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -246,15 +255,17 @@ def check_model_path(ref: ModelRef) -> None:
     if folder is None:
         return
     if not is_dir(folder):
+        hint = "give the folder that holds config.json and the weights, or name a model of the hub instead"
+        if ref.given_as != "model_path":
+            hint = "give a local folder as --model_path; a model of the hub is named owner/name"
+        raise ModelError(f"`{ref.given_as}` is `{folder}`, which is not a folder", hint)
+    refuse_adapter(folder)
+    if not is_file(folder / CONFIG):
         raise ModelError(
-            f"`model_path` is `{folder}`, which is not a folder",
-            "give the folder that holds config.json and the weights, or name a model of the hub instead",
-        )
-    if not is_file(folder / "config.json"):
-        raise ModelError(
-            f"`model_path` is `{folder}`, which holds no config.json",
+            f"`{ref.given_as}` is `{folder}`, which holds no config.json",
             "give a Hugging Face model folder: config.json, weights, tokenizer",
         )
+    check_files(folder)
 
 
 def check_weights(ref: ModelRef) -> None:
@@ -270,9 +281,12 @@ def check_weights(ref: ModelRef) -> None:
     check_model_path(ref)
     folder = ref.folder
     if folder is None:
+        _refuse_adapter_on_hub(ref)
         return
     if not find_weight_files(folder):
-        raise ModelError(f"`model_path` is `{folder}`, which holds no weights", "download the model again")
+        raise ModelError(
+            f"`{ref.given_as}` is `{folder}`, which holds no weights", "download the model again"
+        )
     for path in list_weight_files(ref):
         if path.suffix != ".safetensors":
             continue
@@ -285,11 +299,34 @@ def check_weights(ref: ModelRef) -> None:
             ) from error
 
 
+def _refuse_adapter_on_hub(ref: ModelRef) -> None:
+    """Refuse a model of the hub with an adapter beside it, which transformers would put on it."""
+    from transformers.utils import cached_file
+
+    with suppress(OSError):  # told by what loads the model
+        options = {"revision": ref.revision, "_raise_exceptions_for_missing_entries": False}
+        if found := cached_file(str(ref.source), ADAPTER_CONFIG, **options):
+            refuse_adapter(Path(found).parent, str(ref.source))
+
+
 def _hub_options(ref: ModelRef) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": ref.trust_remote_code}
     if ref.revision is not None:
         options["revision"] = ref.revision
     return options
+
+
+def _malformed(ref: ModelRef, error: Exception, has_config: bool = False) -> ModelError:
+    """Return the error for a `config.json` of which no config, or else no model can be made."""
+    from transformers import CONFIG_MAPPING
+
+    def build(content: dict[str, Any]) -> object:
+        model_config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        return build_meta_model(ModelRef("", None), model_config) if has_config else model_config
+
+    if ref.folder is None:
+        return explain_config(f"{CONFIG} of {ref.source}", error, {}, build)
+    return explain_config(str(ref.folder / CONFIG), error, read_object(ref.folder / CONFIG), build)
 
 
 def _not_loaded(what: str, ref: ModelRef, error: Exception) -> ModelError:

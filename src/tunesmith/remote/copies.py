@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from tunesmith.atomic_files import sync_files, write_json
 from tunesmith.errors import TunesmithError
+from tunesmith.locks import Lock, Timeout
 from tunesmith.paths import expand_user
 from tunesmith.remote.problems import ERRORS, Kind, explain, is_absent
 from tunesmith.urls import name_of
@@ -172,7 +171,7 @@ def _digest_file(path: Path) -> str:
 
 @contextmanager
 def _alone(path: Path, url: str) -> Iterator[None]:
-    lock = FileLock(path)
+    lock = Lock(path, "give a --home on another disk, or XDG_CACHE_HOME where there is none")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.config import HFDatasetConfig, ModelRef, TrainConfig, TunedModelConfig
 from tunesmith.config.layers import settings_from_dump
+from tunesmith.config.model_ref import refer_to
 from tunesmith.errors import ModelError
 from tunesmith.paths import expand_user
 from tunesmith.remote.copies import fetch
@@ -37,7 +38,7 @@ def recorded_base(
         changes["model_path"] = _here(config.model_path)
     elif "base_model" in config.model_fields_set and not means_recorded:
         changes |= {"model_path": None, "hf_model_id": config.base_model, "model_revision": None}
-    elif recorded.model_path is not None:
+    elif recorded.model_path is not None or params["model"].get("path") is not None:
         changes["model_path"] = _recorded_path(params["model"], folder)
     elif _COMMIT.fullmatch(params["model"]["fingerprint"]):
         changes["model_revision"] = params["model"]["fingerprint"]
@@ -73,7 +74,7 @@ def named_base(folder: Path, config: TunedModelConfig, origin: dict[str, Any]) -
     if config.model_path is not None:
         return ModelRef(_here(config.model_path), None, trusts)
     if "base_model" in config.model_fields_set:
-        return ModelRef(config.base_model, None, trusts)
+        return refer_to(config.base_model, None, trusts, "base_model")
     source, revision = origin.get("base"), None
     if source is not None and "/" not in source:  # the name of a local folder: where that lies isn't recorded
         source = None

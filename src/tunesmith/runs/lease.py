@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.atomic_files import write_json
 from tunesmith.errors import RunError
+from tunesmith.locks import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Lease:
 
     Raises (on entering):
         RunError: another live driver holds the folder; says its host, process and age.
+        LockError: the disk has no locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,10 +43,8 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        from filelock import FileLock
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):
+        with Lock(self.path.with_suffix(".lock"), "give a --home on another disk").acquire():
             refuse_if_held(self.path)
             holder = read_holder(self.path)
             if holder is not None:

@@ -117,6 +117,11 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json", STATE_FILE))
 
 
+def _holds_weights(folder: Path) -> bool:
+    weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return (folder / "config.json").is_file() and bool(weights)
+
+
 def _lies_in_run(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file() and folder.absolute().parent.name.startswith(RUN_PREFIX)
 
@@ -219,6 +224,10 @@ def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
     kind: Kind = "adapter" if (folder / ADAPTER_CONFIG).is_file() else "model"
     if kind == "model" and (folder / STATE_FILE).is_file():
         kind = "state"
+    if kind == "adapter" and _holds_weights(folder):
+        logger.warning(
+            "`%s` holds an adapter and a whole model: the adapter is taken, on its own base model", folder
+        )
     dataset: HFDatasetConfig
     if params:
         dataset = recorded = recorded_settings(params)

@@ -14,7 +14,9 @@ from tunesmith.data.sources import sources_fingerprint
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.model.positions import check_length
 from tunesmith.model.quantized import check_quantization
+from tunesmith.model.vocabulary import count_known_tokens
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import (
     DataRecord,
@@ -30,28 +32,22 @@ from tunesmith.train.same_run import respell
 logger = logging.getLogger(__name__)
 
 
-def check_model(config: TrainConfig) -> None:
-    """Check, without its weights, that the model can be trained as asked.
+def check_model(config: TrainConfig) -> int:
+    """Check, without its weights, that the model can be trained as asked; return how many tokens it knows.
 
     Raises:
-        ModelError, ConfigError: as `load_model_config`, `check_quantization`, `build_meta_model` and
+        ModelError, ConfigError: as `load_model_config`, `check_quantization`, `build_meta_model`, `check_length` and
             `choose_targets` say.
     """
     model_config = load_model_config(config.model)
     check_quantization(model_config, str(config.model.source))
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.max_seq_length > longest:
-        logger.warning(
-            "`max_seq_length` is %d, but `%s` was made for %d positions: longer examples train beyond them",
-            config.max_seq_length,
-            config.model.source,
-            longest,
-        )
     model = build_meta_model(config.model, model_config)
+    check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
     if not config.full_ft:
         from tunesmith.model.adapters import choose_targets
 
         choose_targets(model, config)
+    return count_known_tokens(model)
 
 
 def check_resumable(run: RunDir, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from tunesmith.data.shares import measure_shares
 from tunesmith.data.split import SETS, check_sources
 from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
+from tunesmith.errors import ModelError
 from tunesmith.model.fetched import with_model_here
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.paths import exists, expand_user
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.identity import locate_run, recorded_date
@@ -31,7 +34,9 @@ from tunesmith.view.visible import escape_unseen, shorten_middle
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 _BINS = 12
 _BAR_WIDTH = 40
@@ -60,6 +65,8 @@ def _inspect(config: TrainConfig, console: Console, num_examples: int, html: Pat
     formats = check_sources(config)
     here = with_model_here(config, weights=False)
     tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
+    # The hub's config may not be at hand; a folder's is, and a training would refuse it if it is malformed.
+    model_config = load_model_config(here.model) if here.model.folder is not None else None
     with prepared_to_look_at(config, tokenizer) as prepared:
         for line in [*describe_formats(config, formats), *prepared.stats.notes]:
             console.print(escape_unseen(line), soft_wrap=True, markup=False)
@@ -69,11 +76,29 @@ def _inspect(config: TrainConfig, console: Console, num_examples: int, html: Pat
         _print_shares(console, prepared, config)
         hashes = hash_sets(prepared.data_dir, formats)
         _print_duplicates(console, hashes)
+        if model_config is not None:
+            _warn_of_unknown_tokens(prepared, tokenizer, model_config, config)
         if html is not None:
             date = prepared.date or recorded_date(None)
             ready = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
             write_page(Inspected(config, ready, tokenizer, prepared, hashes), html)
             console.print(f"page: {html}", soft_wrap=True, markup=False)
+
+
+def _warn_of_unknown_tokens(
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerFast,
+    model_config: PretrainedConfig,
+    config: TrainConfig,
+) -> None:
+    num_known = getattr(model_config.get_text_config(), "vocab_size", None)
+    if num_known is None:
+        return
+    try:
+        sets = (prepared.train, prepared.validation)
+        check_data_tokens(sets, tokenizer, num_known, str(config.model.source))
+    except ModelError as error:
+        logger.warning("a training would refuse this: %s", error.message)
 
 
 @contextmanager

@@ -12,7 +12,10 @@ from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.shares import measure_shares
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.fetched import with_model_here
-from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.model.load import build_meta_model, load_model_config, load_tokenizer
+from tunesmith.model.positions import check_length
+from tunesmith.model.tokenizer import has_tokenizer
+from tunesmith.model.vocabulary import check_data_tokens, count_known_tokens
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
 from tunesmith.paths import expand_user, is_dir
 from tunesmith.planning.fitting import Plan, find_fitting, make_plan
@@ -51,6 +54,7 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
 
 def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
     config = _with_model_at_hand(config, workers.imagined)
+    num_known = _check_model(config)
     model_config = load_model_config(config.model)
     model = build_planned_model(config, model_config, workers.dtype)
     planned = make_plan(model, config, workers)
@@ -58,10 +62,20 @@ def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
     if workers.device_type == "cuda":
         needed = estimate_host(model, model_config, config, planned.layout, workers.num)
         console.print(f"Each worker needs {format_bytes(needed)} of its node's memory.", soft_wrap=True)
-    _print_time(console, planned, count_flops_per_token(model.model, config.full_ft))
+    _print_time(console, planned, count_flops_per_token(model.model, config.full_ft), num_known)
     if not planned.fits:
         console.print(_describe_change(planned, find_fitting(model, planned)), soft_wrap=True)
     return planned.fits
+
+
+def _check_model(config: TrainConfig) -> int:
+    """Check what a training would refuse before it starts, without the weights; return the tokens that the model knows."""
+    model_config = load_model_config(config.model)
+    if config.model.folder is not None and has_tokenizer(config.model.folder):
+        load_tokenizer(config.model, chat_template=config.chat_template)
+    model = build_meta_model(config.model, model_config)
+    check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
+    return count_known_tokens(model)
 
 
 def _with_model_at_hand(config: TrainConfig, imagined: bool) -> TrainConfig:
@@ -120,7 +134,7 @@ def _print_memory(console: Console, planned: Plan) -> None:
     console.print("It fits." if planned.fits else "[bold red]It doesn't fit.[/]")
 
 
-def _print_time(console: Console, planned: Plan, flops_per_token: float) -> None:
+def _print_time(console: Console, planned: Plan, flops_per_token: float, num_known: int) -> None:
     config, workers = planned.config, planned.workers
     if workers.flops is None:
         console.print(f"How fast a {workers.name} computes isn't known here.")
@@ -129,18 +143,18 @@ def _print_time(console: Console, planned: Plan, flops_per_token: float) -> None
     speed = workers.num * workers.flops * share / flops_per_token
     console.print(
         f"About {speed:,.0f} tokens/s, if {share:.0%} of the products' speed is reached: "
-        f"{_describe_hours(config, workers, speed)}",
+        f"{_describe_hours(config, workers, speed, num_known)}",
         soft_wrap=True,
     )
 
 
-def _describe_hours(config: TrainConfig, workers: Workers, speed: float) -> str:
+def _describe_hours(config: TrainConfig, workers: Workers, speed: float, num_known: int) -> str:
     rows = config.gradient_accumulation_steps * workers.num * config.per_device_train_batch_size
     if config.num_train_epochs is None:
         seconds = config.max_steps * rows * config.max_seq_length / speed
         return f"{format_duration(seconds)} for {_count_steps(config.max_steps)} of {rows} full rows."
     try:
-        steps, epochs, num_tokens = _count_steps_of(config, rows)
+        steps, epochs, num_tokens = _count_steps_of(config, rows, num_known)
     except TunesmithError as error:
         if not workers.imagined:
             raise
@@ -158,10 +172,15 @@ def _count_steps(steps: int) -> str:
     return "1 step" if steps == 1 else f"{steps:,} steps"
 
 
-def _count_steps_of(config: TrainConfig, rows: int) -> tuple[int, float, int]:
-    """Return the run's steps of so many rows, its epochs and an epoch's tokens; prepares the data set for that."""
+def _count_steps_of(config: TrainConfig, rows: int, num_known: int) -> tuple[int, float, int]:
+    """Return the run's steps of so many rows, its epochs and an epoch's tokens; prepares the data set for that.
+
+    `num_known` are the tokens that the model knows.
+    """
     tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     with prepared_to_look_at(config, tokenizer) as prepared:
+        sets = (prepared.train, prepared.validation)
+        check_data_tokens(sets, tokenizer, num_known, str(config.model.source))
         epochs = plan_epochs(prepared.train, config, config.packing)
         sequences = Sequences(prepared.train, config.packing, pad_token_id=0, epochs=epochs)
         plan = BatchPlan(len(sequences), GlobalBatch(1, rows), config.seed, epochs)
