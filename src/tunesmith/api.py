@@ -23,7 +23,9 @@ from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
 from tunesmith.model.fetched import with_model_here
-from tunesmith.model.load import check_weights, load_tokenizer
+from tunesmith.model.load import check_weights
+from tunesmith.model.new_tokens import load_run_tokenizer, tell_known_tokens
+from tunesmith.model.prior import with_prior_settings
 from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.folder import RunDir
@@ -79,7 +81,7 @@ def fine_tune(config: TrainConfig) -> FineTuneResult:
         ConfigError, DataError, ModelError, ResourceError, RunError: bad input, before anything is written.
         TrainingError: the training itself failed.
     """
-    config = with_recorded_templates(config)
+    config = with_recorded_templates(with_prior_settings(config))
     run = find_run(config)
     run.check_writable()
     refuse_if_held(run.lease_path)
@@ -94,7 +96,8 @@ def _fine_tune(config: TrainConfig, run: RunDir) -> FineTuneResult:
         check_sources(config)
     here = with_model_here(config)
     check_weights(here.model)
-    tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
+    tokenizer = load_run_tokenizer(here)
+    tell_known_tokens(here)
     num_known = check_model(here)
     with connected_nodes() as (nodes, place):
         allocation = allocate(config, nodes, place)

@@ -38,6 +38,7 @@ plain_texts = texts.filter(lambda text: text.strip().lower() not in ("", "auto",
 OWN_GRAMMARS: dict[str, list[Any]] = {
     "message_keys": [{}, {"role": "speaker", "content": "text"}, "role=speaker"],
     "role_names": [{}, {"assistant": "bot"}, "bot=assistant"],
+    "init_lora_weights": ["false", "gaussian", "olora", "pissa_niter_12"],
     "train_on": ["all_turns", "last_assistant_turn", "user,assistant"],
 }
 DECLARED = TrainConfig.model_json_schema()["properties"]

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare_run
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.new_tokens import load_run_tokenizer
+from tunesmith.model.prior import with_prior_settings
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import locate_run
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics
@@ -64,8 +65,9 @@ def small_config(model_path: Path | str, data: Path | str, home: Path, **changes
 
 def start(config: TrainConfig, num_workers: int = 1) -> TrainJob:
     """Prepare the data and record the run, as the driver does."""
+    config = with_prior_settings(config)
     run = locate_run(config)
-    prepared = prepare_run(config, load_tokenizer(config.model, chat_template=config.chat_template), run)
+    prepared = prepare_run(config, load_run_tokenizer(config), run)
     run.path.mkdir(parents=True, exist_ok=True)
     record_params(run, config, prepared, num_workers)
     return TrainJob(config, run, prepared.folder, num_threads=1)

@@ -30,6 +30,7 @@ Base = tuple[TrainConfig, RunDir]
 HERE = Path(__file__).stem
 COURSE = f"{HERE}::test_a_setting_of_the_training_changes_its_course"
 
+TRAINED = "test_what_is_trained::test_a_checkpoint_is_the_trained_model_on_the_published_base_and_a_resumed_run_is_the_same"
 EFFECTS = {
     "dataset_name": "test_sources::test_a_file_of_each_kind_gives_its_rows_in_order",
     "dataset_config": "test_hub::test_a_configuration_of_a_hub_data_set_is_read",
@@ -68,6 +69,12 @@ EFFECTS = {
     "lora_dropout": COURSE,
     "lora_target_modules": "test_families::test_lora_trains_and_its_checkpoint_is_the_trained_model",
     "use_rslora": "test_families::test_lora_trains_and_its_checkpoint_is_the_trained_model",
+    "use_dora": TRAINED,
+    "init_lora_weights": TRAINED,
+    "new_tokens": "test_what_is_trained::test_rows_of_new_tokens_begin_as_the_mean_of_the_old_and_they_alone_are_trained",
+    "modules_to_save": TRAINED,
+    "adapter_path": "test_what_is_trained::test_a_run_goes_on_from_a_run_a_checkpoint_or_final",
+    "merge_adapter": TRAINED,
     "chat_template": "test_chat_template::test_a_file_a_name_or_a_text_takes_the_place_of_the_tokenizers",
     "max_seq_length": "test_prepare::test_long_examples_are_cut_at_the_right_or_dropped_and_counted",
     "long_text": "test_long_texts::test_a_long_text_is_split_or_truncated",

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from tunesmith.config import HFDatasetConfig, Settings
+from tunesmith.config.adapter import STARTS, STARTS_PATTERN
 from tunesmith.config.data import TURNS, TURNS_PATTERN
 from tunesmith.config.declare import NAME_PATTERN
 from tunesmith.urls import mask
@@ -162,6 +163,8 @@ def _describe_value(field: SettingField) -> str:
         return ("a whole number" if field.kind == "int" else "a number") + (f" {bounds}" if bounds else "")
     if field.value_schema.get("pattern") == TURNS_PATTERN:
         return TURNS
+    if field.value_schema.get("pattern") == STARTS_PATTERN:
+        return STARTS
     if field.value_schema.get("pattern") == NAME_PATTERN:
         return "a name of letters, digits and _ . -"
     if "pattern" in field.value_schema:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, model_validator
 
+from tunesmith.config.adapter import AdapterSettings
 from tunesmith.config.data import (
     PARTS,
     READING,
@@ -24,7 +25,6 @@ from tunesmith.config.declare import (
     FolderName,
     HubId,
     ModelPlace,
-    Names,
     OptionalPath,
     OptionalStr,
     PathOrTemplate,
@@ -37,7 +37,7 @@ from tunesmith.config.model_ref import ModelRef, refer_to
 from tunesmith.paths import expand_user
 
 
-class TrainConfig(HFDatasetConfig):
+class TrainConfig(AdapterSettings, HFDatasetConfig):
     """Everything `tunesmith train` can be told; each field is a flag, a YAML key and an environment variable."""
 
     hf_model_id: HubId = setting(
@@ -80,28 +80,6 @@ class TrainConfig(HFDatasetConfig):
         group="model",
         scope="run",
     )
-
-    full_ft: bool = setting(
-        False, "Train every weight instead of LoRA adapters.", group="adapter", scope="model"
-    )
-    lora_rank: int = setting(32, "Rank of the LoRA adapters.", group="adapter", scope="model", ge=1)
-    lora_alpha: float = setting(
-        32,
-        "LoRA scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.",
-        group="adapter",
-        scope="model",
-        gt=0,
-    )
-    lora_dropout: float = setting(
-        0.1, "Dropout before the adapters; 0 is none.", group="adapter", scope="model", ge=0, lt=1
-    )
-    lora_target_modules: Names = setting(
-        None,
-        "Modules to adapt, by name (q_proj,v_proj); unset: every linear layer but the head, routers and fused experts.",
-        group="adapter",
-        scope="model",
-    )
-    use_rslora: bool = setting(False, "Scale adapters by alpha / sqrt(rank).", group="adapter", scope="model")
 
     datasets: DataSets = setting(
         None,

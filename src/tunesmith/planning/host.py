@@ -30,7 +30,7 @@ def estimate_host(
     """
     parameters = [*planned.model.parameters()]
     width = planned.stored_dtype.itemsize
-    if not may_stay_unread(config.model, model_config):
+    if config.needs_weights or not may_stay_unread(config.model, model_config):
         read = width * sum(parameter.numel() for parameter in parameters)
     elif layout.replicated:
         read = width * max(parameter.numel() for parameter in parameters)

@@ -104,7 +104,7 @@ def is_replicated(planned: PlannedModel, config: TrainConfig, device_type: str, 
     if not planned.fused or config.cpu_offload or config.fsdp != "auto":
         return planned.fused and not config.cpu_offload and config.fsdp == "no_shard"
     # On CPUs weights as they are stored are shared by the workers of a machine, so they cost nothing more.
-    mapped = device_type == "cpu" and planned.stored_dtype == planned.dtype
+    mapped = device_type == "cpu" and planned.stored_dtype == planned.dtype and not config.merge_adapter
     private = {id(p) for p in find_stacked(planned.model)}
     copied = [
         p

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.adapters import add_adapters
+from tunesmith.model.adapted import adapt_model
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
+from tunesmith.model.head import find_head
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.lora_linear import trains_plain_adapters_alone
 from tunesmith.model.load import attention_of, build_meta_model
@@ -111,9 +112,7 @@ def build_planned_model(
     with torch.device("meta"):
         model: Any = build_meta_model(config.model, model_config)
         own = attention_of(model)
-        model.requires_grad_(config.full_ft)
-        if not config.full_ft:
-            model = add_adapters(model, config)
+        model = adapt_model(model, config, dtype)
         store_weights(model, frozen_weight)
     fused = not config.full_ft and trains_plain_adapters_alone(model)
     # Meta tensors of experts multiply in bfloat16 alone.
@@ -145,7 +144,7 @@ def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type:
     length = config.max_seq_length
     num_tokens = length * sequences_per_forward(config.per_device_train_batch_size, length, device_type)
     found = measure_microbatch(model, num_tokens, length, planned_kernels(device_type))
-    return found.times(planned.dtype.itemsize // model.get_output_embeddings().weight.dtype.itemsize)
+    return found.times(planned.dtype.itemsize // find_head(model).layer.weight.dtype.itemsize)
 
 
 def estimate_memory(

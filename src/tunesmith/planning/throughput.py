@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tunesmith.model.frozen_weights import FrozenLinear
+from tunesmith.model.head import find_head
 
 
 def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
@@ -17,7 +18,7 @@ def count_flops_per_token(model: nn.Module, full_ft: bool) -> float:
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = find_head(model).layer
     stored = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     flops = sum(4.0 * layer.in_features * layer.out_features for layer in stored)
     for parameter in model.parameters():

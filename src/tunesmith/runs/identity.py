@@ -84,6 +84,14 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """The adapter that a run goes on from, or on top of: as it was given, and what tells it from another."""
+
+    source: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class DataRecord:
     """The data of a run: as they were given, what tells them from others, and where they lie prepared.
 
@@ -281,9 +289,14 @@ def _how_to_go_on(ending: dict[str, Any]) -> str:
 
 
 def write_identity(
-    run: RunDir, config: TrainConfig, model: ModelRecord, data: DataRecord, num_workers: int
+    run: RunDir,
+    config: TrainConfig,
+    model: ModelRecord,
+    data: DataRecord,
+    num_workers: int,
+    adapter: AdapterRecord | None = None,
 ) -> None:
-    """Write `params.json`. A resumed run keeps its data, its model and its global batch.
+    """Write `params.json`. A resumed run keeps its data, its model, its adapter and its global batch.
 
     Raises:
         RunError: the data or the model under the same name have changed since the run was started.
@@ -309,6 +322,7 @@ def write_identity(
             "settings": dump_settings(config),
             "given": sorted(config.model_fields_set),
             "model": asdict(model),
+            **({"adapter": asdict(adapter)} if adapter else {}),
             "data": data.to_json(),
             "versions": dict(_versions()),
         }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import add_adapters
+from tunesmith.model.adapted import adapt_model
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
@@ -52,7 +50,7 @@ def build_model(
     layout = choose_layout(planned, config, device.type, mesh.size, find_room(device, mesh.size))
     # A CPU's workers share the pages of what is as the files have it.
     stays_mapped = layout.replicated and device.type == "cpu" and not find_stacked(planned.model)
-    by_slices = frozen_weight is Dense and not stays_mapped
+    by_slices = frozen_weight is Dense and not stays_mapped and not config.needs_weights
     model, unread = _load_adapted(config, device, dtype, by_slices)
     store_weights(model, frozen_weight)
     install_kernels(model, kernels or kernels_for(device.type))
@@ -74,18 +72,10 @@ def _load_adapted(
     wanted = config.model, device, dtype, config.attn_implementation
     unread = load_unread(*wanted) if by_slices else None
     if unread is not None:
-        # Adapters that are made of the weights, and copies of these, need them; PiSSA can't decompose what isn't there.
-        with suppress(torch.linalg.LinAlgError):
-            model = _adapt(unread.model, config)
-            if unread.is_untouched(model):
-                return model, unread
-    return _adapt(load_model(*wanted), config), None
-
-
-def _adapt(model: nn.Module, config: TrainConfig) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.requires_grad_(config.full_ft)
-    return model if config.full_ft else add_adapters(model, config)
+        model = adapt_model(unread.model, config, dtype)
+        if unread.is_untouched(model):
+            return model, unread
+    return adapt_model(load_model(*wanted), config, dtype), None
 
 
 def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> bool:

@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 
 from tunesmith.atomic_files import remove_folder, sync_files, write_json
 from tunesmith.errors import CheckpointError
-from tunesmith.model.adapters import write_adapter
+from tunesmith.model.adapters import is_kept, write_adapter
+from tunesmith.model.prior import find_adapter
 from tunesmith.model.state import STATE_FOLDER, read_weights
 from tunesmith.model.tokenizer_files import pack_tokenizer, unpack_tokenizer
 from tunesmith.parallel.collectives import broadcast_objects
@@ -153,21 +154,25 @@ class Checkpointer:
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return what is trained and its optimizer state, by name: `model.{name}`, `optimizer.{name}.{key}`."""
+        """Return what is kept of the model, and its optimizer state, by name: `model.{name}`, `optimizer.{name}.{key}`."""
         if isinstance(self._model, FSDPModule):
             self._model.reshard()  # an evaluation leaves the outermost weights gathered
         tensors = {}
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
+            if is_kept(name, parameter):
                 tensors[f"model.{name}"] = parameter.detach()
+            if parameter.requires_grad:
                 for key, value in self._optimizer.state[parameter].items():
                     tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
     def _publish(self, folder: Path, progress: Progress) -> Checkpoint:
-        run = self._job.run
-        if not self._job.config.full_ft:
-            write_adapter(self._model, read_weights(folder), folder)
+        run, config = self._job.run, self._job.config
+        if not config.full_ft:
+            beneath = (
+                find_adapter(config.adapter_path) if config.adapter_path and config.merge_adapter else None
+            )
+            write_adapter(self._model, read_weights(folder), folder, beneath)
         unpack_tokenizer(self._tokenizer_files, folder)
         shutil.copyfile(run.params_path, folder / run.params_path.name)
         write_json(folder / STATE_FILE, progress.to_json())
@@ -179,7 +184,7 @@ class Checkpointer:
         if published.exists():
             remove_folder(published)
         folder.rename(published)
-        run.discard_checkpoints(self._job.config.save_total_limit)
+        run.discard_checkpoints(config.save_total_limit)
         return Checkpoint(published, progress.step, progress.eval_loss)
 
 

@@ -63,6 +63,8 @@ def respell(
         old, new = getattr(recorded, name), getattr(config, name)
         if old != new and _is_place(new) and (_is_same_place(old, new) or has_same_model()):
             changes[name] = new
+    if _is_same_place(recorded.adapter_path, config.adapter_path):
+        changes["adapter_path"] = config.adapter_path
     templates = [it.chat_template and read_if_file(it.chat_template) for it in (recorded, config)]
     if templates[0] == templates[1]:
         changes["chat_template"] = config.chat_template

@@ -14,8 +14,10 @@ from tunesmith.machine import keep_freed_memory
 from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.frozen_weights import Dense
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.load import attention_of, load_tokenizer
+from tunesmith.model.load import attention_of
+from tunesmith.model.new_tokens import load_run_tokenizer
 from tunesmith.model.policy import Policy
+from tunesmith.model.prior import with_kept_adapter
 from tunesmith.parallel.collectives import broadcast_objects
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning.memory import sequences_per_forward
@@ -35,12 +37,13 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     prepare_process(job.num_threads, device)
     mesh = build_mesh(worker.rank, worker.world_size)
     (params,) = broadcast_objects([job.run.read_params()], mesh.group)
-    config = keep_recorded(job.config, params["resolved"], mesh.size)
+    config = with_kept_adapter(job.config, job.run)
+    config = keep_recorded(config, params["resolved"], mesh.size)
     job = replace(job, config=config)
     if config.torch_compile:
         check_compiler(device)
     prepared = open_prepared(job.prepared_path)
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    tokenizer = load_run_tokenizer(config)
     model = build_model(config, device, mesh, job.frozen_weight or Dense)
     policy = Policy(model, fused_loss=choose_ways(config, model, device))
     packing = choose_packing(config, params["packing"], model, mesh, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared, rendering_version_of
@@ -15,10 +15,13 @@ from tunesmith.model.fetched import with_model_here
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.positions import check_length
+from tunesmith.model.prior import digest_adapter, find_adapter, is_result_of, keep_adapter
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.vocabulary import count_known_tokens
+from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import (
+    AdapterRecord,
     DataRecord,
     ModelRecord,
     check_settings,
@@ -29,6 +32,9 @@ from tunesmith.runs.identity import (
 )
 from tunesmith.train.same_run import respell
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,17 +43,41 @@ def check_model(config: TrainConfig) -> int:
 
     Raises:
         ModelError, ConfigError: as `load_model_config`, `check_quantization`, `build_meta_model`, `check_length` and
-            `choose_targets` say.
+            `adapt_model` say.
     """
     model_config = load_model_config(config.model)
     check_quantization(model_config, str(config.model.source))
     model = build_meta_model(config.model, model_config)
     check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
-    if not config.full_ft:
-        from tunesmith.model.adapters import choose_targets
+    if config.adapter_path is not None:
+        _check_prior_fits(model, config)
+    if config.adapts_more:
+        import torch
+
+        from tunesmith.model.adapted import adapt_model
+
+        with torch.device("meta"):
+            adapt_model(model, config, torch.float32)
+    elif not config.full_ft:
+        from tunesmith.model.targets import choose_targets
 
         choose_targets(model, config)
     return count_known_tokens(model)
+
+
+def _check_prior_fits(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Refuse an adapter to go on from, or on top of, whose matrices aren't those of `model`.
+
+    Raises:
+        ModelError: it names modules that are absent, or whose shapes differ.
+    """
+    from tunesmith.model.adapter_files import read_adapter_shapes
+    from tunesmith.model.fit import check_adapter_fits
+
+    assert config.adapter_path is not None
+    folder = find_adapter(config.adapter_path)
+    settings = read_adapter_config(folder)
+    check_adapter_fits(model, read_adapter_shapes(folder), str(config.model.source), settings)
 
 
 def check_resumable(run: RunDir, config: TrainConfig) -> None:
@@ -69,6 +99,25 @@ def check_resumable(run: RunDir, config: TrainConfig) -> None:
     check_settings(run, config, recorded)
     check_unchanged("data set", _name_data(config), params["data"]["revision"], source)
     check_unfinished(run, config)
+    _record_adapter(run, config)
+
+
+def _record_adapter(run: RunDir, config: TrainConfig) -> AdapterRecord | None:
+    """Return what is recorded of the adapter that a run goes on from, or on top of, if there is one.
+
+    Raises:
+        RunError: the one at its place has changed since the run was started.
+    """
+    if config.adapter_path is None:
+        return None
+    source = str(config.adapter_path)
+    fingerprint = digest_adapter(config.adapter_path)
+    recorded = run.read_params().get("adapter") if run.params_path.exists() else None
+    if recorded is None:
+        return AdapterRecord(source, fingerprint)
+    if not is_result_of(config.adapter_path, run):  # the same home's final/ is by now this run's own
+        check_unchanged("adapter", source, recorded["fingerprint"], fingerprint)
+    return AdapterRecord(source, recorded["fingerprint"])
 
 
 def _has_same_model(config: TrainConfig, fingerprint: str) -> bool:
@@ -102,7 +151,8 @@ def record_params(run: RunDir, config: TrainConfig, prepared: Prepared, num_work
         shares=_measure_shares(config, prepared),
         end_tokens=prepared.end_tokens,
     )
-    write_identity(run, config, model, data, num_workers)
+    write_identity(run, config, model, data, num_workers, _record_adapter(run, config))
+    keep_adapter(config, run)
 
 
 def _measure_shares(config: TrainConfig, prepared: Prepared) -> list[dict[str, Any]] | None:

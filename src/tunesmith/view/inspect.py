@@ -21,7 +21,9 @@ from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ModelError
 from tunesmith.model.fetched import with_model_here
-from tunesmith.model.load import load_model_config, load_tokenizer
+from tunesmith.model.load import load_model_config
+from tunesmith.model.new_tokens import count_rows_asked, load_run_tokenizer
+from tunesmith.model.prior import with_prior_settings
 from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.paths import exists, expand_user
 from tunesmith.remote.copies import copies_in
@@ -62,9 +64,10 @@ def inspect(config: TrainConfig, num_examples: int = 3, html: Path | None = None
 
 
 def _inspect(config: TrainConfig, console: Console, num_examples: int, html: Path | None) -> None:
+    config = with_prior_settings(config)
     formats = check_sources(config)
     here = with_model_here(config, weights=False)
-    tokenizer = load_tokenizer(here.model, chat_template=config.chat_template)
+    tokenizer = load_run_tokenizer(here)
     # The hub's config may not be at hand; a folder's is, and a training would refuse it if it is malformed.
     model_config = load_model_config(here.model) if here.model.folder is not None else None
     with prepared_to_look_at(config, tokenizer) as prepared:
@@ -96,6 +99,7 @@ def _warn_of_unknown_tokens(
         return
     try:
         sets = (prepared.train, prepared.validation)
+        num_known = max(num_known, count_rows_asked(config))
         check_data_tokens(sets, tokenizer, num_known, str(config.model.source))
     except ModelError as error:
         logger.warning("a training would refuse this: %s", error.message)

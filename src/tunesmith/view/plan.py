@@ -12,8 +12,10 @@ from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.shares import measure_shares
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.fetched import with_model_here
-from tunesmith.model.load import build_meta_model, load_model_config, load_tokenizer
+from tunesmith.model.load import build_meta_model, load_model_config
+from tunesmith.model.new_tokens import load_run_tokenizer
 from tunesmith.model.positions import check_length
+from tunesmith.model.prior import with_prior_settings
 from tunesmith.model.tokenizer import has_tokenizer
 from tunesmith.model.vocabulary import check_data_tokens, count_known_tokens
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
@@ -53,10 +55,11 @@ def plan(config: TrainConfig, workers: Workers) -> bool:
 
 
 def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
-    config = _with_model_at_hand(config, workers.imagined)
-    num_known = _check_model(config)
+    config = with_prior_settings(_with_model_at_hand(config, workers.imagined))
+    _check_model(config)
     model_config = load_model_config(config.model)
     model = build_planned_model(config, model_config, workers.dtype)
+    num_known = count_known_tokens(model.model)
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
     if workers.device_type == "cuda":
@@ -68,14 +71,13 @@ def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
     return planned.fits
 
 
-def _check_model(config: TrainConfig) -> int:
-    """Check what a training would refuse before it starts, without the weights; return the tokens that the model knows."""
+def _check_model(config: TrainConfig) -> None:
+    """Check what a training would refuse before it starts, without the weights."""
     model_config = load_model_config(config.model)
     if config.model.folder is not None and has_tokenizer(config.model.folder):
-        load_tokenizer(config.model, chat_template=config.chat_template)
+        load_run_tokenizer(config)
     model = build_meta_model(config.model, model_config)
     check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
-    return count_known_tokens(model)
 
 
 def _with_model_at_hand(config: TrainConfig, imagined: bool) -> TrainConfig:
@@ -177,7 +179,7 @@ def _count_steps_of(config: TrainConfig, rows: int, num_known: int) -> tuple[int
 
     `num_known` are the tokens that the model knows.
     """
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    tokenizer = load_run_tokenizer(config)
     with prepared_to_look_at(config, tokenizer) as prepared:
         sets = (prepared.train, prepared.validation)
         check_data_tokens(sets, tokenizer, num_known, str(config.model.source))

@@ -11,6 +11,7 @@ from tunesmith.model.kernels.elementwise import fuse_elementwise
 from tunesmith.model.kernels.lora_linear import fuse_adapters
 from tunesmith.model.kernels.loss import CPU_LOGITS, GPU_LOGITS, LogitsAtATime
 from tunesmith.model.kernels.recompute import CheapResults
+from tunesmith.model.kernels.token_rows import install_token_rows
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,4 @@ def install_kernels(model: nn.Module, kernels: Kernels) -> None:
         fuse_adapters(model, results, kernels.packs_masks)
     if kernels.fuses_elementwise:
         fuse_elementwise(model, results, kernels.torch_norms)
+    install_token_rows(model)

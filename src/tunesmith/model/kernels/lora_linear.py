@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.adapters import find_plain_adapter
+from tunesmith.model.adapters import find_plain_adapter, find_token_rows
 from tunesmith.model.frozen_weights import FrozenWeight, weight_of
 from tunesmith.model.kernels.recompute import CheapResults, Recipe
 
@@ -32,12 +32,18 @@ def fuse_adapters(model: nn.Module, results: CheapResults, packs_masks: bool) ->
 
 
 def trains_plain_adapters_alone(model: nn.Module) -> bool:
-    """Return whether all that is trained lies in layers that `fuse_adapters` fuses."""
+    """Return whether all that is trained lies in layers that `fuse_adapters` fuses, or is rows for tokens.
+
+    Both are cast to the dtype of the products where they are used.
+    """
     fused = {
         id(parameter)
         for module in model.modules()
         if find_plain_adapter(module) is not None
         for parameter in module.parameters()
+    }
+    fused |= {
+        id(tokens.rows) for module in model.modules() if (tokens := find_token_rows(module)) is not None
     }
     return all(id(parameter) in fused for parameter in model.parameters() if parameter.requires_grad)
 

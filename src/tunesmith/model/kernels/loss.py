@@ -1,6 +1,7 @@
 """Cross-entropy at the trained positions only.
 
-Shapes: B sequences, T tokens, N trained positions, V vocabulary, D model width.
+Shapes: B sequences, T tokens, N trained positions, V vocabulary, D model width; R tokens that have rows of their own,
+in place of the weight's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Batch
+from tunesmith.model.head import find_head
 from tunesmith.model.kernels.attention import compute_logits
 
 
@@ -63,8 +65,8 @@ def _run(
     at_a_time: LogitsAtATime | None = None,
 ) -> Tensor:
     """Return the logits (1, N, V) at the trained positions, or with a `cross_entropy` what it makes in their place."""
-    head = model.get_output_embeddings()
-    forward = head.forward
+    head = find_head(model)
+    forward = head.module.forward
 
     def narrow(hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
@@ -77,8 +79,9 @@ def _run(
         assert cross_entropy is not None
         loss: Tensor = cross_entropy.apply(
             narrow(hidden_BTD),
-            head.weight,
-            head.bias,
+            head.layer.weight,
+            head.layer.bias,
+            *head.rows,
             batch.targets_N,
             batch.input_ids_BT.numel(),
             at_a_time or (CPU_LOGITS if hidden_BTD.device.type == "cpu" else GPU_LOGITS),
@@ -86,7 +89,7 @@ def _run(
         return loss
 
     # Inside the model's forward: there FSDP has the weights whole.
-    with _forward_replaced(head, narrow_logits if cross_entropy is None else compute_loss):
+    with _forward_replaced(head.module, narrow_logits if cross_entropy is None else compute_loss):
         return compute_logits(model, batch)
 
 
@@ -104,8 +107,8 @@ def can_fuse_loss(model: Any, batch: Batch, tolerance: float) -> bool:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Return whether the output layer is a linear layer without an adapter."""
-    return type(model.get_output_embeddings()) is nn.Linear
+    """Return whether the output layer is a linear layer without an adapter; a few tokens may have rows of their own."""
+    return find_head(model).is_plain
 
 
 @contextmanager
@@ -130,18 +133,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        rows_RD: Tensor | None,
+        ids_R: Tensor | None,
         targets_N: Tensor,
         most_targets: int,
         at_a_time: LogitsAtATime,
     ) -> Tensor:
         # The shape of logits: the model passes it on as such.
         loss_sum = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden_ND.device)
-        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets, at_a_time):
+        head = _Weights(weight_VD, bias_V, rows_RD, ids_R)
+        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, head)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, most_targets, at_a_time):
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 log_probs_n1 = _pick(logits_nV[part], targets_N[rows][part], wide_2wV, gradients.are_needed)
                 loss_sum -= log_probs_n1.sum()
-            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
+            gradients.add(rows, logits_nV, hidden_ND, head)
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden_ND.dtype
         return loss_sum
@@ -152,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if made is None else (made.float() * gradient.squeeze()).to(ctx.dtype)
             for made in ctx.saved_tensors
         )
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 class _TokenLinearCrossEntropy(torch.autograd.Function):
@@ -169,23 +175,26 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        rows_RD: Tensor | None,
+        ids_R: Tensor | None,
         targets_N: Tensor,
         most_targets: int,
         at_a_time: LogitsAtATime,
     ) -> Tensor:
         # The shape of logits: the model passes it on as such. No view, of which FSDP warns.
         losses_1N1 = torch.empty((1, len(hidden_ND), 1), dtype=torch.float32, device=hidden_ND.device)
-        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
-        trains_head = of_weight or of_bias
-        needed = (of_hidden and not trains_head, False, False)
-        gradients = _Gradients.make(needed, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, most_targets, at_a_time):
+        of_hidden, *of_head = ctx.needs_input_grad[:4]
+        trains_head = any(of_head)
+        needed = (of_hidden and not trains_head, False, False, False)
+        head = _Weights(weight_VD, bias_V, rows_RD, ids_R)
+        gradients = _Gradients.make(needed, hidden_ND, head)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, most_targets, at_a_time):
             losses_n1, targets_n = losses_1N1[0, rows], targets_N[rows]
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 log_probs_n1 = _pick(logits_nV[part], targets_n[part], wide_2wV, gradients.are_needed)
                 torch.neg(log_probs_n1, out=losses_n1[part])
-            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
-        inputs = (hidden_ND, weight_VD, bias_V, targets_N) if trains_head else ()
+            gradients.add(rows, logits_nV, hidden_ND, head)
+        inputs = (hidden_ND, targets_N, *head) if trains_head else ()
         ctx.save_for_backward(gradients.of_hidden_ND, *inputs)
         ctx.sizes = most_targets, at_a_time
         return losses_1N1
@@ -195,44 +204,64 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         upstream_N1 = upstream_1N1[0]
         gradient_ND, *inputs = ctx.saved_tensors
         if not inputs:
-            return (gradient_ND.float() * upstream_N1).to(gradient_ND.dtype), *[None] * 5
-        hidden_ND, weight_VD, bias_V, targets_N = inputs
-        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, weight_VD, bias_V)
-        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, weight_VD, bias_V, *ctx.sizes):
+            return (gradient_ND.float() * upstream_N1).to(gradient_ND.dtype), *[None] * 7
+        hidden_ND, targets_N, *weights = inputs
+        head = _Weights(*weights)
+        gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, head)
+        for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, *ctx.sizes):
             targets_n, upstream_n1 = targets_N[rows], upstream_N1[rows]
             for part in _cut(len(logits_nV), wide_2wV.shape[1]):
                 _pick(logits_nV[part], targets_n[part], wide_2wV, True, upstream_n1[part])
-            gradients.add(rows, logits_nV, hidden_ND, weight_VD)
+            gradients.add(rows, logits_nV, hidden_ND, head)
         of_inputs = (None if made is None else made.to(hidden_ND.dtype) for made in gradients)
-        return *of_inputs, None, None, None
+        return *of_inputs, None, None, None, None
+
+
+class _Weights(NamedTuple):
+    """What the head multiplies by and adds; `ids_R` are the tokens that have the rows of `rows_RD`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    rows_RD: Tensor | None
+    ids_R: Tensor | None
 
 
 class _Gradients(NamedTuple):
-    """The gradients of the head's inputs that are needed; those of weight and bias are sums over slices, in float32."""
+    """The gradients of the head's inputs that are needed; those of what it trains are sums over slices, in float32."""
 
     of_hidden_ND: Tensor | None
     of_weight_VD: Tensor | None
     of_bias_V: Tensor | None
+    of_rows_RD: Tensor | None
 
     @staticmethod
-    def make(
-        needed: Sequence[bool], hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None
-    ) -> _Gradients:
-        of_hidden, of_weight, of_bias, *_ = needed
+    def make(needed: Sequence[bool], hidden_ND: Tensor, head: _Weights) -> _Gradients:
+        of_hidden, *of_head = needed[:4]
         return _Gradients(
             torch.empty_like(hidden_ND) if of_hidden else None,
-            torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None,
-            torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and of_bias else None,
+            *(
+                torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and is_needed else None
+                for tensor, is_needed in zip(head[:3], of_head, strict=True)
+            ),
         )
 
     @property
     def are_needed(self) -> bool:
         return any(gradient is not None for gradient in self)
 
-    def add(self, rows: slice, gradient_nV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    def add(self, rows: slice, gradient_nV: Tensor, hidden_ND: Tensor, head: _Weights) -> None:
         """Add what follows from the gradient by the logits of these rows."""
+        of_own_nD = None
+        if head.rows_RD is not None and head.ids_R is not None:
+            gradient_nR = gradient_nV[:, head.ids_R]
+            of_own_nD = gradient_nR @ head.rows_RD
+            if self.of_rows_RD is not None:
+                self.of_rows_RD.add_(gradient_nR.T @ hidden_ND[rows])
+            gradient_nV.index_fill_(1, head.ids_R, 0)  # the weight's own rows are not in use there
         if self.of_hidden_ND is not None:
-            torch.mm(gradient_nV, weight_VD, out=self.of_hidden_ND[rows])
+            torch.mm(gradient_nV, head.weight_VD, out=self.of_hidden_ND[rows])
+            if of_own_nD is not None:
+                self.of_hidden_ND[rows] += of_own_nD
         if self.of_weight_VD is not None:
             self.of_weight_VD.add_(gradient_nV.T @ hidden_ND[rows])
         if self.of_bias_V is not None:
@@ -240,9 +269,10 @@ class _Gradients(NamedTuple):
 
 
 def _slice_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, most_targets: int, at_a_time: LogitsAtATime
+    hidden_ND: Tensor, head: _Weights, most_targets: int, at_a_time: LogitsAtATime
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield the logits slice by slice: the rows, their logits, and room for two float32 copies of some of them."""
+    weight_VD, bias_V, rows_RD, ids_R = head
     most_logits, most_wide = at_a_time
     size = min(max(1, most_logits // len(weight_VD)), most_targets)
     # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
@@ -253,6 +283,8 @@ def _slice_logits(
         logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[: len(hidden_ND[rows])])
         if bias_V is not None:
             logits_nV += bias_V
+        if rows_RD is not None and ids_R is not None:
+            logits_nV.index_copy_(1, ids_R, hidden_ND[rows] @ rows_RD.T)
         yield rows, logits_nV, wide_2wV
 
 
