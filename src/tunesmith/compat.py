@@ -6,6 +6,7 @@ it. The libraries are imported where they are used.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,12 +38,31 @@ def can_set_attention(model: Any) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
-def supports_flash_attention(model: Any) -> bool:
-    """Return whether a transformers model can attend with FlashAttention.
+def supports_sdpa(model: Any) -> bool:
+    """Return whether a transformers model can attend with torch's SDPA.
 
-    `_supports_flash_attn`: transformers 5.19.
+    `_supports_sdpa`: transformers 5.19.
     """
-    return bool(model._supports_flash_attn)
+    return bool(model._supports_sdpa)
+
+
+def supports_flash_attention(model: Any) -> bool:
+    """Return whether a transformers model can attend with FlashAttention 2, and not with kernels of its own alone.
+
+    `_supports_flash_attn`, `_compatible_flash_implementations`: transformers 5.19.
+    """
+    own = getattr(model, "_compatible_flash_implementations", None)
+    return bool(model._supports_flash_attn) and (own is None or "flash_attention_2" in own)
+
+
+def eager_attention(module: Any) -> Any:
+    """Return the function that attends for `module` where no backend is named; None: it doesn't take backends by name.
+
+    `eager_attention_forward` in the module's file, or that of a class it is made from: transformers 5.19.
+    """
+    name = "eager_attention_forward"
+    found = (getattr(sys.modules.get(kind.__module__), name, None) for kind in type(module).__mro__)
+    return next((attend for attend in found if attend is not None), None)
 
 
 def compute_buffers(model: Any) -> None:

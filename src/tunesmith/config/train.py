@@ -69,7 +69,8 @@ class TrainConfig(AdapterSettings, HFDatasetConfig):
     ] = setting(
         "auto",
         "Attention backend: varlen, which cuts packed rows into their examples, or one of transformers'; "
-        "auto is FlashAttention 2 where it is installed, else varlen where the model allows it, else SDPA.",
+        "auto is FlashAttention 2 where it is installed, else varlen where the model allows it, else SDPA, or eager "
+        "for what SDPA leaves out.",
         group="model",
         scope="training",
     )

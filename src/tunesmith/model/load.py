@@ -18,6 +18,7 @@ from tunesmith.compat import (
 )
 from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
+from tunesmith.model.attention_choice import WINDOWS, choose_attention
 from tunesmith.model.chat_template import use_chat_template
 from tunesmith.model.config_errors import explain_config
 from tunesmith.model.folder_files import (
@@ -129,7 +130,13 @@ def load_model(
     transformers_logging.disable_progress_bar()
     model_config = load_model_config(ref)
     check_quantization(model_config, str(ref.source))
-    attention = _choose_attention(ref, model_config, device, dtype, attn_implementation)
+    attention = choose_attention(
+        model_config,
+        device.type,
+        dtype.itemsize == 2,
+        attn_implementation,
+        lambda: supports_flash_attention(build_meta_model(ref, model_config)),
+    )
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             ref.source,
@@ -209,29 +216,10 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16_instructions() else torch.float32
 
 
-def _choose_attention(
-    ref: ModelRef,
-    model_config: PretrainedConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    attn_implementation: str,
-) -> str | None:
-    """Return transformers' name of the attention backend to ask for; None: SDPA if the model has it, else eager."""
-    if attn_implementation == "varlen":
-        return None  # it takes the place of the model's own once that is built
-    if attn_implementation != "auto":
-        return attn_implementation
-    is_half = dtype.itemsize == 2  # FlashAttention computes in nothing longer
-    if device.type == "cuda" and is_half and importlib.util.find_spec("flash_attn"):
-        model = build_meta_model(ref, model_config)
-        return "flash_attention_2" if supports_flash_attention(model) else None
-    return None
-
-
 def narrowest_window(model: nn.Module) -> float:
     """Return the tokens that the narrowest attention of the model's layers reaches back; infinity: all."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(config, name, None) for name in WINDOWS]
     return min((window for window in windows if window is not None), default=math.inf)
 
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from tunesmith.compat import attention_name, can_set_attention
 from tunesmith.data.batches import Batch
+from tunesmith.model.attention_choice import BACKENDS_THAT_KNOW_ALL, EAGER
+from tunesmith.model.attention_probe import attends_as_eager
 from tunesmith.model.kernels.attention import VARLEN, VARLEN_ON_TRIAL, Trial, compute_logits
 from tunesmith.model.kernels.loss import can_fuse_loss
+from tunesmith.model.load import attention_of
 from tunesmith.parallel.collectives import holds_on_all_ranks
 from tunesmith.parallel.fsdp import release_gathered
 
@@ -38,6 +41,8 @@ def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -
         (expected,) = _packed_logits(model, [example], device)
         base.set_attn_implementation(VARLEN_ON_TRIAL)
         (found,) = _packed_logits(model, [example], device, trial)
+        if not attends_as_eager(model, _pack([example]).to(device), VARLEN, narrow_windows=False):
+            trial.problems.append("a layer attends otherwise")
         model.train()  # there it may have dropout, which `varlen` lacks
         (trained,) = _packed_logits(model, [example], device, trial)
         if not (_distance(expected, found) < _rounding(dtype) and trained.isfinite().all()):
@@ -49,6 +54,22 @@ def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -
             logger.debug("no `%s` attention: %s", VARLEN, trial.problems)
         base.set_attn_implementation(VARLEN if fits else own)
     return fits
+
+
+def attends_rightly(model: nn.Module, device: torch.device) -> bool:
+    """Return whether the model's own attention backend leaves out nothing of what its layers ask for, on this rank."""
+    own = attention_of(model)
+    if own in BACKENDS_THAT_KNOW_ALL:
+        return True
+    (example, *_) = _make_examples(model)
+    with _evaluating(model):
+        return attends_as_eager(model, _pack([example]).to(device), own, narrow_windows=True)
+
+
+def attend_eagerly(model: Any) -> None:
+    """Let the model attend as its own code does where no backend is named."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.set_attn_implementation(EAGER)
 
 
 def keeps_examples_apart(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
@@ -69,10 +90,10 @@ def keeps_examples_apart(model: nn.Module, device: torch.device, dtype: torch.dt
     return unmoved and same
 
 
-def fuses_loss(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+def fuses_loss(model: nn.Module, device: torch.device) -> bool:
     """Return whether the model's loss can be computed without its logits."""
     with _evaluating(model):
-        fuses = can_fuse_loss(model, _pack(_make_examples(model)).to(device), _rounding(dtype))
+        fuses = can_fuse_loss(model, _pack(_make_examples(model)).to(device))
     return holds_on_all_ranks(fuses, device)
 
 

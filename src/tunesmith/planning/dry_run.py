@@ -6,28 +6,25 @@ On torch's meta device every product costs nothing, and every tensor says how ma
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
 
-from tunesmith.compat import storage_key
+from tunesmith.compat import can_set_attention
 from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
-from tunesmith.model.kernels.attention import VARLEN, attend_within_examples
+from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
-from tunesmith.model.kernels.loss import has_plain_head, sum_cross_entropy
+from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks, recompute_all, recompute_none
+from tunesmith.planning.live_bytes import AnswersNo, LiveCounter
+from tunesmith.planning.stand_ins import name_stand_in
 
-_PLANNED_ON_CPU = f"{VARLEN}_planned_on_cpu"
-_PLANNED_ON_GPU = f"{VARLEN}_planned_on_gpu"
+_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,15 @@ class Microbatch:
         return Microbatch(self.kept.times(factor), self.recomputed.times(factor), savings)
 
 
-def planned_kernels(device_type: str) -> Kernels:
-    """Return what a model computes with on devices of this type, as far as tensors without data can."""
-    attention = _PLANNED_ON_CPU if device_type == "cpu" else _PLANNED_ON_GPU
+def planned_kernels(device_type: str, attention: str = VARLEN) -> Kernels:
+    """Return what a model computes with on devices of this type, as far as tensors without data can.
+
+    Besides `varlen`, `attention` may be any backend that the model can be run with.
+    """
     # Norms are counted as the CPU's, which keep as much.
-    return replace(kernels_for(device_type), attention=attention, torch_norms=False)
+    return replace(
+        kernels_for(device_type), attention=name_stand_in(attention, device_type), torch_norms=False
+    )
 
 
 def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels: Kernels) -> Microbatch:
@@ -100,22 +101,12 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels
     Raises:
         ModelError: the model can't be run so.
     """
-    try:
-        blocks = find_decoder_blocks(model)
-        # The first block's input needs no gradient, so that it may keep less than others of its kind.
-        kinds = {_kind_of(block): block for block in blocks[1:]}
-        with _blocks_replaced(model, blocks, [blocks[0], *kinds.values()]):
-            runs = [run_microbatch(model, num_tokens, example_tokens, kernels)]
-            recompute_all(model)
-            runs.append(run_microbatch(model, num_tokens, example_tokens, kernels))
-            recompute_none(model)
-    except Exception as error:  # a model's own code may fail on tensors without data in any way
-        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise ModelError(
-            f"the memory of a `{model.config.model_type}` model can't be told beforehand: {reason}",
-            "try a step of training",
-        ) from error
-    others = [list(kinds).index(_kind_of(block)) for block in blocks[1:]]
+    with told_beforehand(model), one_block_of_each_kind(model) as others:
+        fused = fuses_loss_on_meta(model)
+        runs = [run_microbatch(model, num_tokens, example_tokens, kernels, fused)]
+        recompute_all(model)
+        runs.append(run_microbatch(model, num_tokens, example_tokens, kernels, fused))
+        recompute_none(model)
     kept, recomputed = (
         live.plus(sum(of_blocks[1:][kind] for kind in others) - sum(of_blocks[1:]))
         for live, of_blocks in runs
@@ -127,18 +118,24 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels
 
 
 def run_microbatch(
-    model: Any, num_tokens: int, example_tokens: int, kernels: Kernels
+    model: Any,
+    num_tokens: int,
+    example_tokens: int,
+    kernels: Kernels,
+    fused: bool | None = None,
 ) -> tuple[LiveBytes, list[int]]:
     """Run one microbatch through all blocks of the meta model, recomputing those that are flagged for it.
 
-    `kernels` take the place of those that the model had. Returns what lives, and what of the activations each block adds.
+    `kernels` take the place of those that the model had; `fused` says whether its loss is (None: look). Returns what
+    lives, and what of the activations each block adds.
     """
+    if fused is None:
+        fused = fuses_loss_on_meta(model)
     install_kernels(model, kernels)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(kernels.attention)
+    attend_with(model, kernels.attention)
     head = model.get_output_embeddings()
-    batch = _make_batch(num_tokens, example_tokens)
-    live = _LiveCounter([*model.parameters(), *model.buffers()])
+    batch = make_batch(num_tokens, example_tokens, is_flat=kernels.attention.startswith(VARLEN))
+    live = LiveCounter([*model.parameters(), *model.buffers()])
     before_loss: list[int] = []
     blocks = find_decoder_blocks(model)
     handles = [
@@ -152,7 +149,7 @@ def run_microbatch(
             handles.append(parameter.register_post_accumulate_grad_hook(_forget_gradient))
     try:
         with live:
-            loss = sum_cross_entropy(model, batch, fused=has_plain_head(model), at_a_time=kernels.logits)
+            loss = sum_cross_entropy(model, batch, fused=fused, at_a_time=kernels.logits)
             borders, loss_peak, live.peak = [*live.noted], live.peak, live.now
             loss.backward()
     finally:
@@ -162,10 +159,50 @@ def run_microbatch(
     return LiveBytes(before_loss[0], loss_peak, live.peak), of_blocks
 
 
+def fuses_loss_on_meta(model: Any) -> bool:
+    """Return whether the loss of the meta model can be fused: what `fuses_loss` will find of the model with weights."""
+    with AnswersNo():
+        return can_fuse_loss(model, make_batch(_FEW_TOKENS, _FEW_TOKENS, is_flat=True))
+
+
+def attend_with(model: Any, attention: str) -> None:
+    """Let the meta model attend with this backend, if it takes one by name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if can_set_attention(base):
+        base.set_attn_implementation(attention)
+
+
 def _kind_of(block: nn.Module) -> tuple[object, ...]:
     """Return what blocks have in common that keep equally much."""
     weights = ((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
     return type(block), *weights
+
+
+@contextmanager
+def told_beforehand(model: Any) -> Iterator[None]:
+    """Let what fails inside say that the model can't be run without data.
+
+    Raises:
+        ModelError: it can't.
+    """
+    try:
+        yield
+    except Exception as error:  # a model's own code may fail on tensors without data in any way
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise ModelError(
+            f"the memory of a `{model.config.model_type}` model can't be told beforehand: {reason}",
+            "try a step of training",
+        ) from error
+
+
+@contextmanager
+def one_block_of_each_kind(model: Any) -> Iterator[list[int]]:
+    """Leave the model its first block and one of each kind of the others; yield which of these each of them is."""
+    blocks = find_decoder_blocks(model)
+    # The first block's input needs no gradient, so that it may keep less than others of its kind.
+    kinds = {_kind_of(block): block for block in blocks[1:]}
+    with _blocks_replaced(model, blocks, [blocks[0], *kinds.values()]):
+        yield [list(kinds).index(_kind_of(block)) for block in blocks[1:]]
 
 
 @contextmanager
@@ -180,85 +217,14 @@ def _blocks_replaced(model: nn.Module, before: list[nn.Module], after: list[nn.M
         held.extend(before)
 
 
-def _make_batch(num_tokens: int, example_tokens: int) -> Batch:
+def make_batch(num_tokens: int, example_tokens: int, is_flat: bool, device_type: str = "meta") -> Batch:
+    """Return a batch, without data if that isn't told otherwise: one row that holds the examples, or a row for each."""
     starts = [*range(0, num_tokens, example_tokens), num_tokens]
-    ids_1T = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    ids_N = torch.zeros(num_tokens, dtype=torch.int64, device=device_type)
+    ids_BT = ids_N.view(1 if is_flat else -1, num_tokens if is_flat else example_tokens)
     # Every token but an example's first is a target; one more costs nothing.
-    return Batch(
-        ids_1T, ids_1T, ids_1T[0], ids_1T[0], torch.tensor(starts, dtype=torch.int32), example_tokens
-    )
+    return Batch(ids_BT, ids_BT, ids_N, ids_N, torch.tensor(starts, dtype=torch.int32), example_tokens)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-class _LiveCounter(TorchDispatchMode):
-    """Counts the bytes of the meta tensors that are made inside and live; views of what was there before are free."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.noted: list[int] = []
-        self._is_noting = False
-        self._keys = {storage_key(tensor.untyped_storage()) for tensor in before}
-
-    def note_next(self) -> None:
-        """Note what lives when the next operation begins: until then a block's input may still be held."""
-        self._is_noting = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_noting:
-            self.noted.append(self.now)
-            self._is_noting = False
-        outputs = func(*args, **(kwargs or {}))
-        for output in tree_leaves(outputs):
-            if isinstance(output, Tensor) and output.is_meta:
-                self._add(output.untyped_storage())
-        return outputs
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage_key(storage), storage.nbytes()
-        if key in self._keys:
-            return
-        self._keys.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._keys.remove(key)
-        self.now -= size
-
-
-def _attend_as_a_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-) -> tuple[Tensor, None]:
-    return attend_within_examples(
-        module, query, key, value, attention_mask, **{**options, "sliding_window": None}
-    )
-
-
-def _attend_as_a_gpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-) -> tuple[Tensor, None]:
-    return _FlashAttention.apply(query, key, value), None
-
-
-class _FlashAttention(torch.autograd.Function):
-    """What FlashAttention keeps for its backward pass, and makes there. Shapes: (1, heads, tokens, width)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(states) for states in ctx.saved_tensors[:3])
-
-
-AttentionInterface.register(_PLANNED_ON_CPU, _attend_as_a_cpu)
-AttentionInterface.register(_PLANNED_ON_GPU, _attend_as_a_gpu)

@@ -20,6 +20,7 @@ from tunesmith.planning.memory import (
     PlannedModel,
     estimate_memory,
     estimate_microbatch,
+    keeps_squares,
     stored_bytes,
 )
 
@@ -90,7 +91,11 @@ def _list_layouts(
     """Yield the layouts that the settings allow, the fastest first: gathering again costs less than recomputing."""
     fewest = num_blocks if config.gradient_checkpointing else 0
     most = 0 if config.gradient_checkpointing is False else num_blocks
-    if config.gradient_checkpointing is None and planned.keeps_squares and device_type == "cuda":
+    if (
+        config.gradient_checkpointing is None
+        and device_type == "cuda"
+        and keeps_squares(planned, config, device_type)
+    ):
         fewest = num_blocks
     if not replicated and not config.cpu_offload:
         yield Layout(replicated, False, fewest, num_blocks)

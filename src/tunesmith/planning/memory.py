@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from tunesmith.config import TrainConfig
 from tunesmith.model.adapted import adapt_model
+from tunesmith.model.attention_choice import EAGER
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.head import find_head
-from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.lora_linear import trains_plain_adapters_alone
 from tunesmith.model.load import attention_of, build_meta_model
 from tunesmith.model.quantized import check_quantization
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.parallel.casting import cast_weights
 from tunesmith.parallel.fsdp import numel_of_slice
+from tunesmith.planning.attention import find_attention, own_attention
 from tunesmith.planning.dry_run import Microbatch, measure_microbatch, planned_kernels
 
 if TYPE_CHECKING:
@@ -85,14 +86,14 @@ class PlannedModel:
 
     Attributes:
         fused: whether its adapters are computed with their layers, so that its weights needn't be sharded.
-        keeps_squares: whether its attention keeps a square of each example, which isn't counted.
+        built_with: the attention backend that transformers gives it where none is asked for.
     """
 
     model: nn.Module
     dtype: torch.dtype
     stored_dtype: torch.dtype
     fused: bool
-    keeps_squares: bool
+    built_with: str
 
 
 def build_planned_model(
@@ -111,7 +112,7 @@ def build_planned_model(
     check_quantization(model_config, str(config.model.source))
     with torch.device("meta"):
         model: Any = build_meta_model(config.model, model_config)
-        own = attention_of(model)
+        built_with = attention_of(model)
         model = adapt_model(model, config, dtype)
         store_weights(model, frozen_weight)
     fused = not config.full_ft and trains_plain_adapters_alone(model)
@@ -121,8 +122,13 @@ def build_planned_model(
     # Without fused adapters FSDP casts what is trained as it gathers it.
     cast_weights(model, computed, trained=torch.float32 if fused else computed)
     stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
-    attention = own if config.attn_implementation in ("auto", VARLEN) else config.attn_implementation
-    return PlannedModel(model.train(), dtype, stored, fused, keeps_squares=attention == "eager")
+    return PlannedModel(model.train(), dtype, stored, fused, built_with)
+
+
+def keeps_squares(planned: PlannedModel, config: TrainConfig, device_type: str) -> bool:
+    """Return whether attention keeps a square of each example."""
+    own = own_attention(planned.model, planned.built_with, config, device_type, planned.dtype)
+    return own == EAGER
 
 
 def sequences_per_forward(batch_size: int, max_seq_length: int, device_type: str) -> int:
@@ -135,7 +141,7 @@ def sequences_per_forward(batch_size: int, max_seq_length: int, device_type: str
 def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type: str) -> Microbatch:
     """Return what the sequences that are run at once hold.
 
-    Rows are taken to be full, every token of them to be trained, and attention to be `varlen` or FlashAttention.
+    Rows are taken to be full, and every token of them to be trained.
 
     Raises:
         ModelError: as `measure_microbatch` says.
@@ -143,7 +149,10 @@ def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type:
     model: Any = planned.model
     length = config.max_seq_length
     num_tokens = length * sequences_per_forward(config.per_device_train_batch_size, length, device_type)
-    found = measure_microbatch(model, num_tokens, length, planned_kernels(device_type))
+    own = own_attention(model, planned.built_with, config, device_type, planned.dtype)
+    attention = find_attention(model, own, config, device_type, planned.dtype)
+    kernels = planned_kernels(device_type, attention)
+    found = measure_microbatch(model, num_tokens, length, kernels)
     return found.times(planned.dtype.itemsize // find_head(model).layer.weight.dtype.itemsize)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.adapted import adapt_model
+from tunesmith.model.attention_choice import may_use_varlen, warn_of_other_attention
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
@@ -19,7 +22,7 @@ from tunesmith.model.load import (
     narrowest_window,
     resolve_dtype,
 )
-from tunesmith.model.probe import fuses_loss, use_varlen_attention
+from tunesmith.model.probe import attend_eagerly, attends_rightly, fuses_loss, use_varlen_attention
 from tunesmith.model.unread import UnreadWeights, load_unread
 from tunesmith.model.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import (
@@ -27,11 +30,14 @@ from tunesmith.parallel.activation_checkpointing import (
     describe_recomputation,
     recompute_first,
 )
+from tunesmith.parallel.collectives import holds_on_all_ranks
 from tunesmith.parallel.fsdp import shard_model
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.replicate import replicate_model
 from tunesmith.planning.layout import choose_layout, find_room
 from tunesmith.planning.memory import build_planned_model
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -85,20 +91,22 @@ def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> 
         ModelError: the model doesn't allow the attention that the settings name.
     """
     dtype = resolve_dtype(config.dtype, device)
-    if _may_use_varlen(config, model):
+    window = narrowest_window(model)
+    if may_use_varlen(config.attn_implementation, attention_of(model), config.max_seq_length, window):
         uses_varlen = use_varlen_attention(model, device, dtype)
         if not uses_varlen and config.attn_implementation == VARLEN:
             raise ModelError(
                 f"`attn_implementation` is `{VARLEN}`, which doesn't compute the attention of `{config.model.source}`",
                 "leave `attn_implementation` out",
             )
-    return fuses_loss(model, device, dtype)
-
-
-def _may_use_varlen(config: TrainConfig, model: nn.Module) -> bool:
-    if config.attn_implementation != "auto":
-        return config.attn_implementation == VARLEN
-    return not attention_of(model).startswith("flash") and config.max_seq_length <= narrowest_window(model)
+    own = attention_of(model)
+    if own != VARLEN and not holds_on_all_ranks(attends_rightly(model, device), device):
+        if config.attn_implementation == "auto":
+            logger.info("`%s` doesn't compute the attention of `%s`", own, config.model.source)
+            attend_eagerly(model)
+        else:
+            warn_of_other_attention(own, load_model_config(config.model), str(config.model.source))
+    return fuses_loss(model, device)
 
 
 def describe_choices(model: nn.Module, fused_loss: bool, config: TrainConfig, device: torch.device) -> str:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
+from tunesmith.model.attention_choice import SDPA
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
@@ -34,10 +35,13 @@ class Choices:
     use_gpu: bool
 
 
-def keep_recorded(config: TrainConfig, recorded: dict[str, Any] | None, num_workers: int) -> TrainConfig:
+def keep_recorded(
+    config: TrainConfig, recorded: dict[str, Any] | None, num_workers: int, use_gpu: bool
+) -> TrainConfig:
     """Return the settings with the dtype that the run was started in, where they leave it open.
 
-    And with where the weights lay, if the number of workers is the same: how gradients are added up follows.
+    And with where the weights lay, if the number of workers is the same: how gradients are added up follows. And with
+    SDPA, if the run attends with it on such devices: before there was a choice, models that cap their scores did.
     `recorded` are the choices of the attempt before, None at a run's first.
     """
     if recorded is None:
@@ -45,6 +49,8 @@ def keep_recorded(config: TrainConfig, recorded: dict[str, Any] | None, num_work
     kept = {"dtype": recorded["dtype"]}
     if recorded["num_workers"] == num_workers:
         kept["fsdp"] = recorded["fsdp"]
+    if recorded["attn_implementation"] == SDPA and recorded["use_gpu"] == use_gpu:
+        kept["attn_implementation"] = SDPA
     return config.model_copy(update={name: c for name, c in kept.items() if getattr(config, name) == "auto"})
 
 

@@ -38,7 +38,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     mesh = build_mesh(worker.rank, worker.world_size)
     (params,) = broadcast_objects([job.run.read_params()], mesh.group)
     config = with_kept_adapter(job.config, job.run)
-    config = keep_recorded(config, params["resolved"], mesh.size)
+    config = keep_recorded(config, params["resolved"], mesh.size, device.type == "cuda")
     job = replace(job, config=config)
     if config.torch_compile:
         check_compiler(device)

@@ -11,6 +11,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared, rendering_version_of
 from tunesmith.data.shares import measure_shares
 from tunesmith.data.sources import sources_fingerprint
+from tunesmith.model.attention_choice import check_attention
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
@@ -49,6 +50,7 @@ def check_model(config: TrainConfig) -> int:
     check_quantization(model_config, str(config.model.source))
     model = build_meta_model(config.model, model_config)
     check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
+    check_attention(config.attn_implementation, model, str(config.model.source))
     if config.adapter_path is not None:
         _check_prior_fits(model, config)
     if config.adapts_more:

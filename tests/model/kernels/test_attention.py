@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.model.kernels import attention
-from tunesmith.model.kernels.attention import Trial, attend_on_trial, attend_within_examples
+from tunesmith.model.kernels.attention import (
+    Trial,
+    attend_on_trial,
+    attend_within_examples,
+    on_trial,
+)
 
 MODULE = SimpleNamespace(is_causal=True)
 WIDTH = 8
@@ -100,7 +105,8 @@ def test_what_it_does_not_compute_is_refused(options: dict[str, object]) -> None
     with pytest.raises(NotImplementedError):
         attend(states, [5, 4], **options)
     trial = Trial()
-    tried = attend(states, [5, 4], attend_on_trial, trial=trial, **options)
+    with on_trial(trial):
+        tried = attend(states, [5, 4], attend_on_trial, **options)
     assert tried.shape == (1, 9, 4, WIDTH)
     assert tried.isnan().all()
     assert len(trial.problems) == 1
@@ -109,7 +115,9 @@ def test_what_it_does_not_compute_is_refused(options: dict[str, object]) -> None
 
 def test_on_trial_it_computes_the_same() -> None:
     states, trial = random_states(4, 2, 9), Trial()
-    assert torch.equal(attend(states, [5, 4], attend_on_trial, trial=trial), attend(states, [5, 4]))
+    with on_trial(trial):
+        tried = attend(states, [5, 4], attend_on_trial)
+    assert torch.equal(tried, attend(states, [5, 4]))
     assert not trial.problems
 
 

@@ -24,13 +24,19 @@ class TransformersEngine:
 
         from tunesmith.model.adapters import apply_adapter
         from tunesmith.model.load import load_model
+        from tunesmith.model.probe import attend_eagerly, attends_rightly
+        from tunesmith.parallel.replicate import replicate_model
 
         self._spec = spec
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
         device = torch.device("cuda" if spec.use_gpu else "cpu")
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        model = load_model(spec.model, device, dtype).to(device, dtype).eval()
+        model = load_model(spec.model, device, dtype).requires_grad_(False).eval()
+        # As training casts: a cast of the whole model would round its rotary frequencies too.
+        replicate_model(model, device, dtype)
+        if not attends_rightly(model, device):
+            attend_eagerly(model)
         # A model's own may hold penalties, with which greedy wouldn't be greedy.
         model.generation_config = GenerationConfig()
         self._model: Any = model if spec.adapter is None else apply_adapter(model, spec.adapter)

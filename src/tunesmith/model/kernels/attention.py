@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -42,19 +43,34 @@ class Trial:
     problems: list[str] = field(default_factory=list)
 
 
+# The trial that runs, or none: not every model hands on what it is told.
+_trial_at_work: ContextVar[Trial | None] = ContextVar("_trial_at_work", default=None)
+
+
+@contextmanager
+def on_trial(trial: Trial | None) -> Iterator[None]:
+    """Let what `varlen_on_trial` can't compute be noted in `trial`, if there is one."""
+    token = _trial_at_work.set(trial)
+    try:
+        yield
+    finally:
+        _trial_at_work.reset(token)
+
+
 def compute_logits(model: Any, batch: Batch, trial: Trial | None = None) -> Tensor:
-    """Return the model's logits, with its attention backend told of the batch's examples, and of the trial."""
-    told: dict[str, Any] = {} if trial is None else {"trial": trial}
+    """Return the model's logits, with its attention backend told of the batch's examples; `trial` is noted in."""
+    told: dict[str, Any] = {}
     if attention_name(model).startswith(VARLEN):
-        told |= {
+        told = {
             "cu_seq_lens_q": batch.starts,
             "cu_seq_lens_k": batch.starts,
             "max_length_q": batch.longest,
             "max_length_k": batch.longest,
         }
-    logits: Tensor = model(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False, **told
-    ).logits
+    with on_trial(trial):
+        logits: Tensor = model(
+            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False, **told
+        ).logits
     return logits
 
 
@@ -100,18 +116,16 @@ def attend_on_trial(
     key_1KTD: Tensor,
     value_1KTD: Tensor,
     attention_mask: Tensor | None,
-    trial: Trial | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return what `attend_within_examples` does, or NaN where it can't compute that, and note the reason in `trial`.
+    """Return what `attend_within_examples` does, or NaN where it can't compute that, and note the reason in the trial.
 
-    An error would leave FSDP in the middle of a forward. NaN shows in the logits even of a model that doesn't hand
-    `trial` on.
+    An error would leave FSDP in the middle of a forward.
     """
     try:
         return attend_within_examples(module, query_1HTD, key_1KTD, value_1KTD, attention_mask, **options)
     except (NotImplementedError, TypeError, RuntimeError) as error:
-        if trial is not None:
+        if trial := _trial_at_work.get():
             trial.problems.append(str(error))
         shape = 1, *query_1HTD.shape[2:0:-1], value_1KTD.shape[-1]
         return query_1HTD.new_full(shape, torch.nan), None
