@@ -7,7 +7,8 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,7 +34,7 @@ from tunesmith.runs.identity import is_finished
 from tunesmith.runs.lease import Lease, refuse_if_held
 from tunesmith.runs.metrics_log import find_ending, newest_attempt
 from tunesmith.runs.templates import with_recorded_templates
-from tunesmith.runs.tuned import taken
+from tunesmith.runs.tuned import TunedModel, taken
 from tunesmith.signals import ended_by_sigterm, stopping_on_signals
 from tunesmith.tracking.trackers import check_trackers
 from tunesmith.train.same_run import find_run
@@ -136,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
 
 def convert(config: ConvertConfig) -> Exported:
-    """Export the tuned model that the settings mean; see `export.convert.export`.
+    """Export the tuned model that the settings mean; see `export.convert.export`. With `push_to_hub` it goes to the hub.
 
     On the Ray cluster of `RAY_ADDRESS`, if that is set, it runs on a node with GPUs, or without any GPU in the
     cluster on one with CPUs; see `cluster.task.choose_nodes`.
@@ -144,13 +145,26 @@ def convert(config: ConvertConfig) -> Exported:
     Raises:
         ConfigError, ModelError, ResourceError, RunError: bad input, before anything is written.
         CheckpointError: the checkpoint can't be read.
-        ExportError: it can't be written or isn't equal, or the process on the cluster is lost.
+        ExportError: it can't be written or isn't equal, the process on the cluster is lost, or it couldn't be pushed.
     """
-    from tunesmith.export.convert import choose_output, export, export_elsewhere
+    from tunesmith.export.convert import choose_output, find_finished
+    from tunesmith.export.hub import find_target, push
+
+    with taken(config, "convert_checkpoint_to_hf") as tuned:
+        target = find_target(config)
+        if target is None:
+            return _convert(tuned, config, choose_output(tuned, config))
+        config = config.model_copy(update={"push_to_hub": target.name})
+        output = choose_output(tuned, config)
+        exported = find_finished(tuned, config, output) or _convert(tuned, config, output)
+        return replace(exported, pushed=push(output, tuned, target, config))
+
+
+def _convert(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
+    from tunesmith.export.convert import export, export_elsewhere
     from tunesmith.export.folder import mark_beside, tidy
 
-    with taken(config, "convert_checkpoint_to_hf") as tuned, connected_nodes() as (nodes, _):
-        output = choose_output(tuned, config)
+    with connected_nodes() as (nodes, _):
         fitting = choose_nodes(nodes)
         if includes_this_one(fitting):
             return export(tuned, config, output)

@@ -32,6 +32,7 @@ from tunesmith.export.convert import export
 from tunesmith.export.final import write_final
 from tunesmith.model.state import read_weights
 from tunesmith.runs.folder import RunDir
+from tunesmith.runs.tuned import find_tuned
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 
@@ -195,7 +196,7 @@ def test_the_folder_says_what_it_was_made_from(
     folder = convert(tuned, tmp_path / "out")
     card = (folder / "README.md").read_text()
     for part in (
-        "base_model: llama\n",
+        "# llama, fine-tuned",
         "library_name: transformers",
         "`rows.jsonl`",
         "| `lora_rank` | `4` |",
@@ -206,9 +207,11 @@ def test_the_folder_says_what_it_was_made_from(
         "| ROUGE-L F1 |  | 0.5 (0.25 to 0.75) |  |",
     ):
         assert part in card
+    assert "base_model:" not in card, "a local folder's name is none of the hub's"
     assert str(tmp_path_factory.getbasetemp()) not in card
     assert "/somewhere" not in card
     origin = json.loads((folder / "tunesmith.json").read_text())
+    assert origin.pop("export")["no_merge"] is False
     assert (origin["run"], origin["checkpoint"]) == (run.path.name, tuned.folder.name)
     assert (origin["base"], origin["base_fingerprint"]) == (
         "llama",
@@ -221,7 +224,9 @@ def test_the_folder_says_what_it_was_made_from(
         "row_format": "template",
     }
     alone = convert(tuned, tmp_path / "alone", no_merge=True)
-    assert json.loads((alone / "tunesmith.json").read_text()) == origin
+    of_alone = json.loads((alone / "tunesmith.json").read_text())
+    assert of_alone.pop("export")["no_merge"] is True
+    assert of_alone == origin
 
 
 @pytest.mark.parametrize("full_ft", [False, True])
@@ -234,7 +239,9 @@ def test_final_says_what_an_export_says_and_a_killed_replacement_of_it_is_put_ri
     write_final(run, tuned.base)
     final = run.final_path
     origin = json.loads((final / "tunesmith.json").read_text())
-    assert origin == json.loads((convert(tuned, tmp_path / "out") / "tunesmith.json").read_text())
+    exported = json.loads((convert(tuned, tmp_path / "out") / "tunesmith.json").read_text())
+    del exported["export"]
+    assert origin == exported
     assert str(tmp_path_factory.getbasetemp()) not in (final / "tunesmith.json").read_text()
 
     # As a process leaves it that is killed between the two renames.
@@ -262,8 +269,6 @@ def test_the_proof_counts_each_written_weight_once_and_is_told_once(
 
 
 def test_an_exported_model_can_be_exported_again_in_other_files(trained: Trained, tmp_path: Path) -> None:
-    from tunesmith.runs.tuned import find_tuned
-
     first = convert(tuned_of(trained("mixtral")), tmp_path / "first")
     tuned = find_tuned(ConvertConfig(checkpoints_dir=str(first)))
     assert tuned.kind == "model"
@@ -271,3 +276,35 @@ def test_an_exported_model_can_be_exported_again_in_other_files(trained: Trained
     assert exported.num_files > 1
     weights = load_weights(exported.folder)
     assert all(torch.equal(weights[name], t.bfloat16()) for name, t in load_weights(first).items())
+
+
+@pytest.mark.parametrize("full_ft", [False, True])
+def test_any_step_of_the_run_is_exported_by_its_number_or_its_folder(
+    full_ft: bool, trained: Trained, tmp_path: Path
+) -> None:
+    run = trained("llama", full_ft=True) if full_ft else trained("llama")
+    steps = {checkpoint.step: checkpoint.path for checkpoint in run.checkpoints()}
+    assert list(steps) == [2, 4]
+    ways = {
+        "number": {"checkpoints_dir": str(run.path), "checkpoint": 2},
+        "digits": {"checkpoints_dir": str(run.path), "checkpoint": "0002"},
+        "name": {"checkpoints_dir": str(run.path), "checkpoint": "checkpoint_00000002"},
+        "folder": {"checkpoints_dir": f"{steps[2]}/"},
+        "both": {"checkpoints_dir": str(steps[2]), "checkpoint": "02"},
+        "run name": {"checkpoints_dir": run.run_name, "home": run.home, "checkpoint": "2"},
+    }
+    found = {name: find_tuned(ConvertConfig(**way)) for name, way in ways.items()}  # type: ignore[arg-type]
+    assert {name: tuned.folder for name, tuned in found.items()} == dict.fromkeys(ways, steps[2])
+    second, fourth = (
+        load_weights(convert(tuned_of(run, str(step)), tmp_path / str(step))) for step in (2, 4)
+    )
+    assert not torch.equal(
+        second["model.layers.0.self_attn.q_proj.weight"], fourth["model.layers.0.self_attn.q_proj.weight"]
+    )
+    expected = (
+        merge_by_peft(Path(run.read_params()["model"]["path"]), steps[2]).state_dict()
+        if not full_ft
+        else read_weights(steps[2])
+    )
+    for name, weight in second.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)

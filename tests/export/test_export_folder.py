@@ -22,7 +22,6 @@ from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.errors import ExportError, ModelError, ResourceError, RunError
 from tunesmith.export.folder import new_folder
-from tunesmith.export.shards import parse_size
 from tunesmith.model.tensor_files import TensorFile, write_tensors
 from tunesmith.runs.tuned import TunedModel
 
@@ -228,7 +227,3 @@ def test_a_torn_file_is_an_error_that_names_it(damage: Callable[[bytes], bytes],
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ModelError, match="torn` is not a whole safetensors file"):
         TensorFile(path)
-
-
-def test_sizes_mean_thousands_or_powers_of_two() -> None:
-    assert [parse_size(text) for text in ("5GB", "500 MiB", "1.5kb")] == [5 * 10**9, 500 << 20, 1500]

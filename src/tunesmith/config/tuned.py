@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from tunesmith.config.declare import (
     AutoBool,
@@ -20,7 +19,9 @@ from tunesmith.config.declare import (
     Settings,
     setting,
 )
+from tunesmith.config.push import PushSettings
 from tunesmith.config.reading import ReadingConfig
+from tunesmith.config.size import Size
 
 METRICS = ("bertscore", "rougeL", "chrf", "exact_match", "numeric_match", "tool_calls")
 
@@ -33,15 +34,16 @@ def _check_metrics(names: list[str] | None) -> list[str] | None:
 
 
 def _check_checkpoint(value: str) -> str:
-    if value not in ("best", "latest") and not value.isdecimal():
+    step = value.removeprefix("checkpoint_")
+    if step.isdecimal():
+        return str(int(step))
+    if value not in ("best", "latest"):
         raise ValueError("it must be best, latest or a step, as 100")
     return value
 
 
-def _check_size(value: str) -> str:
-    if not re.fullmatch(r"(?i)\d+(\.\d+)?\s*[KMGT]i?B", value):
-        raise ValueError("it must be a size, as 5GB or 500MB")
-    return value
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class TunedModelConfig(Settings):
@@ -54,7 +56,7 @@ class TunedModelConfig(Settings):
         group="model",
         scope="run",
     )
-    checkpoint: Annotated[str, AfterValidator(_check_checkpoint)] = setting(
+    checkpoint: Annotated[str, AfterValidator(_check_checkpoint), BeforeValidator(_number_as_text)] = setting(
         "best",
         "Checkpoint of the run: best (lowest validation loss), latest, or a step.",
         group="model",
@@ -172,7 +174,7 @@ class EvaluateConfig(ReadingConfig, TunedModelConfig):
     )
 
 
-class ConvertConfig(TunedModelConfig):
+class ConvertConfig(PushSettings, TunedModelConfig):
     """Everything `tunesmith convert` can be told."""
 
     no_merge: bool = setting(
@@ -190,8 +192,11 @@ class ConvertConfig(TunedModelConfig):
         group="export",
         scope="run",
     )
-    max_shard_size: Annotated[str, AfterValidator(_check_size)] = setting(
-        "5GB", "Largest weight file, as 5GB or 500MB.", group="export", scope="run"
+    max_shard_size: Size = setting(
+        "5GB",
+        "Largest weight file, as 5GB, 500MiB or a number of bytes; a larger tensor has a file of its own.",
+        group="export",
+        scope="run",
     )
     verify: bool = setting(
         True,

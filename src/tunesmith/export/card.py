@@ -17,14 +17,28 @@ from tunesmith.runs.metrics_log import untrained_loss
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.urls import is_url, name_of
 
+Library = Literal["transformers", "peft"]
+
 # Said elsewhere in the card, or true of one machine alone.
 _UNLISTED = {"hf_model_id", "model_path", "dataset_name", "datasets", "trust_remote_code"}
 # May be raised on the way, like what concerns the machine; but it bends the learning rate.
 _LISTED = {"max_steps"}
 
 
-def write_card(tuned: TunedModel, library: Literal["transformers", "peft"], name: str, folder: Path) -> None:
-    """Write `README.md` into `folder`; `name` is what the folder will be called."""
+def write_card(tuned: TunedModel, library: Library, name: str, folder: Path) -> None:
+    """Write `README.md` into `folder`; `name` is what the folder will be called, or its repository on the hub."""
+    (folder / "README.md").write_text(_format_card(tuned, library, name), encoding="utf-8")
+
+
+def rename_card(tuned: TunedModel, library: Library, names: tuple[str, str], folder: Path) -> None:
+    """Let the card in `folder` name the second of two names in place of the first, if it is as it was written."""
+    old, new = (_format_card(tuned, library, name) for name in names)
+    path = folder / "README.md"
+    if path.is_file() and path.read_text(encoding="utf-8") == old:
+        path.write_text(new, encoding="utf-8")
+
+
+def _format_card(tuned: TunedModel, library: Library, name: str) -> str:
     paragraphs = [
         f"---\n{yaml.safe_dump(_front_matter(tuned, library), sort_keys=False)}---",
         f"# {name_base(tuned.base)}, fine-tuned" if tuned.base is not None else f"# {name}",
@@ -35,7 +49,7 @@ def write_card(tuned: TunedModel, library: Literal["transformers", "peft"], name
         *_describe_settings(tuned),
         f"## Use\n\n```python\n{_USE[library].format(name=name)}```",
     ]
-    (folder / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 _USE = {
@@ -56,7 +70,8 @@ _USE = {
 
 def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if tuned.base is not None:
+    # The hub takes its own names there, and refuses others.
+    if tuned.base is not None and tuned.base.folder is None:
         content["base_model"] = name_base(tuned.base)
     content |= {"library_name": library, "pipeline_tag": "text-generation"}
     content["tags"] = ["tunesmith", "lora" if tuned.kind == "adapter" else "full-fine-tuning"]

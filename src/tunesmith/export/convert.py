@@ -13,7 +13,8 @@ import torch
 from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.errors import ConfigError
 from tunesmith.export.adapter import open_adapter, prove_copy, write_adapter_folder
-from tunesmith.export.card import write_card
+from tunesmith.export.again import find_record, record_of
+from tunesmith.export.card import Library, rename_card, write_card
 from tunesmith.export.folder import check_space, new_folder
 from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
@@ -21,7 +22,9 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
+from tunesmith.model.adapter_files import find_adapter_weights
 from tunesmith.model.load import load_tokenizer
+from tunesmith.model.tensor_files import TensorFile
 from tunesmith.model.tokenizer import has_tokenizer
 from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
@@ -31,11 +34,16 @@ logger = logging.getLogger(__name__)
 
 # The tokenizer, configurations and headers beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
+_LIBRARIES: dict[str, Library] = {"model": "transformers", "adapter": "peft"}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written. `num_bytes` counts its weights; `proof` is None where none was asked for."""
+    """What an export has written. `num_bytes` counts its weights; `proof` is None where none was asked for.
+
+    `proved` is what an earlier conversion told of the proof, of an export that lay there already. `pushed` is its
+    address on the hub, if it was put there.
+    """
 
     folder: Path
     form: Literal["model", "adapter"]
@@ -43,14 +51,20 @@ class Exported:
     num_bytes: int
     dtypes: tuple[str, ...]
     proof: Proof | None
+    proved: str | None = None
+    pushed: str | None = None
 
     def describe(self) -> str:
-        """Return in two lines what lies where, and what proves it."""
+        """Return in two lines what lies where, and what proves it; in a third one where it was pushed to."""
         files = f"{self.num_files} weight file" + ("" if self.num_files == 1 else "s")
         of_type = f" in {' and '.join(self.dtypes)}" if self.dtypes else ""
         size = format_bytes(self.num_bytes)
-        checked = self.proof.describe() if self.proof else "not compared with what it was made from"
-        return f"the {self.form}{of_type} lies in `{self.folder}`: {files}, {size}\n{checked}"
+        proved = self.proof.describe() if self.proof else self.proved
+        lines = [
+            f"the {self.form}{of_type} lies in `{self.folder}`: {files}, {size}",
+            proved or "not compared with what it was made from",
+        ]
+        return "\n".join([*lines, f"pushed to {self.pushed}"] if self.pushed else lines)
 
 
 def choose_output(tuned: TunedModel, config: ConvertConfig) -> Path:
@@ -73,6 +87,29 @@ def export(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
         ExportError: it can't be written, or isn't equal.
     """
     return _export_adapter(tuned, config, output) if config.no_merge else _export_model(tuned, config, output)
+
+
+def find_finished(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported | None:
+    """Return the export in `output` if it is just what these settings ask for, so that it can be pushed as it is.
+
+    Its model card names what it is pushed to from now on, unless a person has changed it.
+    """
+    if config.push_to_hub is None or config.overwrite:
+        return None
+    record = find_record(output, tuned, config)
+    if record is None:
+        return None
+    logger.info(
+        "taking the export that lies in `%s`: it was made from the same weights, in the same way", output
+    )
+    form: Literal["model", "adapter"] = "adapter" if config.no_merge else "model"
+    rename_card(tuned, _LIBRARIES[form], (output.name, config.push_to_hub), output)
+    paths = sorted(path for path in output.glob("*.safetensors"))
+    dtypes = {tensor.dtype for path in paths for tensor in TensorFile(path).tensors.values()}
+    names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if form == "model" else ()
+    paths = paths or [find_adapter_weights(output)]
+    num_bytes = sum(path.stat().st_size for path in paths)
+    return Exported(output, form, len(paths), num_bytes, names, None, record["proof"])
 
 
 def export_elsewhere(tuned: TunedModel, config: ConvertConfig, output: Path, mark: Path) -> Exported:
@@ -104,9 +141,9 @@ def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exp
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
         num_files = write_shards(merge, folder, config.max_shard_size)
         write_model_files(merge, files, tuned, folder)
-        write_origin(tuned, folder)
-        write_card(tuned, "transformers", output.name, folder)
+        write_card(tuned, _LIBRARIES["model"], config.push_to_hub or output.name, folder)
         proof = prove(merge, tuned, files, folder) if config.verify else None
+        write_origin(tuned, folder, record_of(tuned, config, proof.describe() if proof else None))
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in merge.tensors.values()}
     return Exported(output, "model", num_files, num_bytes, tuple(sorted(dtypes)), proof)
 
@@ -128,9 +165,9 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
         num_bytes = adapter.weights.stat().st_size
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
         write_adapter_folder(adapter, tuned, folder)
-        write_origin(tuned, folder)
-        write_card(tuned, "peft", output.name, folder)
+        write_card(tuned, _LIBRARIES["adapter"], config.push_to_hub or output.name, folder)
         proof = prove_copy(adapter, folder) if config.verify else None
+        write_origin(tuned, folder, record_of(tuned, config, proof.describe() if proof else None))
     return Exported(output, "adapter", 1, num_bytes, (), proof)
 
 

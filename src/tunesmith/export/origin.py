@@ -7,14 +7,18 @@ from typing import Any
 
 from tunesmith.atomic_files import write_json
 from tunesmith.config import ModelRef
+from tunesmith.export.again import EXPORT
 from tunesmith.runs.folder import FORMAT_VERSION, ORIGIN_FILE
 from tunesmith.runs.tuned import TunedModel
 
 _TEMPLATES = ("input_template", "output_template", "field_mapping")
 
 
-def write_origin(tuned: TunedModel, folder: Path) -> None:
-    """Write `tunesmith.json` into `folder`: run, checkpoint and base model; templates where a run recorded them."""
+def write_origin(tuned: TunedModel, folder: Path, export: dict[str, Any] | None = None) -> None:
+    """Write `tunesmith.json` into `folder`: run, checkpoint and base model; templates where a run recorded them.
+
+    `export` is how it was exported, as `again.record_of` tells it.
+    """
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": tuned.run.path.name if tuned.run else None,
@@ -29,6 +33,8 @@ def write_origin(tuned: TunedModel, folder: Path) -> None:
         names = tuned.params["data"]["row_format"]
         content["base_fingerprint"] = tuned.params["model"]["fingerprint"]
         content["templates"] = {**templates, "row_format": names if isinstance(names, str) else names[0]}
+    if export is not None:
+        content[EXPORT] = export
     write_json(folder / ORIGIN_FILE, content)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from tunesmith.config.size import parse_size
 from tunesmith.export.merge import Merge
 from tunesmith.model.tensor_files import write_tensors
 from tunesmith.view.bar import track_progress
@@ -40,10 +40,3 @@ def write_shards(merge: Merge, folder: Path, max_shard_size: str) -> int:
 def count_bytes(merge: Merge) -> int:
     """Return the bytes of all weights that are to be written."""
     return sum(tensor.nbytes for tensor in merge.tensors.values())
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that `text` means, such as 5GB (thousands) or 500 MiB (1024s)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B", text.upper())
-    assert match is not None, text
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
