@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from support.tokenizers import build_tokenizer
+from support.conversations import ASSISTANT, USER, call, prompt_of, say, trained
+from support.tokenizers import CHATML_TEMPLATE, QWEN3_TEMPLATE, build_tokenizer
 from tunesmith.evaluate.answers import Answer, AnswerReader
 from tunesmith.evaluate.metrics.calls import parse_calls
 
@@ -105,3 +109,69 @@ def test_calls_keep_the_marks_that_they_are_written_with(
     assert answer.reasoning == "A tool."
     assert parse_calls(answer.text) == [("add", '{"a": 2}')]
     assert "<|im_end|>" not in answer.text and "<|eot_id|>" not in answer.text
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<U>' + m.content }}{% else %}"
+    "{{ '<A>' + m.content.split('</think>')[-1].lstrip() + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<A><think>\\n' }}{% endif %}"
+)
+OWN_MARKS = CHATML_TEMPLATE.replace(
+    "message['content'] +",
+    "('<plan>' + message.thinking + '<say>' if message.thinking else '') + message['content'] +",
+)
+CHANNELS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'user' %}{{ '<|message|>' + m.content + '<|end|>' }}"
+    "{% else %}{% if m.thinking %}{{ '<|channel|>analysis<|message|>' + m.thinking + '<|end|><|start|>assistant' }}{% endif %}"
+    "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+    "{{ ' to=functions.' + f.name + '<|channel|>commentary json<|message|>' + (f.arguments | tojson) + '<|call|>' }}"
+    "{% else %}{{ '<|channel|>final<|message|>' + m.content + '<|return|>' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% else %}"
+    "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+    "{{ '[TOOL_CALLS]' + f.name + (f.arguments | tojson) }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}"
+    "{% endif %}{% endfor %}"
+)
+THOUGHT = "Two and two."
+INLINE = say(ASSISTANT, f"<think>\n{THOUGHT}\n</think>\n\n4")
+CALL = say(ASSISTANT, "", tool_calls=[call({"city": "Ulm"})])
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "reasoning"),
+    [
+        (CHATML_TEMPLATE, say(ASSISTANT, "4"), ""),
+        (CHATML_TEMPLATE, INLINE, THOUGHT),
+        (QWEN3_TEMPLATE, say(ASSISTANT, "4"), ""),
+        (QWEN3_TEMPLATE, INLINE, THOUGHT),
+        (QWEN3_TEMPLATE, say(ASSISTANT, "4", reasoning_content=THOUGHT), THOUGHT),
+        (R1, say(ASSISTANT, "4"), ""),
+        (R1, INLINE, THOUGHT),
+        (R1, say(ASSISTANT, "4", thinking=THOUGHT), THOUGHT),
+        (OWN_MARKS, say(ASSISTANT, "4", thinking=THOUGHT), THOUGHT),
+        (OWN_MARKS, say(ASSISTANT, "4"), ""),
+        (CHANNELS, say(ASSISTANT, "4"), ""),
+        (CHANNELS, say(ASSISTANT, "4", thinking=THOUGHT), THOUGHT),
+        (CHANNELS, CALL, ""),
+        (CHANNELS, {**CALL, "thinking": THOUGHT}, THOUGHT),
+        (MISTRAL, say(ASSISTANT, "4"), ""),
+        (MISTRAL, CALL, ""),
+    ],
+)
+def test_what_was_trained_is_the_right_answer_to_the_letter(
+    tokenizer: PreTrainedTokenizerFast, template: str, answer: dict[str, Any], reasoning: str
+) -> None:
+    """A model that says just what it was taught is right by every metric."""
+    taught = pickle.loads(pickle.dumps(tokenizer))
+    taught.chat_template = template
+    row = {"messages": [say(USER, "2 + 2?"), answer]}
+    prompt = prompt_of(row, taught)
+    (said,) = trained(row, taught)
+    reader = AnswerReader(taught)
+    ids = taught(said, add_special_tokens=False).input_ids
+    found = reader.read_generated(ids, prompt.text)
+    expected = reader.read_reference(prompt.reference, prompt.text)
+    assert (found.text, found.reasoning, found.ended) == (expected.text, reasoning, True)
+    assert found.text.strip() == "4" or parse_calls(found.text) == [("weather", '{"city": "Ulm"}')]

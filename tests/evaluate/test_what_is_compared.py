@@ -149,7 +149,7 @@ def test_reasoning_is_kept_and_shown_and_not_compared(tmp_path: Path) -> None:
         "whole": {"exact_match": 0.8, "numeric_match": 0.8},
     }
     assert "1 of 7 answers never left their reasoning" in text and "1 of 7 answers are empty" in text
-    assert "numeric match is 80.0 % over the 5 others, 57.1 % over all" in text
+    assert "numeric match 80.0 % over the 5 others, 57.1 % over all" in text
     assert "Long, and otherwise." in page and '<details class="long thoughts">' in page
 
 

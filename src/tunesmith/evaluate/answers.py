@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunesmith.data.formats.chat_template import END_THINK, THINK
+from tunesmith.data.formats.chat_template import END_THINK, REASONING_KEYS, THINK, ChatTemplate
+from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,6 +53,7 @@ class AnswerReader:
         self._of_calls = [token for token in special if _OF_CALLS.search(token)]
         dropped = [token for token in special if token not in self._of_calls]
         self._dropped = re.compile("|".join(map(re.escape, dropped)) or "(?!)")
+        self._blocks = [*_BLOCKS, *filter(lambda block: block not in _BLOCKS, _learn_blocks(tokenizer))]
 
     def read_generated(self, token_ids: Sequence[int], prompt: str) -> Answer:
         """Return the answer that was generated behind `prompt`."""
@@ -62,13 +64,13 @@ class AnswerReader:
 
     def read_reference(self, text: str, prompt: str) -> Answer:
         """Return the expected answer; one that is written without the block that its prompt opens is no reasoning."""
-        continues = any(close in text for _, close in _BLOCKS)
+        continues = any(close in text for _, close in self._blocks)
         return self._read(text, prompt if continues else "")
 
     def _read(self, said: str, prompt: str) -> Answer:
         if _CHANNEL in said:
             return self._read_channels(said)
-        for opening, close in _BLOCKS:
+        for opening, close in self._blocks:
             before, is_closed, _ = said.partition(close)
             is_inside = (
                 said.lstrip().startswith(opening)
@@ -115,11 +117,30 @@ class AnswerReader:
 
     def _has_marks(self, said: str) -> bool:
         """Tell whether special tokens may say which part of a text is what."""
-        marks = (_CHANNEL, *(mark for block in _BLOCKS for mark in block), *self._of_calls)
+        marks = (_CHANNEL, *(mark for block in self._blocks for mark in block), *self._of_calls)
         return any(mark in said for mark in marks)
 
     def _clean(self, text: str) -> str:
         return self._dropped.sub("", text)
+
+
+def _learn_blocks(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, str]]:
+    """Yield what the chat template writes before and behind the reasoning that a message brings under a key of its own."""
+    if not tokenizer.chat_template:
+        return
+    template = ChatTemplate(tokenizer, "2000-01-01")
+    asked = {"role": "user", "content": "Qmark1"}
+    for key in filter(template.mentions, REASONING_KEYS):
+        answer = {"role": "assistant", "content": "Qmark2", key: "Qmark3"}
+        try:
+            prompt = template.apply([asked], None, add_generation_prompt=True)
+            said = template.apply([asked, answer], None, add_generation_prompt=False)
+        except DataError:
+            continue
+        found = re.search(r"(?P<opening>.*)Qmark3(?P<close>.*?)Qmark2", said.removeprefix(prompt), re.DOTALL)
+        marks = (found["opening"].strip(), found["close"].strip()) if found else ("", "")
+        if said.startswith(prompt) and all(marks) and _CHANNEL not in marks[0]:
+            yield marks
 
 
 def _write_call(name: str, body: str) -> str:

@@ -58,7 +58,7 @@ def describe_endings(scores: Scores) -> Iterator[tuple[str, str]]:
         text = "; ".join(_name_bad(endings, scores["generation"]["max_tokens"]))
         if primary in endings["whole"]:
             text += (
-                f". {metric['label']} is {format_score(endings['whole'][primary], metric['scale'])} over the "
+                f"; {metric['label']} {format_score(endings['whole'][primary], metric['scale'])} over the "
                 f"{endings['num_whole']:,} others, {format_score(mean['mean'], metric['scale'])} over all"
             )
         yield variant, text

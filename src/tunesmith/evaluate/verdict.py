@@ -101,7 +101,7 @@ def _warn(trained_on: TrainedOn | None, num_samples: int) -> str:
         prompts = "the prompt" if number == 1 else "the prompts"
         of_what = "more" if parts else f"of the {num_samples:,} samples"
         parts.append(f"{prompts} of {number:,} {of_what} {_be(number)} trained on with another answer")
-    return f" {', and '.join(parts)}: what is remembered counts as learned."
+    return f" {', and '.join(parts)}: what they score may be remembered, not learned."
 
 
 def _be(number: int) -> str:

@@ -134,7 +134,7 @@ def _describe_scores(tuned: TunedModel) -> list[str]:
     table = "\n".join(["| score | base | tuned | difference |", "| --- | --- | --- | --- |", *rows])
     return [
         f"## Scores\n\n{scores['verdict']['text']}\n\n{table}\n\nMeans over {scores['num_samples']:,} "
-        f"samples of the test set `{Path(scores['test_set']).name}`, with 95 % bootstrap intervals."
+        f"samples of the test set `{Path(scores['test_set']).name}`, with their 95 % intervals."
     ]
 
 

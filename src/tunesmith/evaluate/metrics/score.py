@@ -16,6 +16,8 @@ from tunesmith.evaluate.metrics.calls import match_calls, parse_calls
 from tunesmith.evaluate.metrics.numbers import find_marked, is_numeric, match_numbers, reference_number
 from tunesmith.evaluate.results import IntervalRecord, MetricScores, Prediction, Scale
 
+_LIMITS: dict[Scale, float] = {"fraction": 1.0, "points": 100.0, "share": 1.0}
+
 Score = Callable[[Sequence[str], Sequence[str]], list[float | None]]
 
 
@@ -206,21 +208,34 @@ def _summarise_metric(rows: Sequence[Prediction], metric: Metric, seed: int) -> 
     base = [value for row in scored if (value := (row["base_scores"] or {}).get(metric.name)) is not None]
     groups = [row["group"] for row in scored]
     ends = (0.0, 1.0) if metric.scale == "share" else None
+    limit = _LIMITS[metric.scale]
     difference = None
     if base:
-        reach = None if ends is None else (-1.0, 1.0)
-        difference = _record(paired_difference(tuned, base, seed, groups, reach))
+        found = paired_difference(tuned, base, seed, groups, None if ends is None else (-1.0, 1.0))
+        difference = _record(found, -limit, limit)
     return MetricScores(
         label=metric.label,
         scale=metric.scale,
         details=metric.details,
         num_samples=len(tuned),
         num_different=len(set(groups)),
-        base=_record(bootstrap_interval(base, seed, groups=groups, ends=ends)) if base else None,
-        tuned=_record(bootstrap_interval(tuned, seed, groups=groups, ends=ends)),
+        base=_summarise_mean(base, seed, groups, ends, limit) if base else None,
+        tuned=_summarise_mean(tuned, seed, groups, ends, limit),
         difference=difference,
     )
 
 
-def _record(interval: Interval) -> IntervalRecord:
-    return IntervalRecord(mean=interval.mean, low=interval.low, high=interval.high)
+def _summarise_mean(
+    values: Sequence[float],
+    seed: int,
+    groups: Sequence[int],
+    ends: tuple[float, float] | None,
+    limit: float,
+) -> IntervalRecord:
+    # BERTScore may fall below 0, and is then shown so.
+    return _record(bootstrap_interval(values, seed, groups=groups, ends=ends), min(0.0, *values), limit)
+
+
+def _record(interval: Interval, lowest: float, highest: float) -> IntervalRecord:
+    """Return an interval without what no score can be."""
+    return IntervalRecord(mean=interval.mean, low=max(lowest, interval.low), high=min(highest, interval.high))
