@@ -57,9 +57,10 @@ def describe_endings(scores: Scores) -> Iterator[tuple[str, str]]:
             continue
         text = "; ".join(_name_bad(endings, scores["generation"]["max_tokens"]))
         if primary in endings["whole"]:
+            others = f"{endings['num_whole']:,} other" + ("s" if endings["num_whole"] > 1 else "")
             text += (
                 f"; {metric['label']} {format_score(endings['whole'][primary], metric['scale'])} over the "
-                f"{endings['num_whole']:,} others, {format_score(mean['mean'], metric['scale'])} over all"
+                f"{others}, {format_score(mean['mean'], metric['scale'])} over all"
             )
         yield variant, text
 
