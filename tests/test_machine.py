@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
 from pathlib import Path
 
 import psutil
@@ -30,3 +32,11 @@ def test_a_containers_limits_count(cgroup: Path) -> None:
     (cgroup / "memory.stat").write_text(f"anon {10 << 20}\nfile {30 << 20}\ninactive_file {20 << 20}\n")
     assert machine.usable_cpus() == 1
     assert machine.available_memory() == 44 << 20
+
+
+def test_sockets_lie_in_a_folder_whose_path_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("s", tmp_path / "s"), ("t" * 80, Path("/tmp"))):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+        assert machine.socket_folder() == str(expected)
+        assert len(f"{machine.socket_folder()}/{uuid.uuid4()}") <= 107

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -13,6 +14,15 @@ _CGROUP = Path("/sys/fs/cgroup")
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 1 << 24
+
+LONGEST_SOCKET_BYTES = 107  # Linux's sockaddr_un
+_SOCKET_NAME_BYTES = 40  # a UUID, and what stands around it
+
+
+def socket_folder() -> str:
+    """Return a folder for sockets with names of their own: that of temporary files, or /tmp where that is too long."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES <= LONGEST_SOCKET_BYTES else "/tmp"
 
 
 def usable_cpus() -> int:

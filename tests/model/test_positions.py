@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from support.runs import write_rows
+from support.tokenizers import build_tokenizer
+from tunesmith.cli import main
 from tunesmith.errors import ConfigError
 from tunesmith.model.positions import check_length, find_position_limit
 
@@ -70,6 +74,32 @@ def test_the_limit_is_the_longest_that_the_model_takes(family: str) -> None:
     else:
         assert _takes(model, limit)
         assert not _takes(model, limit + 1)
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "evaluate"])
+def test_each_verb_refuses_lengths_beyond_a_table_by_the_setting_s_name(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer("byte_bpe")
+    shape = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "n_positions": 64}
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, **shape)
+    ).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    words = {
+        "evaluate": [f"{tmp_path}/gpt2", f"--test_dataset={rows}", "--max_model_len=65"],
+        "train": [f"--model_path={tmp_path}/gpt2", f"--dataset_name={rows}"],
+        "plan": [f"--model_path={tmp_path}/gpt2"],
+    }
+    templates = ["--input_template={question}", "--output_template={answer}"] if verb == "train" else []
+
+    assert main([verb, *words[verb], *templates, f"--home={tmp_path / 'home'}"]) == 2
+
+    printed = capsys.readouterr().err
+    setting, length = ("max_model_len", 65) if verb == "evaluate" else ("max_seq_length", 2048)
+    assert f"`{setting}` is {length}, and `{tmp_path}/gpt2` has a table of 64 positions" in printed
+    assert f"--{setting} 64" in printed.split("hint: ")[1]
 
 
 def test_lengths_beyond_a_table_are_refused_and_beyond_rotary_positions_warned_of(

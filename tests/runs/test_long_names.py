@@ -69,6 +69,17 @@ def test_a_name_that_follows_from_the_model_s_is_refused_with_the_way_out(tmp_pa
     assert locate_run(config.model_copy(update={"run_name": "short"})).run_name == "short"
 
 
+def test_a_disk_with_shorter_names_tells_its_own_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pathconf", lambda *_: 143)  # as an encrypted home answers
+    config = TrainConfig(home=tmp_path, run_name="r" * 130)
+    assert locate_run(config).run_name == config.run_name
+    with pytest.raises(ConfigError, match=r"144 bytes, and the disk of .* takes 143") as raised:
+        locate_run(config.model_copy(update={"run_name": "r" * 131}))
+    assert raised.value.hint == "give a --run_name of at most 130 bytes"
+
+
 def test_an_export_s_name_leaves_room_for_what_is_written_beside_it(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match="`output_dir` has a name of 238 bytes"),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from tunesmith.errors import ConfigError
+from tunesmith.machine import LONGEST_SOCKET_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ _CACHES = (
     "XDG_CACHE_HOME",
     "TORCH_HOME",
 )
-_LONGEST_SOCKET_BYTES = 107  # Linux's sockaddr_un
 _SYSTEM_FOLDER = "/tmp"
 
 
@@ -45,10 +45,10 @@ def choose_temp_dir() -> str | None:
         if not (folder := os.environ.get(name)):
             continue
         size = len(os.fsencode(_socket_below(folder)))
-        if size <= _LONGEST_SOCKET_BYTES:
+        if size <= LONGEST_SOCKET_BYTES:
             return None
-        most = len(os.fsencode(folder)) - (size - _LONGEST_SOCKET_BYTES)
-        message = f"`{name}` is `{folder}`: too long for the names of Ray's sockets, by {size - _LONGEST_SOCKET_BYTES} bytes"
+        most = len(os.fsencode(folder)) - (size - LONGEST_SOCKET_BYTES)
+        message = f"`{name}` is `{folder}`: too long for the names of Ray's sockets, by {size - LONGEST_SOCKET_BYTES} bytes"
         if name == "RAY_TMPDIR" or not os.access(_SYSTEM_FOLDER, os.W_OK | os.X_OK):
             raise ConfigError(message, f"set RAY_TMPDIR to a folder whose path has at most {most} bytes")
         logger.info(

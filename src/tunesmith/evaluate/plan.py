@@ -213,8 +213,7 @@ def _check_prompts(
     """Refuse prompts with tokens that the model, whose embeddings an adapter may have grown, doesn't know."""
     num_known = count_known_tokens(model)
     if tuned.kind == "adapter":
-        settings, shapes = read_adapter_config(tuned.folder), read_adapter_shapes(tuned.folder)
-        num_known = max(num_known, count_rows(model, shapes, settings))
+        num_known = count_rows(model, read_adapter_shapes(tuned.folder), read_adapter_config(tuned.folder))
     prompts = (prompt.input_ids for prompt in test_set.samples.values())
     check_prompt_tokens(prompts, tokenizer, num_known, str(tuned.folder))
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
+from tunesmith.model.folder_files import refuse_pointer
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:
@@ -55,12 +56,13 @@ def find_adapter_weights(folder: Path) -> Path:
     """Return the file of an adapter's weights; PEFT too takes safetensors first.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or a pointer of Git's in its place.
     """
     names = (ADAPTER_WEIGHTS, _PICKLED_WEIGHTS)
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ModelError(f"`{folder}` holds no {ADAPTER_WEIGHTS}", "get the adapter again")
+    refuse_pointer(found)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _explain(source: Path | str, error: Exception) -> ModelError:
     folder = source if isinstance(source, Path) else None
-    if folder is not None and (found := _explain_files(folder, error)):
+    place = folder or _cached_folder(source)
+    if place is not None and (found := _explain_files(place, error)):
         return found
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "untagged enum" in reason or "unknown variant" in reason:
@@ -57,6 +59,18 @@ def _explain(source: Path | str, error: Exception) -> ModelError:
         message,
         "check that the folder is complete; --trust_remote_code allows a model that brings its own code",
     )
+
+
+def _cached_folder(source: Path | str) -> Path | None:
+    """Return where the hub's cache has the files of a model, as far as they were fetched."""
+    from transformers.utils import cached_file
+
+    for name in ("tokenizer_config.json", "config.json"):
+        with suppress(OSError):
+            options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+            if found := cached_file(str(source), name, **options):
+                return Path(found).parent
+    return None
 
 
 def _explain_files(folder: Path, error: Exception) -> ModelError | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def recorded_base(
         changes["model_path"] = _recorded_path(params["model"], folder)
     elif _COMMIT.fullmatch(params["model"]["fingerprint"]):
         changes["model_revision"] = params["model"]["fingerprint"]
-    return recorded.model_copy(update=changes).model
+    base = recorded.model_copy(update=changes).model
+    return replace(base, given_as="base_model") if "hf_model_id" in changes else base
 
 
 def _here(place: Path | str) -> Path:

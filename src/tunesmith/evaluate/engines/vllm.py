@@ -16,7 +16,7 @@ import pydantic
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
 from tunesmith.evaluate.engines.sampling import sample_seed
-from tunesmith.machine import available_memory
+from tunesmith.machine import available_memory, socket_folder
 from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _contained() -> Iterator[None]:
 
     environment = dict(os.environ)
     set_num_threads, excepthook = torch.set_num_threads, sys.excepthook
-    os.environ.update({**_ENVIRONMENT, **environment})
+    os.environ.update({**_ENVIRONMENT, "VLLM_RPC_BASE_PATH": socket_folder(), **environment})
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # CPUs have none
     try:
         with warnings.catch_warnings():
