@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.broken_folders import FAULTS, MORE_FAULTS
+from support.broken_folders import FAULTS, MORE_FAULTS, POINTER
+from support.commands import run_python
 from support.runs import write_rows
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
@@ -119,10 +121,48 @@ def test_settings_of_sampling_that_greedy_answers_leave_alone_do_no_harm(whole: 
 
 
 def test_pointers_that_transformers_leaves_alone_do_no_harm(whole: Path, tmp_path: Path) -> None:
-    from support.broken_folders import POINTER
-
     model = shutil.copytree(whole / "model", tmp_path / "model")
     for name in ("flax_model.msgpack", "pytorch_model.bin", "README.md"):
         (model / name).write_text(POINTER)
 
     check_weights(ModelRef(model))
+
+
+LOOK_AT_HUB = """
+import json
+from tunesmith.config import ModelRef
+from tunesmith.errors import ModelError
+from tunesmith.model.load import check_weights, load_model_config, load_tokenizer
+told = {}
+for name in ("adapter", "answers", "typed", "vocabulary"):
+    ref = ModelRef(f"org/{name}")
+    try:
+        check_weights(ref)
+        load_model_config(ref)
+        load_tokenizer(ref)
+    except ModelError as error:
+        told[name] = error.message
+print(json.dumps(told))
+"""
+
+
+def test_faults_of_models_of_the_hub_are_told_too(whole: Path, tmp_path: Path) -> None:
+    changes: dict[str, Callable[[Path], object]] = {
+        "adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "answers": FAULTS["several answers where one is made"].make,
+        "typed": FAULTS["text in place of a number"].make,
+        "vocabulary": FAULTS["tokenizer.model alone"].make,
+    }
+    for name, change in changes.items():
+        cache = tmp_path / f"hub/models--org--{name}"
+        change(shutil.copytree(whole / "model", cache / "snapshots" / ("1" * 40)))
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text("1" * 40)
+
+    told = run_python(LOOK_AT_HUB, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+
+    assert "`org/adapter` holds a model and an adapter" in told["adapter"]
+    assert "`num_return_sequences`" in told["answers"]
+    assert "config.json of org/typed" in told["typed"] and "rms_norm_eps" in told["typed"]
+    if not importlib.util.find_spec("sentencepiece"):
+        assert "the package `sentencepiece`" in told["vocabulary"]

@@ -36,9 +36,13 @@ _OTHERS = (
     "vocab.txt",
     "chat_template.jinja",
 )
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# Those that transformers tries, in its order: a pointer among files that it leaves alone does no harm.
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# Of weights, what transformers takes first: what lies beside it may be stale, and does no harm.
+_WEIGHTS = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+)
 
 # transformers takes whatever stands in generation_config.json and fails, if at all, at the first answer.
 _NUMBERS = (
@@ -65,15 +69,17 @@ def check_files(folder: Path) -> None:
     Raises:
         ModelError: it names the file, and what is wrong with it.
     """
-    weights: list[Path] = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)), [])
-    for path in [*(folder / name for name in (*_OBJECTS, *_OTHERS, *_INDICES)), *weights]:
+    found = ([path for pattern in way for path in sorted(folder.glob(pattern))] for way in _WEIGHTS)
+    weights = next(filter(None, found), [])
+    for path in [*(folder / name for name in (*_OBJECTS, *_OTHERS)), *weights]:
         refuse_pointer(path)
-    for name in (*_OBJECTS, *_INDICES):
+    for name in _OBJECTS:
         if (folder / name).is_file():
             read_object(folder / name)
-    for name in _INDICES:
-        _check_index(folder / name)
-    _check_generation_config(folder / GENERATION_CONFIG)
+    for path in weights:
+        if path.suffix == ".json":
+            _check_index(path)
+    check_generation_config(folder / GENERATION_CONFIG)
 
 
 def refuse_adapter(folder: Path, called: str | None = None) -> None:
@@ -142,14 +148,17 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_index(path: Path) -> None:
-    if not path.is_file():
-        return
     files = read_object(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ModelError(f"`{path}` has no `weight_map` from weights to files", AGAIN)
 
 
-def _check_generation_config(path: Path) -> None:
+def check_generation_config(path: Path) -> None:
+    """Refuse settings of generation, if there are any, that no answer can be made with.
+
+    Raises:
+        ModelError: it names the setting.
+    """
     if not path.is_file():
         return
     from transformers import GenerationConfig

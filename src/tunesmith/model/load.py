@@ -24,6 +24,7 @@ from tunesmith.model.config_errors import explain_config
 from tunesmith.model.folder_files import (
     CONFIG,
     check_files,
+    check_generation_config,
     read_object,
     refuse_adapter,
 )
@@ -269,7 +270,7 @@ def check_weights(ref: ModelRef) -> None:
     check_model_path(ref)
     folder = ref.folder
     if folder is None:
-        _refuse_adapter_on_hub(ref)
+        _check_on_hub(ref)
         return
     if not find_weight_files(folder):
         raise ModelError(
@@ -287,14 +288,21 @@ def check_weights(ref: ModelRef) -> None:
             ) from error
 
 
-def _refuse_adapter_on_hub(ref: ModelRef) -> None:
-    """Refuse a model of the hub with an adapter beside it, which transformers would put on it."""
+def _check_on_hub(ref: ModelRef) -> None:
+    """Refuse what only a look into the files tells of a model of the hub, as of a folder."""
+    with suppress(OSError):  # told by what loads the model
+        if adapter := _find_on_hub(ref, ADAPTER_CONFIG):
+            refuse_adapter(adapter.parent, str(ref.source))
+        if generation := _find_on_hub(ref, GENERATION_CONFIG):
+            check_generation_config(generation)
+
+
+def _find_on_hub(ref: ModelRef, name: str) -> Path | None:
     from transformers.utils import cached_file
 
-    with suppress(OSError):  # told by what loads the model
-        options = {"revision": ref.revision, "_raise_exceptions_for_missing_entries": False}
-        if found := cached_file(str(ref.source), ADAPTER_CONFIG, **options):
-            refuse_adapter(Path(found).parent, str(ref.source))
+    options = {"revision": ref.revision, "_raise_exceptions_for_missing_entries": False}
+    found = cached_file(str(ref.source), name, **options)
+    return Path(found) if found else None
 
 
 def _hub_options(ref: ModelRef) -> dict[str, Any]:
