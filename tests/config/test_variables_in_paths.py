@@ -138,6 +138,17 @@ def test_a_job_s_variables_are_those_of_its_machine(scratch: Path, tmp_path: Pat
         refuse_relative_paths(config.model_copy(update={"home": Path("runs/$NOT_SET")}), own_home=False)
 
 
+def test_sets_that_follow_from_a_job_s_settings_keep_its_variables() -> None:
+    words = [
+        '--datasets=[{"dataset_name": "$NOT_SET/a.jsonl"}, {"dataset_name": "$NOT_SET/b.jsonl"}]',
+        "--validation_dataset=$NOT_SET/v.jsonl",
+    ]
+    config = load_settings(TrainConfig, None, parse_flags(TrainConfig, words).values, {}, as_written=True)
+    names = [settings.dataset_name for settings in config.sources]
+    assert names == [f"$NOT_SET/{name}.jsonl" for name in "abv"]
+    refuse_relative_paths(config, own_home=True)
+
+
 def test_settings_still_pickle(scratch: Path) -> None:
     config = TrainConfig(home="$SCRATCH/run1")
     assert pickle.loads(pickle.dumps(config)) == config

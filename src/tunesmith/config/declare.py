@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -22,6 +22,9 @@ from pydantic import (
 
 from tunesmith.paths import LONGEST_NAME_BYTES, LONGEST_PATH_BYTES, expand_variables, find_long_name
 from tunesmith.urls import check_url, is_url, scheme_of
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Scope = Literal["data", "model", "training", "run"]
 """What a setting shapes. `data` and `model` can't change when a run is resumed; `training` names
@@ -266,6 +269,11 @@ class Settings(BaseModel):
             if isinstance(extra, dict) and isinstance(listed := extra.get("older_names"), list)
             for older in listed
         }
+
+    @classmethod
+    def as_written(cls, **values: Any) -> Self:
+        """Return these settings with their paths as they stand: variables in them have been replaced, or aren't ours."""
+        return cls.model_validate(values, context=AS_WRITTEN)
 
     @model_validator(mode="before")
     @classmethod

@@ -335,7 +335,7 @@ class TrainConfig(AdapterSettings, HFDatasetConfig):
             for name in READING & first.model_fields_set
             if all(getattr(it, name) == getattr(first, name) for it in others)
         }
-        return HFDatasetConfig(**shared, dataset_name=dataset_name, split=split or part)
+        return HFDatasetConfig.as_written(**shared, dataset_name=dataset_name, split=split or part)
 
     @property
     def model(self) -> ModelRef:

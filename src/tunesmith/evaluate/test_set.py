@@ -184,7 +184,7 @@ def _learned_ends(path: Path, formats: Sequence[RowFormat], rows: Sequence[Rende
 def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig:
     """Return where the rows are read from: the set or the split that was named, else the run's own test set."""
     if config.test_dataset is not None:
-        named = HFDatasetConfig(
+        named = HFDatasetConfig.as_written(
             dataset_name=config.test_dataset,
             dataset_config=config.test_config,
             split=config.test_split or "test",
@@ -200,7 +200,7 @@ def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig
             ) from error
         return named if path is None else named.model_copy(update={"dataset_name": str(path)})
     if config.test_split is None:
-        return HFDatasetConfig(dataset_name=str(_own_test_set(tuned)), split="test")
+        return HFDatasetConfig.as_written(dataset_name=str(_own_test_set(tuned)), split="test")
     if tuned.params is None or len(tuned.dataset.data_sets) > 1:
         known = "no data set is known" if tuned.params is None else "there are several data sets"
         raise DataError(
