@@ -64,6 +64,12 @@ def print_in_any_encoding() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
+def write_plainly(text: str, encoding: str) -> str:
+    """Return the text with something plain for each character that an encoding lacks."""
+    codecs.register_error(_ERRORS, _replace)
+    return text.encode(encoding, errors=_ERRORS).decode(encoding)
+
+
 def print_data(text: str) -> None:
     """Print, to stdout, what another program reads: in UTF-8 wherever it goes."""
     if isinstance(sys.stdout, io.TextIOWrapper):

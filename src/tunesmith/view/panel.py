@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.runs.folder import RUN_PREFIX
+from tunesmith.terminal import write_plainly
 from tunesmith.view.curves import draw_bars, smooth
 from tunesmith.view.progress import RunProgress
 from tunesmith.view.units import format_bytes, format_duration, format_loss, format_step_time
@@ -44,7 +45,7 @@ class RunPanel:
         rows = list(self._rows(value_width, options.ascii_only))
         if options.ascii_only:
             for text in (title, subtitle, *(value for _, value in rows if isinstance(value, Text))):
-                text.plain = text.plain.encode("ascii", errors="replace").decode()
+                text.plain = write_plainly(text.plain, "ascii")
         for label, value in rows:
             grid.add_row(label, value)
         yield Panel(

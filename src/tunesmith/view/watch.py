@@ -13,6 +13,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from tunesmith.runs.folder import open_run
+from tunesmith.terminal import write_plainly
 from tunesmith.view.panel import RunPanel
 from tunesmith.view.progress import EvaluationPoint, EventPoint, Point, RunProgress, TrainingPoint
 from tunesmith.view.units import format_duration, format_loss, format_step_time
@@ -153,8 +154,7 @@ class _PlainLines:
         self.note(note)
 
     def note(self, text: str) -> None:
-        encoding = self._console.encoding
-        text = text.encode(encoding, errors="replace").decode(encoding)
+        text = write_plainly(text, self._console.encoding)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._shown_at = time.monotonic()
 
