@@ -10,16 +10,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.runs import small_config
+from support.runs import losses, small_config, start, train_here, train_on_rank
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
+from tunesmith.model.state import read_weights
 from tunesmith.model.unread import UnreadWeights, load_unread
 from tunesmith.model.weight_names import NameMap
 from tunesmith.model.weight_parts import WeightParts
 from tunesmith.model.weight_source import open_source
+from tunesmith.parallel.fsdp import numel_of_slice
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.train.build import build_model
 
@@ -151,12 +153,16 @@ def test_adapters_that_are_made_of_the_weights_are_found_out(changes: dict[str, 
 
 
 def gather(rank: int, world_size: int, folder: Path, home: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Build the model on a rank; return its whole weights, and how they are cut."""
+    """Build the model on a rank; return its whole weights, how they are cut, and what of each it has memory for."""
     config = small_config(folder, "rows.jsonl", home, **changes)
     model = build_model(config, CPU, build_mesh(rank, world_size))
     named = [(name.removeprefix("base_model.model."), p) for name, p in model.named_parameters()]
     return {
-        name.replace(".base_layer", ""): (p.full_tensor().detach(), [it.dim for it in p.placements])
+        name.replace(".base_layer", ""): (
+            p.full_tensor().detach(),
+            [it.dim for it in p.placements],
+            p.to_local().untyped_storage().nbytes() // p.itemsize,
+        )
         for name, p in named
     }
 
@@ -171,9 +177,39 @@ def test_two_workers_hold_the_whole_and_experts_that_cannot_be_shared_out_are_cu
     first, second = two_workers.run(gather, folder, tmp_path, changes)
     assert first.keys() >= expected.keys()
     for name, whole in expected.items():
-        for found, dims in (first[name], second[name]):
+        for found, dims, numel in (first[name], second[name]):
             assert torch.equal(found, whole), name
             assert dims == [1 if whole.dim() == 3 else 0]
+            assert numel == numel_of_slice(whole.shape, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_experts_that_are_cut_train_as_whole_ones(
+    two_workers: WorkerGroup, rows: Path, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", build_tokenizer("byte_bpe"), "mixtral", num_local_experts=3)
+    for full_ft in (False, True):
+        changes = {"full_ft": full_ft, "fsdp": "full_shard", "lora_dropout": 0, "eval_steps": 0}
+        jobs = [
+            start(
+                small_config(
+                    model,
+                    rows,
+                    tmp_path / f"{full_ft}{number}",
+                    gradient_accumulation_steps=4 // number,
+                    **changes,
+                ),
+                number,
+            )
+            for number in (1, 2)
+        ]
+        train_here(jobs[0])
+        two_workers.run(train_on_rank, jobs[1])
+        one, two = (losses(job.run) for job in jobs)
+        assert two == pytest.approx(one, rel=0, abs=1e-5)
+        whole, cut = (read_weights(job.run.checkpoint_path(4)) for job in jobs)
+        assert all(torch.allclose(whole[name], cut[name], atol=1e-4) for name in whole)
 
 
 MIB = 1 << 20

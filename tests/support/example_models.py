@@ -53,6 +53,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2,
     ),
+    "mistralai/Mixtral-8x22B-v0.1": MixtralConfig(
+        hidden_size=6144, intermediate_size=16384, num_hidden_layers=56, num_attention_heads=48,
+        num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2,
+    ),
     "microsoft/Phi-3-medium-4k-instruct": Phi3Config(
         hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
         num_key_value_heads=10, vocab_size=32064, tie_word_embeddings=False,

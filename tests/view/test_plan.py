@@ -323,7 +323,7 @@ def test_the_page_plans_every_node_of_its_table() -> None:
     rows = re.findall(
         r"^\| .*\.\./examples/models/.*$", (REPOSITORY / "docs/eks.md").read_text(), re.MULTILINE
     )
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(re.search(r"\| [\d.]+ GB \|$", row) for row in rows)
 
 
