@@ -1,0 +1,146 @@
+"""Each family's own chat template, from a run's rows to what its export answers."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from support.chat_templates import OWN_TEMPLATES, OwnTemplate
+from support.exports import convert, load, tuned_of
+from support.runs import small_config, start, train_here
+from support.tiny_models import save_model
+from tunesmith.config import EvaluateConfig, ModelRef, TrainConfig
+from tunesmith.data.prepare import open_prepared
+from tunesmith.evaluate.engines.base import Request
+from tunesmith.evaluate.engines.choose import make_engine
+from tunesmith.evaluate.passes import Served, make_spec
+from tunesmith.evaluate.plan import Plan, make_plan
+from tunesmith.runs.folder import RunDir
+from tunesmith.runs.tuned import find_tuned
+from tunesmith.train.worker import TrainJob
+
+pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
+
+NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lu"]
+# Enough to learn one answer by heart.
+STEPS = 40
+ENOUGH = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 8,
+    "lora_rank": 8,
+    "learning_rate": 2e-2,
+}
+
+
+@pytest.mark.parametrize("name", OWN_TEMPLATES)
+def test_a_template_trains_asks_and_answers_alike_from_the_rows_to_the_export(
+    name: str, tmp_path: Path
+) -> None:
+    own = OWN_TEMPLATES[name]
+    rows = write_talks(own, tmp_path / "rows.jsonl")
+    base = save_model(tmp_path / "base", own.build_tokenizer(), own.family)
+    job = start(settings(base, rows, tmp_path / "home"))
+    run = train_here(job)
+    tokenizer = AutoTokenizer.from_pretrained(run.checkpoint_path(STEPS))
+    end = tokenizer.convert_tokens_to_ids(own.end)
+    date = datetime.date.fromisoformat(
+        run.read_params()["data"].get("date") or datetime.date.today().isoformat()
+    )
+
+    trained = trained_ids(job, rows)
+    for row, (prompt_ids, answer_ids) in trained.items():
+        assert tokenizer.decode(prompt_ids) == own.prompt_of(NAMES[row], date)
+        assert tokenizer.decode(answer_ids) == own.answer
+        assert answer_ids[-1] == end
+
+    plan = plan_evaluation(run, rows)
+    assert end in plan.stop_token_ids
+    for row, (prompt_ids, _) in trained.items():
+        assert list(plan.test_set.samples[row].input_ids) == prompt_ids
+    assert answers(plan, base) == {row: own.answer.removesuffix(own.end) for row in plan.test_set.samples}
+
+    exported = convert(tuned_of(run), tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.chat_template == own.template
+    ends = GenerationConfig.from_pretrained(exported).eos_token_id
+    assert end in (ends if isinstance(ends, list) else [ends])
+    model = load(exported)
+    for row, (prompt_ids, answer_ids) in trained.items():
+        asked = tokenizer.apply_chat_template(
+            own.talk(NAMES[row])[:-1],
+            add_generation_prompt=True,
+            return_dict=False,
+            strftime_now=date.strftime,
+        )
+        assert asked == prompt_ids
+        said = model.generate(torch.tensor([asked]), max_new_tokens=len(answer_ids) + 8, do_sample=False)
+        assert said[0, len(asked) :].tolist() == answer_ids
+
+
+def write_talks(own: OwnTemplate, path: Path) -> Path:
+    path.write_text("".join(json.dumps({"messages": own.talk(name)}) + "\n" for name in NAMES))
+    return path
+
+
+def settings(base: Path, rows: Path, home: Path) -> TrainConfig:
+    chosen = small_config(
+        base, rows, home, **ENOUGH, max_steps=STEPS, save_steps=STEPS, eval_steps=0, max_seq_length=160
+    )
+    of_templates = {"field_mapping", "input_template", "output_template"}
+    return TrainConfig(**chosen.model_dump(exclude_unset=True, exclude=of_templates))
+
+
+def trained_ids(job: TrainJob, rows: Path) -> dict[int, tuple[list[int], list[int]]]:
+    """Return the ids before the last answer, and its own, of the trained rows by their numbers in the file."""
+    prepared = open_prepared(job.prepared_path)
+    lines = (prepared.data_dir / "training.jsonl").read_text().splitlines()
+    talks = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    found = {}
+    for index in range(prepared.train.num_examples):
+        messages = json.loads(lines[int(prepared.train.rows[index])])["messages"]
+        ids, is_trained = prepared.train.example(index)
+        (begins,) = np.nonzero(is_trained & ~np.roll(is_trained, 1))
+        stop = int(np.flatnonzero(is_trained)[-1]) + 1
+        number = next(i for i, talk in enumerate(talks) if says_the_same(talk, messages))
+        begin = int(begins[-1])
+        # Where answers are rendered differently once they are past, each is an example of its own.
+        if number not in found or begin > len(found[number][0]):
+            found[number] = ids[:begin].tolist(), ids[begin:stop].tolist()
+    assert len(found) > len(NAMES) // 2
+    return found
+
+
+def says_the_same(talk: list[dict[str, Any]], messages: list[dict[str, Any]]) -> bool:
+    return [message["content"] for message in talk] == [message["content"] for message in messages]
+
+
+def plan_evaluation(run: RunDir, rows: Path) -> Plan:
+    config = EvaluateConfig(
+        checkpoints_dir=str(run.path), test_dataset=str(rows), engine="transformers", max_tokens=32
+    )
+    return make_plan(config, find_tuned(config), use_gpu=False)
+
+
+def answers(plan: Plan, base: Path) -> dict[int, str]:
+    """Return what the tuned model answers, each ended by itself."""
+    config = EvaluateConfig(max_tokens=32)
+    spec = make_spec(
+        config,
+        Served(ModelRef(base), plan.tuned.folder),
+        "float32",
+        plan.max_model_len,
+        stop_token_ids=plan.stop_token_ids,
+    )
+    engine = make_engine("transformers", spec)
+    requests = [Request(row, "tuned", prompt.input_ids) for row, prompt in plan.test_set.samples.items()]
+    made = [generation for together in engine.generate(requests) for generation in together]
+    engine.close()
+    assert {generation.finish_reason for generation in made} == {"stop"}
+    return {generation.sample: plan.tokenizer.decode(generation.token_ids) for generation in made}
