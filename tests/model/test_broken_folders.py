@@ -122,7 +122,7 @@ def test_settings_of_sampling_that_greedy_answers_leave_alone_do_no_harm(whole: 
 
 def test_pointers_that_transformers_leaves_alone_do_no_harm(whole: Path, tmp_path: Path) -> None:
     model = shutil.copytree(whole / "model", tmp_path / "model")
-    for name in ("flax_model.msgpack", "pytorch_model.bin", "README.md"):
+    for name in ("flax_model.msgpack", "pytorch_model.bin", "model.safetensors.index.json", "README.md"):
         (model / name).write_text(POINTER)
 
     check_weights(ModelRef(model))

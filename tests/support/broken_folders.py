@@ -60,6 +60,11 @@ def _torn_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head')
 
 
+def _empty_index(folder: Path) -> None:
+    _rename_weights(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 def _pointer_shard(folder: Path) -> None:
     _rename_weights(folder)
     (folder / "model-00001-of-00001.safetensors").write_text(POINTER)
@@ -160,8 +165,6 @@ MORE_FAULTS = {
     "an unknown cache": Fault(
         _edit("generation_config.json", "cache_implementation", value="x"), ("`cache_implementation`",)
     ),
-    "an index without a map": Fault(
-        _write("model.safetensors.index.json", "{}"), ("index.json", "weight_map")
-    ),
+    "an index without a map": Fault(_empty_index, ("index.json", "weight_map")),
 }
 """Faults that are told in the same way, wherever a model is looked at."""

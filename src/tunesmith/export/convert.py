@@ -25,7 +25,7 @@ from tunesmith.export.verify import prove
 from tunesmith.model.adapter_files import find_adapter_weights
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.tensor_files import TensorFile
-from tunesmith.model.tokenizer import has_tokenizer
+from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
@@ -131,7 +131,7 @@ def export_elsewhere(tuned: TunedModel, config: ConvertConfig, output: Path, mar
 
 def _export_model(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exported:
     files = _model_files(tuned, config)
-    has_own = tuned.kind != "model" and has_tokenizer(tuned.folder)
+    has_own = tuned.kind != "model" and holds_tokenizer(tuned.folder)
     load_tokenizer(files, tuned.folder if has_own else None)  # before anything is written
     dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
     sources = [tuned.folder] + ([files.folder] if files.folder else [])

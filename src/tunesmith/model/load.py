@@ -23,6 +23,7 @@ from tunesmith.model.chat_template import use_chat_template
 from tunesmith.model.config_errors import explain_config
 from tunesmith.model.folder_files import (
     CONFIG,
+    GENERATION_CONFIG,
     check_files,
     check_generation_config,
     read_object,
@@ -192,17 +193,8 @@ def read_generation_config(ref: ModelRef) -> dict[str, Any]:
     Raises:
         ModelError: it is no JSON object.
     """
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        ref.source,
-        "generation_config.json",
-        revision=ref.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return {} if path is None else read_object(Path(path))
+    path = _find_file(ref, GENERATION_CONFIG)
+    return {} if path is None else read_object(path)
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -291,17 +283,24 @@ def check_weights(ref: ModelRef) -> None:
 def _check_on_hub(ref: ModelRef) -> None:
     """Refuse what only a look into the files tells of a model of the hub, as of a folder."""
     with suppress(OSError):  # told by what loads the model
-        if adapter := _find_on_hub(ref, ADAPTER_CONFIG):
+        if adapter := _find_file(ref, ADAPTER_CONFIG):
             refuse_adapter(adapter.parent, str(ref.source))
-        if generation := _find_on_hub(ref, GENERATION_CONFIG):
+        if generation := _find_file(ref, GENERATION_CONFIG):
             check_generation_config(generation)
 
 
-def _find_on_hub(ref: ModelRef, name: str) -> Path | None:
+def _find_file(ref: ModelRef, name: str) -> Path | None:
+    """Return a file of the model, fetched if need be; None if it has none of that name, or can't be reached."""
     from transformers.utils import cached_file
 
-    options = {"revision": ref.revision, "_raise_exceptions_for_missing_entries": False}
-    found = cached_file(str(ref.source), name, **options)
+    found = cached_file(
+        str(ref.source),
+        name,
+        revision=ref.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
     return Path(found) if found else None
 
 

@@ -34,11 +34,6 @@ def open_tokenizer(source: Path | str, **options: Any) -> PreTrainedTokenizerFas
         raise _explain(source, error) from error
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Tell whether the folder holds a tokenizer's files, in whatever state."""
-    return any((folder / name).is_file() for name in (*_BACKED, "tokenizer_config.json"))
-
-
 def _explain(source: Path | str, error: Exception) -> ModelError:
     folder = source if isinstance(source, Path) else None
     place = folder or _cached_folder(source)

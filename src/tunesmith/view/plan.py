@@ -16,7 +16,7 @@ from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.new_tokens import load_run_tokenizer
 from tunesmith.model.positions import check_length
 from tunesmith.model.prior import with_prior_settings
-from tunesmith.model.tokenizer import has_tokenizer
+from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.model.vocabulary import check_data_tokens, count_known_tokens
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
 from tunesmith.paths import expand_user, is_dir
@@ -74,7 +74,7 @@ def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
 def _check_model(config: TrainConfig) -> None:
     """Check what a training would refuse before it starts, without the weights."""
     model_config = load_model_config(config.model)
-    if config.model.folder is not None and has_tokenizer(config.model.folder):
+    if config.model.folder is not None and holds_tokenizer(config.model.folder):
         load_run_tokenizer(config)
     model = build_meta_model(config.model, model_config)
     check_length(model, config.max_seq_length, "max_seq_length", str(config.model.source))
