@@ -68,7 +68,7 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, device)
     folder = evaluation_folder(config, tuned)
     with only_writer(folder, lies_in_run=tuned.run is not None):
-        requests = plan_requests(plan.test_set, plan.variants)
+        requests = plan_requests(plan.test_set, plan.variants, plan.base_prompts)
         prompts = {number: prompt.input_ids for number, prompt in plan.test_set.samples.items()}
         store = GenerationStore(folder, plan.identity(config), prompts)
         generate_missing(config, plan, pool, store, requests, folder)

@@ -27,8 +27,8 @@ def generate_missing(
 ) -> None:
     """Generate the answers that `store` doesn't hold yet, and keep them in it.
 
-    The base model serves the adapter too where the engine can; else each model is loaded in its turn, and
-    `folder` takes an export of the tuned one for that while.
+    The base model serves the adapter too where the engine can and the adapter leaves it as it is; else each model is
+    loaded in its turn. `folder` takes an export of the tuned one for that while, where the engine needs one.
 
     Raises:
         ModelError: the engine can't load or serve a model.
@@ -45,8 +45,12 @@ def generate_missing(
     adapter, refusal = served_as_adapter(plan.tuned, plan.engine, pool.use_gpu)
     if adapter is not None:
         try:
-            _serve(config, plan, pool, store, adapter, missing)
-            return
+            if plan.leaves_base:
+                _serve(config, plan, pool, store, adapter, missing)
+                return
+            if of_tuned:
+                _serve(config, plan, pool, store, adapter, of_tuned)
+                of_tuned = []
         except AdapterRefusedError as error:
             refusal = error.message
     if of_tuned:
@@ -70,7 +74,7 @@ def _serve(
         served,
         plan.dtype,
         plan.max_model_len,
-        stop_token_ids=plan.stop_token_ids,
+        stop_token_ids=plan.stops_of("tuned" if any(it.variant == "tuned" for it in requests) else "base"),
         use_gpu=pool.use_gpu,
         num_threads=pool.num_threads,
     )

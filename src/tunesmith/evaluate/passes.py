@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
@@ -36,9 +37,18 @@ class Served:
     adapter: Path | None = None
 
 
-def plan_requests(test_set: TestSet, variants: list[Variant]) -> list[Request]:
-    """Return a request for each sample and variant."""
-    return [Request(n, variant, p.input_ids) for variant in variants for n, p in test_set.samples.items()]
+def plan_requests(
+    test_set: TestSet,
+    variants: list[Variant],
+    base_prompts: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+) -> list[Request]:
+    """Return a request for each sample and variant; the base model reads its own `base_prompts`, where it has some."""
+    others: dict[Variant, Mapping[int, tuple[int, ...]]] = {"tuned": {}, "base": base_prompts}
+    return [
+        Request(n, variant, others[variant].get(n, p.input_ids))
+        for variant in variants
+        for n, p in test_set.samples.items()
+    ]
 
 
 def served_as_adapter(tuned: TunedModel, engine: str, use_gpu: bool) -> tuple[Served | None, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.config import EvaluateConfig, ModelRef
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.errors import ConfigError
 from tunesmith.evaluate.answers import Answer, AnswerReader
+from tunesmith.evaluate.base_side import examine_adapter, word_for_base
 from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
 from tunesmith.evaluate.passes import weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
-from tunesmith.model.adapter_files import count_rows, read_adapter_shapes
+from tunesmith.model.adapter_folder import check_repeatable, read_adapter_shapes
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.fit import check_adapter_fits, check_state_fits
 from tunesmith.model.load import (
@@ -33,13 +35,13 @@ from tunesmith.model.positions import check_length, find_position_limit, named_p
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.state import list_weights
 from tunesmith.model.tokenizer_files import holds_tokenizer
-from tunesmith.model.vocabulary import check_prompt_tokens, count_known_tokens
+from tunesmith.model.vocabulary import check_prompt_tokens
 from tunesmith.paths import expand_user, longest_name, shorten_name
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +63,21 @@ class Plan:
     base_fingerprint: str | None
     base_is_recorded: bool
     """Whether the base model to compare is the very one that the run was started from."""
+    base_prompts: Mapping[int, tuple[int, ...]]
+    """By sample, the prompts that the base model reads in other tokens than the tuned one."""
+    leaves_base: bool
+    """An adapter that is turned off leaves the base model as it is."""
+    base_rows: int
+    """How many tokens the base model knows."""
 
     @property
     def variants(self) -> list[Variant]:
         return ["tuned", "base"] if self.base is not None else ["tuned"]
+
+    def stops_of(self, variant: Variant) -> tuple[int, ...]:
+        """Return the tokens that end an answer, without those that the base model lacks."""
+        is_tuned = variant == "tuned"
+        return tuple(token for token in self.stop_token_ids if is_tuned or token < self.base_rows)
 
     def asked_references(self) -> list[Answer]:
         """Return the expected answers of the samples that are asked."""
@@ -123,20 +136,27 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
     model = build_meta_model(loaded, model_config)
     _check_fit(tuned, model, is_recorded)
+    effect = examine_adapter(tuned, model)
     if config.max_model_len is not None:
         check_length(model, config.max_model_len, "max_model_len", str(loaded.source))
     beside = tuned.folder if holds_tokenizer(tuned.folder) else None
     tokenizer = load_tokenizer(loaded, beside, config.chat_template)
     test_set = read_test_set(tuned, config, tokenizer)
-    longest = test_set.longest_prompt + config.max_tokens
-    positions = find_position_limit(model) or named_positions(model_config) or longest
-    max_model_len = config.max_model_len or min(longest, positions)
-    test_set = test_set.within(max_model_len)
-    _check_prompts(test_set, tokenizer, model, tuned)
+    check_prompt_tokens(
+        (prompt.input_ids for prompt in test_set.samples.values()),
+        tokenizer,
+        effect.num_known,
+        str(tuned.folder),
+    )
+    base_prompts: Mapping[int, tuple[int, ...]] = {}
     if base is not None:
         if base is not loaded:
             check_weights(base)
-        _check_vocabulary(test_set, base, base_config)
+        base_prompts = word_for_base(test_set, tokenizer, base, base_config)
+    longest = max([test_set.longest_prompt, *map(len, base_prompts.values())]) + config.max_tokens
+    positions = find_position_limit(model) or named_positions(model_config) or longest
+    max_model_len = config.max_model_len or min(longest, positions)
+    test_set = test_set.within(max_model_len, base_prompts)
     ends = test_set.end_tokens | load_end_tokens(loaded, model_config) | {tokenizer.eos_token_id}
     return Plan(
         tuned,
@@ -147,10 +167,13 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         _choose_dtype(config, tuned, use_gpu),
         max_model_len,
         # A model's configuration may name tokens that it doesn't have.
-        tuple(sorted(token for token in ends if token < model_config.get_text_config().vocab_size)),
+        tuple(sorted(token for token in ends if token < effect.num_known)),
         trusts,
         model_fingerprint(tuned.base) if tuned.base is not None else None,
         base is not None and is_recorded,
+        base_prompts,
+        effect.leaves_base,
+        base_config.get_text_config().vocab_size,
     )
 
 
@@ -195,7 +218,9 @@ def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> 
         return
     assert tuned.base is not None
     if tuned.kind == "adapter":
-        check_adapter_fits(model, read_adapter_shapes(tuned.folder), str(tuned.base.source))
+        check_repeatable(tuned.folder)
+        settings = read_adapter_config(tuned.folder)
+        check_adapter_fits(model, read_adapter_shapes(tuned.folder), str(tuned.base.source), settings)
     else:
         shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
         check_state_fits(model, shapes, str(tuned.base.source))
@@ -204,28 +229,6 @@ def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> 
             "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
             tuned.base.source,
             tuned.params["model"]["fingerprint"],
-        )
-
-
-def _check_prompts(
-    test_set: TestSet, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, tuned: TunedModel
-) -> None:
-    """Refuse prompts with tokens that the model, whose embeddings an adapter may have grown, doesn't know."""
-    num_known = count_known_tokens(model)
-    if tuned.kind == "adapter":
-        num_known = count_rows(model, read_adapter_shapes(tuned.folder), read_adapter_config(tuned.folder))
-    prompts = (prompt.input_ids for prompt in test_set.samples.values())
-    check_prompt_tokens(prompts, tokenizer, num_known, str(tuned.folder))
-
-
-def _check_vocabulary(test_set: TestSet, base: ModelRef, base_config: PretrainedConfig) -> None:
-    """Refuse a base model that doesn't know the tuned model's tokens."""
-    highest = max(max(prompt.input_ids) for prompt in test_set.samples.values())
-    known = base_config.get_text_config().vocab_size
-    if highest >= known:
-        raise ModelError(
-            f"`{base.source}` knows {known:,} tokens, and the prompts of the tuned model use token {highest:,}",
-            "give the base model that it was trained on with --model_path or --base_model",
         )
 
 

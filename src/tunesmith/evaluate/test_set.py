@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -68,13 +68,19 @@ class TestSet:
         """Return the length of the longest prompt, in tokens."""
         return max(len(prompt.input_ids) for prompt in self.samples.values())
 
-    def within(self, max_model_len: int) -> TestSet:
+    def within(self, max_model_len: int, others: Mapping[int, Sequence[int]]) -> TestSet:
         """Return the set without the prompts that leave no room for an answer in so many tokens.
+
+        `others` are the same prompts in other tokens, by sample: for those that are read in both.
 
         Raises:
             DataError: no prompt leaves any.
         """
-        fitting = {n: p for n, p in self.samples.items() if len(p.input_ids) < max_model_len}
+        fitting = {
+            n: p
+            for n, p in self.samples.items()
+            if max(len(p.input_ids), len(others.get(n, ()))) < max_model_len
+        }
         num_long = len(self.samples) - len(fitting)
         if not fitting:
             raise DataError(

@@ -13,7 +13,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.generation import write_generation_config
 from tunesmith.export.proof import Proof
-from tunesmith.model.adapter_files import find_adapter_weights, read_adapter_shapes
+from tunesmith.model.adapter_folder import find_adapter_weights, read_adapter_shapes
 from tunesmith.model.fit import check_adapter_fits
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.tokenizer_files import copy_tokenizer

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from tunesmith.export.adapter_parts import Factors, Part, read_parts
-from tunesmith.model.adapter_files import Shape, count_rows, find_adapter_weights
+from tunesmith.model.adapter_folder import Shape, count_rows, find_adapter_weights
 from tunesmith.model.fit import check_rows, check_state_fits, shapes_under
 from tunesmith.model.tensor_files import TensorFile
 from tunesmith.model.weight_source import PickledFile

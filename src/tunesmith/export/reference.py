@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError, ResourceError
 from tunesmith.export.proof import check_close
 from tunesmith.machine import available_memory
-from tunesmith.model.adapters import apply_adapter, merge_adapter
+from tunesmith.model.adapters import apply_adapter
 from tunesmith.view.units import format_bytes
 
 if TYPE_CHECKING:
@@ -97,9 +97,40 @@ def load_merged(
     """
     adapted = apply_adapter(load(files, torch.float32), folder)
     before = compute_logits(adapted, prompts)
-    merged = merge_adapter(adapted, folder).eval()
+    merged = _merge(adapted, folder)
     check_close("what PEFT merges", compute_logits(merged, prompts), before)
     return merged, before
+
+
+def _merge(adapted: Any, folder: Path) -> PreTrainedModel:
+    """Return the model with its adapter merged into its weights, as PEFT does it; `folder` is the adapter's.
+
+    Weights that the model shares are apart afterwards: an adapter may have changed one of them alone.
+
+    Raises:
+        ModelError: PEFT can't merge an adapter of this kind.
+    """
+    _untie(adapted)
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    except (AttributeError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"PEFT can't merge the adapter `{folder}`: {reason}",
+            "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is",
+        ) from error
+    merged.config.get_text_config().tie_word_embeddings = False
+    return merged.eval()
+
+
+def _untie(model: nn.Module) -> None:
+    """Give every parameter that is found in a second place a copy of its own there."""
+    seen = set()
+    for module in list(model.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def load(ref: ModelRef, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapter_files import (
+from tunesmith.model.adapter_folder import (
     ADAPTER_WEIGHTS,
     check_repeatable,
     count_rows,
@@ -83,7 +83,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Wrap `model` in the adapter that lies in `folder`, for inference; its embeddings grow with the adapter's.
 
     Some kinds change the model's own weights: it isn't the base model any more, with the adapter turned off either
-    (`adapter_files.leaves_base`).
+    (`adapter_folder.leaves_base`).
 
     Raises:
         ModelError: the adapter doesn't fit the model, or can't be put on one as it was.
@@ -106,38 +106,6 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"can't put the adapter `{folder}` on `{model.name_or_path}`: {reason}",
             "give the base model that it was trained on with --model_path or --base_model",
         ) from error
-
-
-def merge_adapter(adapted: PeftModel, folder: Path) -> PreTrainedModel:
-    """Return the model with its adapter merged into its weights, as PEFT does it; `folder` is the adapter's.
-
-    Weights that the model shares are apart afterwards: an adapter may have changed one of them alone.
-
-    Raises:
-        ModelError: PEFT can't merge an adapter of this kind.
-    """
-    _untie(adapted)
-    try:
-        merged: PreTrainedModel = adapted.merge_and_unload()
-    except (AttributeError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"PEFT can't merge the adapter `{folder}`: {reason}",
-            "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is",
-        ) from error
-    merged.config.get_text_config().tie_word_embeddings = False
-    return merged
-
-
-def _untie(model: nn.Module) -> None:
-    """Give every parameter that is found in a second place a copy of its own there."""
-    seen = set()
-    for module in list(model.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-                setattr(module, name, copied)
-            seen.add(id(parameter))
 
 
 @torch.no_grad()

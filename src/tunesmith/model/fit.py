@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapter_files import Settings, Shape, count_rows, find_lost_rows, module_name
+from tunesmith.model.adapter_folder import Settings, Shape, count_rows, find_lost_rows, module_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -73,7 +73,7 @@ def _check_prior_fits(model: PreTrainedModel, config: TrainConfig) -> None:
     Raises:
         ModelError: it names modules that are absent, or whose shapes differ.
     """
-    from tunesmith.model.adapter_files import read_adapter_shapes
+    from tunesmith.model.adapter_folder import read_adapter_shapes
     from tunesmith.model.fit import check_adapter_fits
 
     assert config.adapter_path is not None

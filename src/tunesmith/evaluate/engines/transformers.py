@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.evaluate.engines.base import EngineSpec, Generation, Request, Variant
@@ -20,27 +20,20 @@ class TransformersEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         import torch
-        from transformers import GenerationConfig
 
+        from tunesmith.model.adapter_folder import leaves_base
         from tunesmith.model.adapters import apply_adapter
-        from tunesmith.model.load import load_model
-        from tunesmith.model.probe import attend_eagerly, attends_rightly
-        from tunesmith.parallel.replicate import replicate_model
 
         self._spec = spec
         if spec.num_threads is not None:
             torch.set_num_threads(spec.num_threads)
-        device = torch.device("cuda" if spec.use_gpu else "cpu")
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        model = load_model(spec.model, device, dtype).requires_grad_(False).eval()
-        # As training casts: a cast of the whole model would round its rotary frequencies too.
-        replicate_model(model, device, dtype)
-        if not attends_rightly(model, device):
-            attend_eagerly(model)
-        # A model's own may hold penalties, with which greedy wouldn't be greedy.
-        model.generation_config = GenerationConfig()
-        self._model: Any = model if spec.adapter is None else apply_adapter(model, spec.adapter)
-        self._device = device
+        self._device = torch.device("cuda" if spec.use_gpu else "cpu")
+        self._model: Any = self._load()
+        self._leaves_base = True
+        if spec.adapter is not None:
+            self._leaves_base = leaves_base(self._model, spec.adapter)
+            self._model = apply_adapter(self._model, spec.adapter)
+        self._base: Any = None
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
         # The longest first: whether a batch fits in memory shows at once, and the estimated time only falls.
@@ -53,7 +46,7 @@ class TransformersEngine:
     def close(self) -> None:
         import torch
 
-        self._model = None
+        self._model = self._base = None
         if self._spec.use_gpu:
             torch.cuda.empty_cache()
 
@@ -68,10 +61,9 @@ class TransformersEngine:
             start = longest - len(request.prompt_ids)
             input_ids_BT[row, start:] = torch.tensor(request.prompt_ids)
             mask_BT[row, start:] = 1
-        without_adapter = variant == "base" and self._spec.adapter is not None
         rooms = [self._room(request) for request in batch]
-        with torch.inference_mode(), self._model.disable_adapter() if without_adapter else nullcontext():
-            output_BT: torch.Tensor = self._model.generate(
+        with torch.inference_mode(), self._model_of(variant) as model:
+            output_BT: torch.Tensor = model.generate(
                 input_ids=input_ids_BT.to(self._device),
                 attention_mask=mask_BT.to(self._device),
                 generation_config=self._generation_config(max(rooms)),
@@ -79,6 +71,37 @@ class TransformersEngine:
             )
         answers = zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True)
         return [_generation(request, ids[:room], self._spec.stop_token_ids) for request, room, ids in answers]
+
+    def _load(self) -> Any:
+        import torch
+        from transformers import GenerationConfig
+
+        from tunesmith.model.load import load_model
+        from tunesmith.model.probe import attend_eagerly, attends_rightly
+        from tunesmith.parallel.replicate import replicate_model
+
+        dtype: torch.dtype = getattr(torch, self._spec.dtype)
+        model = load_model(self._spec.model, self._device, dtype).requires_grad_(False).eval()
+        # As training casts: a cast of the whole model would round its rotary frequencies too.
+        replicate_model(model, self._device, dtype)
+        if not attends_rightly(model, self._device):
+            attend_eagerly(model)
+        # A model's own may hold penalties, with which greedy wouldn't be greedy.
+        model.generation_config = GenerationConfig()
+        return model
+
+    @contextmanager
+    def _model_of(self, variant: Variant) -> Iterator[Any]:
+        """Give the model that answers as the variant: the base is the base's own, whatever the adapter changed."""
+        if variant == "tuned" or self._spec.adapter is None:
+            yield self._model
+        elif self._leaves_base:
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            if self._base is None:
+                self._base = self._load()
+            yield self._base
 
     def _room(self, request: Request) -> int:
         """Return how many tokens the answer may have."""
