@@ -154,6 +154,21 @@ def test_new_rows_alone_are_enough(
     assert_exported(base, tuned, tmp_path / "out", rows)
 
 
+@pytest.mark.parametrize("rows", [506, 514])
+def test_the_card_of_an_adapter_by_itself_puts_it_on_its_base(
+    rows: int, padded: ModelOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = padded(TIED)
+    settings = lora(modules_to_save=["embed_tokens", "lm_head"])
+    tuned = write_any_adapter(base, tmp_path / "adapter", settings, rows=rows)
+    folder = convert(tuned, tmp_path / "alone", no_merge=True)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    torch.testing.assert_close(logits_of(found["model"].eval(), rows), peft_logits(base, tuned, rows))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "lost"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import logging
 import math
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.generation import write_generation_config
 from tunesmith.export.proof import Proof
-from tunesmith.model.adapter_folder import find_adapter_weights, read_adapter_shapes
+from tunesmith.model.adapter_folder import count_rows, find_adapter_weights, read_adapter_shapes
 from tunesmith.model.fit import check_adapter_fits
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.tokenizer_files import copy_tokenizer
@@ -21,14 +22,20 @@ from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
 from tunesmith.runs.tuned import TunedModel
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits its base model. `weights` is the file of its `num_weights` numbers."""
+    """An adapter that fits its base model. `weights` is the file of its `num_weights` numbers.
+
+    `rows` is how many the embeddings have to have under it, where the base model's have another number.
+    """
 
     base: ModelRef
     weights: Path
     num_weights: int
+    rows: int | None
 
 
 def open_adapter(folder: Path, base: ModelRef) -> Adapter:
@@ -41,8 +48,16 @@ def open_adapter(folder: Path, base: ModelRef) -> Adapter:
     if not shapes:
         raise ModelError(f"`{weights}` holds no weights", "get the adapter again")
     model = build_meta_model(base, load_model_config(base))
-    check_adapter_fits(model, shapes, str(base.source), read_adapter_config(folder))
-    return Adapter(base, weights, sum(map(math.prod, shapes.values())))
+    settings = read_adapter_config(folder)
+    check_adapter_fits(model, shapes, str(base.source), settings)
+    rows, own = count_rows(model, shapes, settings), model.get_input_embeddings().weight.shape[0]
+    if rows != own:
+        logger.info(
+            "the adapter is for embeddings of %d rows, and the base model's have %d: README.md says how it is put on",
+            rows,
+            own,
+        )
+    return Adapter(base, weights, sum(map(math.prod, shapes.values())), rows if rows != own else None)
 
 
 def write_adapter_folder(adapter: Adapter, tuned: TunedModel, folder: Path) -> None:

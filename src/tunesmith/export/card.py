@@ -25,20 +25,26 @@ _UNLISTED = {"hf_model_id", "model_path", "dataset_name", "datasets", "trust_rem
 _LISTED = {"max_steps"}
 
 
-def write_card(tuned: TunedModel, library: Library, name: str, folder: Path) -> None:
-    """Write `README.md` into `folder`; `name` is what the folder will be called, or its repository on the hub."""
-    (folder / "README.md").write_text(_format_card(tuned, library, name), encoding="utf-8")
+def write_card(tuned: TunedModel, library: Library, name: str, folder: Path, rows: int | None = None) -> None:
+    """Write `README.md` into `folder`; `name` is what the folder will be called, or its repository on the hub.
+
+    `rows` is how many the embeddings have under an adapter, where the base model's have another number.
+    """
+    (folder / "README.md").write_text(_format_card(tuned, library, name, rows), encoding="utf-8")
 
 
-def rename_card(tuned: TunedModel, library: Library, names: tuple[str, str], folder: Path) -> None:
+def rename_card(
+    tuned: TunedModel, library: Library, names: tuple[str, str], folder: Path, rows: int | None = None
+) -> None:
     """Let the card in `folder` name the second of two names in place of the first, if it is as it was written."""
-    old, new = (_format_card(tuned, library, name) for name in names)
+    old, new = (_format_card(tuned, library, name, rows) for name in names)
     path = folder / "README.md"
     if path.is_file() and path.read_text(encoding="utf-8") == old:
         path.write_text(new, encoding="utf-8")
 
 
-def _format_card(tuned: TunedModel, library: Library, name: str) -> str:
+def _format_card(tuned: TunedModel, library: Library, name: str, rows: int | None) -> str:
+    use = _USE[library] if rows is None else _USE_RESIZED
     paragraphs = [
         f"---\n{yaml.safe_dump(_front_matter(tuned, library), sort_keys=False)}---",
         f"# {name_base(tuned.base)}, fine-tuned" if tuned.base is not None else f"# {name}",
@@ -47,7 +53,7 @@ def _format_card(tuned: TunedModel, library: Library, name: str) -> str:
         *_describe_losses(tuned),
         *_describe_scores(tuned),
         *_describe_settings(tuned),
-        f"## Use\n\n```python\n{_USE[library].format(name=name)}```",
+        f"## Use\n\n```python\n{use.format(name=name, rows=rows)}```",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -66,6 +72,18 @@ _USE = {
         'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
     ),
 }
+
+
+_USE_RESIZED = (
+    "from peft import PeftConfig, PeftModel\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n\n"
+    'base = PeftConfig.from_pretrained("{name}").base_model_name_or_path\n'
+    "model = AutoModelForCausalLM.from_pretrained(base)\n"
+    "model.resize_token_embeddings({rows})  # as they were when the adapter was trained\n"
+    'model = PeftModel.from_pretrained(model, "{name}")\n'
+    'model.generation_config = GenerationConfig.from_pretrained("{name}")  # where its answers end\n'
+    'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+)
 
 
 def _front_matter(tuned: TunedModel, library: str) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def find_finished(tuned: TunedModel, config: ConvertConfig, output: Path) -> Exp
         "taking the export that lies in `%s`: it was made from the same weights, in the same way", output
     )
     form: Literal["model", "adapter"] = "adapter" if config.no_merge else "model"
-    rename_card(tuned, _LIBRARIES[form], (output.name, config.push_to_hub), output)
+    rows = open_adapter(tuned.folder, _model_files(tuned, config)).rows if form == "adapter" else None
+    rename_card(tuned, _LIBRARIES[form], (output.name, config.push_to_hub), output, rows)
     paths = sorted(path for path in output.glob("*.safetensors"))
     dtypes = {tensor.dtype for path in paths for tensor in TensorFile(path).tensors.values()}
     names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if form == "model" else ()
@@ -159,13 +160,12 @@ def _export_adapter(tuned: TunedModel, config: ConvertConfig, output: Path) -> E
             f"`dtype` is {config.dtype}, but with `no_merge` the adapter is copied as it is",
             "leave one of the two out",
         )
-    assert tuned.base is not None, "only a whole model has no base"
     with new_folder(output, config.overwrite, [tuned.folder]) as folder:
-        adapter = open_adapter(tuned.folder, tuned.base)
+        adapter = open_adapter(tuned.folder, _model_files(tuned, config))
         num_bytes = adapter.weights.stat().st_size
         check_space(folder, num_bytes + _OTHER_FILES_BYTES)
         write_adapter_folder(adapter, tuned, folder)
-        write_card(tuned, _LIBRARIES["adapter"], config.push_to_hub or output.name, folder)
+        write_card(tuned, _LIBRARIES["adapter"], config.push_to_hub or output.name, folder, adapter.rows)
         proof = prove_copy(adapter, folder) if config.verify else None
         write_origin(tuned, folder, record_of(tuned, config, proof.describe() if proof else None))
     return Exported(output, "adapter", 1, num_bytes, (), proof)
