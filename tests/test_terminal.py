@@ -106,7 +106,7 @@ def test_names_and_texts_are_found_and_written_in_utf8_whatever_the_locale(
 
 
 def test_an_error_names_what_the_locale_has_no_characters_for(here: Path) -> None:
-    done = _run(["convert", f"{here}/名"], LC_ALL="POSIX", PYTHONIOENCODING="ascii")
+    done = _run(["watch", f"{here}/名"], LC_ALL="POSIX", PYTHONIOENCODING="ascii")
 
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ") and rb"\u540d" in done.stderr

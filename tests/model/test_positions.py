@@ -29,22 +29,16 @@ _BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "deco
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
-    "openai-gpt": _GPT2,
-    "gpt_bigcode": _GPT2,
     "gptj": {**_GPT2, "rotary_dim": 4},
     "opt": {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "bert": {**_BERT, "is_decoder": True},
     "roberta": {**_BERT, "is_decoder": True},
-    "biogpt": _BERT,
     "bart": {**_BART, "max_position_embeddings": _POSITIONS, "is_decoder": True, "is_encoder_decoder": False},
     "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": _POSITIONS},
-    "ctrl": {**_GPT2, "dff": 64},
     # Beyond these there is no end.
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 1, "attention_heads": 4, "max_position_embeddings": _POSITIONS},
     "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
-    "gpt_neox": _BERT,
     "llama": _BERT,
-    "gemma2": {**_BERT, "head_dim": 8, "num_key_value_heads": 2},
 }  # fmt: skip
 
 
