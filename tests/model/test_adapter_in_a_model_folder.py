@@ -68,3 +68,17 @@ def test_as_a_tuned_model_it_is_the_adapter_on_its_own_base(
     assert tuned.kind == "adapter"
     assert tuned.base is not None and tuned.base.folder == folders / "plain"
     assert "holds an adapter and a whole model" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "convert"])
+def test_what_is_left_of_an_adapter_beside_merged_weights_is_told(
+    verb: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = shutil.copytree(folders / "both", tmp_path / "left")
+    (left / "adapter_model.safetensors").unlink()
+
+    assert main([verb, str(left), f"--home={tmp_path}"]) == 2
+
+    printed = capsys.readouterr().err
+    assert f"`{left}` holds a whole model" in printed
+    assert "remove adapter_config.json" in printed.split("hint: ")[1]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7\n"
 
 
@@ -58,6 +60,21 @@ def _rename_weights(folder: Path) -> None:
 def _torn_index(folder: Path) -> None:
     _rename_weights(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head')
+
+
+def _old_vocabulary(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"])[:500])
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GPT2Tokenizer"}))
+
+
+def _torn_pickle(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(1000)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    _cut("pytorch_model.bin", 2000)(folder)
 
 
 def _empty_index(folder: Path) -> None:
@@ -165,6 +182,8 @@ MORE_FAULTS = {
     "an unknown cache": Fault(
         _edit("generation_config.json", "cache_implementation", value="x"), ("`cache_implementation`",)
     ),
+    "a torn vocabulary of an older form": Fault(_old_vocabulary, ("vocab.json", "torn")),
+    "torn pickled weights": Fault(_torn_pickle, ("pytorch_model.bin", "not a whole file")),
     "an index without a map": Fault(_empty_index, ("index.json", "weight_map")),
 }
 """Faults that are told in the same way, wherever a model is looked at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,19 @@ def refuse_pointer(path: Path) -> None:
             f"`{path}` is a Git LFS pointer, not the file itself",
             "`git lfs pull` in its folder gets the file; or download the model again",
         )
+
+
+def refuse_torn_pickle(path: Path) -> None:
+    """Refuse a `.bin` file of weights that was cut off; cheap, as the list of what it holds stands at its end.
+
+    Raises:
+        ModelError: it is torn.
+    """
+    with path.open("rb") as file:
+        head = file.read(2)
+    # Those of torch before 1.6 are no zip files.
+    if not head or (head == b"PK" and not zipfile.is_zipfile(path)):
+        raise ModelError(f"`{path}` is not a whole file of weights", AGAIN)
 
 
 def read_object(path: Path) -> dict[str, Any]:

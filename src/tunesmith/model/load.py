@@ -28,6 +28,7 @@ from tunesmith.model.folder_files import (
     check_generation_config,
     read_object,
     refuse_adapter,
+    refuse_torn_pickle,
 )
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
 from tunesmith.model.tokenizer import open_tokenizer
@@ -270,6 +271,7 @@ def check_weights(ref: ModelRef) -> None:
         )
     for path in list_weight_files(ref):
         if path.suffix != ".safetensors":
+            refuse_torn_pickle(path)
             continue
         try:
             with safe_open(path, framework="pt"):

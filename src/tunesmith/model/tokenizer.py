@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
-from tunesmith.model.folder_files import AGAIN
+from tunesmith.model.folder_files import AGAIN, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,7 +87,24 @@ def _explain_files(folder: Path, error: Exception) -> ModelError | None:
             f"`{folder}` holds no tokenizer: neither {_FILE} nor {_VOCABULARY}",
             "put the tokenizer's files beside the model's",
         )
+    for name in ("vocab.json", "merges.txt"):
+        if (folder / name).is_file() and (fault := _fault_of(folder / name)):
+            return fault
     return _lacks_package(folder)
+
+
+def _fault_of(path: Path) -> ModelError | None:
+    """Return what is wrong with a file of a vocabulary, if anything is."""
+    try:
+        if path.suffix == ".json":
+            read_object(path)
+        elif not path.read_text(encoding="utf-8").strip():
+            return ModelError(f"`{path}` is empty", AGAIN)
+    except ModelError as error:
+        return error
+    except UnicodeDecodeError as error:
+        return ModelError(f"`{path}` isn't text: byte 0x{error.object[error.start]:02x} isn't UTF-8", AGAIN)
+    return None
 
 
 def _lacks_package(folder: Path) -> ModelError | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.config import HFDatasetConfig, ModelRef, TunedModelConfig
-from tunesmith.errors import ConfigError, RunError
+from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.logs import log_to_file
 from tunesmith.paths import expand_user
 from tunesmith.remote.copies import copies_in
@@ -225,6 +225,11 @@ def _from_folder(folder: Path, config: TunedModelConfig) -> TunedModel:
     if kind == "model" and (folder / STATE_FILE).is_file():
         kind = "state"
     if kind == "adapter" and _holds_weights(folder):
+        if not [*folder.glob("adapter_model.*")]:
+            raise ModelError(
+                f"`{folder}` holds a whole model, and of an adapter `{ADAPTER_CONFIG}` alone, without its weights",
+                f"remove {ADAPTER_CONFIG} to take the model as it is",
+            )
         logger.warning(
             "`%s` holds an adapter and a whole model: the adapter is taken, on its own base model", folder
         )
