@@ -119,7 +119,7 @@ def test_stale_files_may_be_torn_but_those_that_are_read_may_not(base: Path, tmp
     check_weights(ModelRef(folder))
     assert load_weights(convert(TunedModel("model", folder, None), tmp_path / "out")).keys()
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ModelError, match=r"index\.json` is no index of weight files"):
+    with pytest.raises(ModelError, match=r"index\.json` isn't valid JSON"):
         check_weights(ModelRef(folder))
 
 

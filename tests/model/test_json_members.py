@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import ModelError
-from tunesmith.model.json_members import read_members, set_member, write_member
+from tunesmith.model.json_members import set_member, write_member
 
 TEXTS = (
     '{"a": 1, "x": [1, 2], "b": {"x": 3}}',
@@ -43,4 +43,4 @@ def test_all_other_bytes_stay(tmp_path: Path) -> None:
 def test_what_is_no_object_is_one_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"file\.json"):
-        read_members(tmp_path / "file.json")
+        write_member(tmp_path / "file.json", "x", 1)

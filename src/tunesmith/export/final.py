@@ -10,11 +10,12 @@ import torch
 from tunesmith.atomic_files import replace_folder
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.export.generation import GENERATION_CONFIG, write_generation_config
+from tunesmith.export.generation import write_generation_config
 from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
 from tunesmith.export.shards import write_shards
+from tunesmith.model.folder_files import GENERATION_CONFIG
 from tunesmith.model.state import STATE_FOLDER
 from tunesmith.runs.base_model import recorded_settings
 from tunesmith.runs.folder import STATE_FILE, Checkpoint, RunDir

@@ -9,7 +9,8 @@ from typing import Any
 
 from tunesmith.config import ModelRef
 from tunesmith.data.end_tokens import find_end_tokens
-from tunesmith.model.json_members import read_members, set_member
+from tunesmith.model.folder_files import GENERATION_CONFIG, read_object
+from tunesmith.model.json_members import set_member
 from tunesmith.model.load import load_model_config, load_tokenizer
 from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.model.weight_files import locate_file
@@ -17,7 +18,6 @@ from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 
-GENERATION_CONFIG = "generation_config.json"
 _ENDS = "eos_token_id"
 
 
@@ -31,7 +31,7 @@ def write_generation_config(base: ModelRef, tuned: TunedModel, folder: Path) -> 
     """
     found = locate_file(base, GENERATION_CONFIG)
     text = found.read_bytes().decode("utf-8") if found is not None else _make_text(base)
-    content = json.loads(text) if found is None else read_members(found)
+    content = json.loads(text) if found is None else read_object(found)
     own = _as_list(content.get(_ENDS))
     before = own or _as_list(getattr(load_model_config(base).get_text_config(), _ENDS, None))
     trained = trained_end_tokens(base, tuned, folder)
@@ -77,7 +77,7 @@ def _named_beside(base: ModelRef, tuned: TunedModel) -> list[int]:
         return []
     ends: list[int] = []
     if (tuned.folder / GENERATION_CONFIG).is_file():
-        ends += _as_list(read_members(tuned.folder / GENERATION_CONFIG).get(_ENDS))
+        ends += _as_list(read_object(tuned.folder / GENERATION_CONFIG).get(_ENDS))
     if holds_tokenizer(tuned.folder):
         ends += _as_list(load_tokenizer(base, tuned.folder).eos_token_id)
     return list(dict.fromkeys(ends))

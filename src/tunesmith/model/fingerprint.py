@@ -48,8 +48,10 @@ def sample_weights(path: Path) -> bytes:
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         head = os.pread(file.fileno(), 8, 0)
-        is_safetensors = path.suffix == ".safetensors"
-        num_head = 8 + int.from_bytes(head, "little") if is_safetensors else _HEAD_BYTES
+        num_tensors_head = 8 + int.from_bytes(head, "little")
+        # A stale file that is torn is no fault of the model, whose weights lie in others.
+        is_safetensors = path.suffix == ".safetensors" and num_tensors_head <= size
+        num_head = num_tensors_head if is_safetensors else _HEAD_BYTES
         head = os.pread(file.fileno(), num_head, 0)
         digest = hashlib.blake2b(f"{size}\0".encode() + head, digest_size=16)
         for offset in _tensor_offsets(head) if is_safetensors else range(0, size, _stride(size)):

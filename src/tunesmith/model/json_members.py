@@ -7,25 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.errors import ModelError
+from tunesmith.model.folder_files import read_object
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
-
-
-def read_members(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file of a model holds.
-
-    Raises:
-        ModelError: it holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"`{path}` is not valid JSON: {error}", "get the file again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"`{path}` holds no JSON object", "get the file again")
-    return content
 
 
 def write_member(path: Path, name: str, value: Any) -> None:
@@ -34,7 +19,7 @@ def write_member(path: Path, name: str, value: Any) -> None:
     Raises:
         ModelError: the file holds no JSON object.
     """
-    read_members(path)
+    read_object(path)
     text = path.read_bytes().decode("utf-8")
     path.write_bytes(set_member(text, name, value).encode("utf-8"))
 

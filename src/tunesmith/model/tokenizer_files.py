@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.json_members import read_members, write_member
+from tunesmith.model.folder_files import read_object
+from tunesmith.model.json_members import write_member
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.side_files import CODE, TOKENIZER, VOCABULARIES, copy_files, find_files, list_files
 
@@ -131,7 +132,7 @@ def write_chat_template(template: str | dict[str, str], folder: Path) -> None:
     """
     shutil.rmtree(folder / _MORE_TEMPLATES, ignore_errors=True)
     named = template if isinstance(template, dict) else {"default": template}
-    is_in_config = (folder / _CONFIG).is_file() and _KEY in read_members(folder / _CONFIG)
+    is_in_config = (folder / _CONFIG).is_file() and _KEY in read_object(folder / _CONFIG)
     if is_in_config:
         listed = [{"name": name, "template": text} for name, text in named.items()]
         write_member(folder / _CONFIG, _KEY, listed if isinstance(template, dict) else template)
@@ -142,7 +143,7 @@ def write_chat_template(template: str | dict[str, str], folder: Path) -> None:
             path.write_bytes(text.encode())
     for name in _OTHER_PLACES:
         path = folder / name
-        if "default" in named and path.is_file() and _KEY in read_members(path):
+        if "default" in named and path.is_file() and _KEY in read_object(path):
             write_member(path, _KEY, named["default"])
 
 
