@@ -13,6 +13,7 @@ from tunesmith.errors import ModelError
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.model.adapter_folder import count_rows, leaves_base, read_adapter_shapes
 from tunesmith.model.load import load_tokenizer
+from tunesmith.model.state import list_weights
 from tunesmith.model.vocabulary import count_known_tokens
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.tuned import TunedModel
@@ -34,6 +35,9 @@ class AdapterEffect:
 
 def examine_adapter(tuned: TunedModel, model: PreTrainedModel) -> AdapterEffect:
     """Return what the tuned model's adapter, if it is one, does to `model`: its base, which may be on the meta device."""
+    if tuned.kind == "state":  # full fine-tuning too may have grown the embeddings
+        found = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
+        return AdapterEffect(count_rows(model, found, {}), True)
     if tuned.kind != "adapter":
         return AdapterEffect(count_known_tokens(model), True)
     settings, shapes = read_adapter_config(tuned.folder), read_adapter_shapes(tuned.folder)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from tunesmith.model.adapter_folder import count_rows
 from tunesmith.model.fit import check_state_fits
 from tunesmith.model.state import list_weights, read_weights
 
@@ -86,9 +87,12 @@ class StateChanges(_SameShapes):
     keeps_ties = True
 
     def __init__(self, folder: Path, model: PreTrainedModel, base: str) -> None:
-        listed = list_weights(folder)
-        check_state_fits(model, {name: tuple(tensor.shape) for name, tensor in listed.items()}, base)
-        self.replaced = frozenset(listed)
+        found = {name: tuple(tensor.shape) for name, tensor in list_weights(folder).items()}
+        check_state_fits(model, found, base)
+        self.replaced = frozenset(found)
+        own = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.shapes = {name: shape for name, shape in found.items() if shape != own[name]}
+        self.vocab_size = count_rows(model, found, {}) if self.shapes else None
         self._folder = folder
 
     def read(self, parameter: str) -> torch.Tensor:

@@ -20,6 +20,8 @@ from tunesmith.export.proof import Proof
 from tunesmith.export.reference import compute_logits, load, load_merged, memory_of
 from tunesmith.export.sample import check_headers, prove_by_sample
 from tunesmith.machine import available_memory
+from tunesmith.model.adapter_folder import count_rows
+from tunesmith.model.embeddings import grow_embeddings
 from tunesmith.model.state import read_weights
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
@@ -121,7 +123,10 @@ def _load_reference(
     if tuned.kind == "state":
         # In the stored type the base's weights are mapped, not held beside the trained ones.
         model = load(files, "auto")
-        model.load_state_dict(read_weights(tuned.folder), strict=False, assign=True)
+        weights = read_weights(tuned.folder)
+        # Where tokens were added, the embeddings have grown by their rows.
+        grow_embeddings(model, count_rows(model, {name: tuple(it.shape) for name, it in weights.items()}, {}))
+        model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         model = model.float()
         return model, compute_logits(model, prompts)

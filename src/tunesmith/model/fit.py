@@ -93,11 +93,14 @@ def check_state_fits(
 ) -> None:
     """Refuse `what` if its weights, by the model's names, are not those of `model`, or else of `weights`.
 
+    Embeddings and head may have more rows, where tokens were added before the training.
+
     Raises:
         ModelError: it names weights that are absent, or whose shapes differ.
     """
     if weights is None:
-        weights = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        is_grown = count_rows(model, shapes, {}) > model.get_input_embeddings().weight.shape[0]
+        weights = shapes_under(model, shapes if is_grown else {}, {})
     problems = [
         f"`{name}` is {_show(weights[name])}, the {what}'s {_show(shape)}"
         if name in weights
