@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from support.families import family_config, family_model
 from support.runs import losses, small_config, start, train_here
 from support.tiny_models import FAMILIES, build_config
 from support.tokenizers import build_tokenizer
+from support.workers import WorkerGroup
 from tunesmith.compat import attention_name, eager_attention
 from tunesmith.config import ModelRef
 from tunesmith.errors import ConfigError
@@ -202,6 +204,24 @@ def test_a_run_that_was_begun_without_its_cap_goes_on_so_and_says_so(
     assert run.read_params()["resolved"]["attn_implementation"] == "sdpa"
     assert "attention `sdpa` leaves out a cap" in caplog.text
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.slow
+def test_sharded_workers_find_and_choose_alike(
+    capped: Path, rows: Path, tmp_path: Path, two_workers: WorkerGroup
+) -> None:
+    config = small_config(capped, rows, tmp_path, fsdp="full_shard")
+    assert two_workers.run(choose_on_rank, config) == [("sdpa", "eager")] * 2
+
+
+def choose_on_rank(rank: int, world_size: int, config: Any) -> tuple[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_choice, "_CAP", re.compile("a name that nothing has"))
+        model = build_model(config, CPU, build_mesh(rank, world_size))
+        own = attention_of(model)
+        choose_ways(config, model, CPU)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return own, attention_of(model)
 
 
 def spec_of(model: Path) -> EngineSpec:

@@ -11,6 +11,7 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.shares import measure_shares
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.model.attention_choice import check_attention
 from tunesmith.model.fetched import with_model_here
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.new_tokens import load_run_tokenizer
@@ -60,6 +61,7 @@ def _plan(config: TrainConfig, workers: Workers, console: Console) -> bool:
     model_config = load_model_config(config.model)
     model = build_planned_model(config, model_config, workers.dtype)
     num_known = count_known_tokens(model.model)
+    check_attention(config.attn_implementation, model.model, str(config.model.source))
     planned = make_plan(model, config, workers)
     _print_memory(console, planned)
     if workers.device_type == "cuda":
