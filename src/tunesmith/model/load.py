@@ -189,8 +189,6 @@ def load_end_tokens(ref: ModelRef, model_config: PretrainedConfig) -> set[int]:
 def read_generation_config(ref: ModelRef) -> dict[str, Any]:
     """Return what the model's `generation_config.json` says, {} where it has none.
 
-    It is read as it is: transformers refuses settings that greedy answers can't have, such as `num_return_sequences`.
-
     Raises:
         ModelError: it is no JSON object.
     """
