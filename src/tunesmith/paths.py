@@ -83,15 +83,24 @@ def longest_name(path: Path) -> int:
         return LONGEST_NAME_BYTES
 
 
+def count_bytes(path: Path | str) -> int:
+    """Return the bytes of a path or a name on a disk; those of UTF-8, whatever the locale's encoding."""
+    return len(_bytes_of(path))
+
+
+def _bytes_of(path: Path | str) -> bytes:
+    return str(path).encode("utf-8", "surrogateescape")
+
+
 def find_long_name(path: Path, longest: int | None = None) -> str | None:
     """Return the part of a path that is longer than any disk's names, or than `longest` bytes; None without one."""
     longest = longest or LONGEST_NAME_BYTES
-    return next((part for part in path.parts if len(os.fsencode(part)) > longest), None)
+    return next((part for part in path.parts if count_bytes(part) > longest), None)
 
 
 def shorten_name(name: str, longest: int) -> str:
     """Return a name of at most so many bytes: a longer one cut, with a digest of the whole at its end."""
-    raw = os.fsencode(name)
+    raw = _bytes_of(name)
     if len(raw) <= longest:
         return name
     digest = hashlib.blake2b(raw, digest_size=4).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from tunesmith.paths import LONGEST_NAME_BYTES, LONGEST_PATH_BYTES, expand_variables, find_long_name
+from tunesmith.paths import (
+    LONGEST_NAME_BYTES,
+    LONGEST_PATH_BYTES,
+    count_bytes,
+    expand_variables,
+    find_long_name,
+)
 from tunesmith.urls import check_url, is_url, scheme_of
 
 if TYPE_CHECKING:
@@ -137,22 +142,22 @@ def _check_path(value: Path | None) -> Path | None:
         return None
     if (name := find_long_name(value)) is not None:
         raise ValueError(
-            f"`{name[:20]}…` in it has {len(os.fsencode(name))} bytes; a name on a disk has {LONGEST_NAME_BYTES} at most"
+            f"`{name[:20]}…` in it has {count_bytes(name)} bytes; a name on a disk has {LONGEST_NAME_BYTES} at most"
         )
-    if len(os.fsencode(value)) > LONGEST_PATH_BYTES:
+    if count_bytes(value) > LONGEST_PATH_BYTES:
         raise ValueError(f"it is longer than {LONGEST_PATH_BYTES} bytes")
     return value
 
 
 def _check_folder_name(value: str) -> str:
-    if (size := len(os.fsencode(value))) > LONGEST_NAME_BYTES:
+    if (size := count_bytes(value)) > LONGEST_NAME_BYTES:
         raise ValueError(f"it has {size} bytes; a folder's name has {LONGEST_NAME_BYTES} at most")
     return value
 
 
 def _check_run_name(value: str | None) -> str | None:
     longest = LONGEST_NAME_BYTES - len("TorchTrainer_")
-    if value is not None and (size := len(os.fsencode(value))) > longest:
+    if value is not None and (size := count_bytes(value)) > longest:
         raise ValueError(
             f"it has {size} bytes; as a folder's name, behind TorchTrainer_, it has {longest} at most"
         )
@@ -160,7 +165,9 @@ def _check_run_name(value: str | None) -> str | None:
 
 
 def _check_place(value: str | None) -> str | None:
-    return value if value is None or is_url(value) else str(_check_path(Path(value)) and value)
+    if value is not None and not is_url(value):
+        _check_path(Path(value))
+    return value
 
 
 def _expand(value: Any, info: ValidationInfo) -> Any:

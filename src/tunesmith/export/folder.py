@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from tempfile import NamedTemporaryFile
 from tunesmith.atomic_files import repair_folder, replace_folder
 from tunesmith.errors import ConfigError, ExportError, ResourceError, RunError
 from tunesmith.locks import Lock, Timeout
-from tunesmith.paths import longest_name
+from tunesmith.paths import count_bytes, longest_name
 from tunesmith.view.units import format_bytes
 
 _ROOM_FOR_NAMES = len(".removed__12345678")
@@ -99,7 +98,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
 def _check_name(output: Path) -> None:
     """Refuse a name that leaves no room for those that the folder has while it is written."""
     longest = longest_name(output) - _ROOM_FOR_NAMES
-    if (size := len(os.fsencode(output.name))) > longest:
+    if (size := count_bytes(output.name)) > longest:
         raise ConfigError(
             f"`output_dir` has a name of {size} bytes, `{output.name}`: with what is written beside it, its disk "
             f"takes {longest}",

@@ -199,7 +199,7 @@ def _wrong_fields(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         if name in _NUMBERS and not _is_number(value):
             yield name, "a number"
-        elif name in _WHOLE_NUMBERS and not (_is_number(value) and value == int(value)):
+        elif name in _WHOLE_NUMBERS and not (_is_number(value) and float(value).is_integer()):
             yield name, "a whole number"
         elif name in _SWITCHES and not isinstance(value, bool):
             yield name, "true or false"

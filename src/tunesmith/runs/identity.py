@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import tunesmith
 from tunesmith.config import TrainConfig
 from tunesmith.config.layers import dump_settings, settings_from_dump
 from tunesmith.errors import ConfigError, RunError
-from tunesmith.paths import exists, expand_user, find_long_name, longest_name
+from tunesmith.paths import count_bytes, exists, expand_user, find_long_name, longest_name
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending
 from tunesmith.urls import is_url
@@ -146,14 +145,14 @@ def _check_names(run: RunDir, config: TrainConfig) -> None:
     name = find_long_name(run.path, longest)
     if name is None:
         return
-    size = f"{len(os.fsencode(name))} bytes, and the disk of `{run.home}` takes {longest}"
+    size = f"{count_bytes(name)} bytes, and the disk of `{run.home}` takes {longest}"
     if name == run.model_name:
         raise ConfigError(
             f"the folder of the model's results would be `{name}`: {size}",
             "name the model otherwise: --hf_model_id NAME beside --model_path",
         )
     if name == run.path.name:
-        most = longest - (len(os.fsencode(name)) - len(os.fsencode(run.run_name)))
+        most = longest - (count_bytes(name) - count_bytes(run.run_name))
         what = "`run_name` makes" if config.run_name is not None else "the run's name, by default, makes"
         raise ConfigError(f"{what} a folder `{name}`: {size}", f"give a --run_name of at most {most} bytes")
     raise ConfigError(f"a part of the run's path, `{name}`, has {size}", "give another --home")
