@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from support.chat_templates import OWN_TEMPLATES, OwnTemplate
+from support.own_templates import OWN_TEMPLATES, OwnTemplate
 from support.exports import convert, load, tuned_of
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
