@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from support.own_templates import OWN_TEMPLATES, OwnTemplate
 from support.exports import convert, load, tuned_of
+from support.own_templates import ANSWER, FIRST, NAME, OWN_TEMPLATES, SECOND, OwnTemplate
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
 from tunesmith.config import EvaluateConfig, ModelRef, TrainConfig
@@ -39,49 +41,91 @@ ENOUGH = {
 }
 
 
-@pytest.mark.parametrize("name", OWN_TEMPLATES)
-def test_a_template_trains_asks_and_answers_alike_from_the_rows_to_the_export(
-    name: str, tmp_path: Path
-) -> None:
-    own = OWN_TEMPLATES[name]
-    rows = write_talks(own, tmp_path / "rows.jsonl")
-    base = save_model(tmp_path / "base", own.build_tokenizer(), own.family)
-    job = start(settings(base, rows, tmp_path / "home"))
-    run = train_here(job)
-    tokenizer = AutoTokenizer.from_pretrained(run.checkpoint_path(STEPS))
-    end = tokenizer.convert_tokens_to_ids(own.end)
-    date = datetime.date.fromisoformat(
-        run.read_params()["data"].get("date") or datetime.date.today().isoformat()
-    )
+@dataclass(frozen=True)
+class Tuned:
+    """A run on talks through a template, and of each trained row, by its number, the ids before and of its last answer."""
 
-    trained = trained_ids(job, rows)
-    for row, (prompt_ids, answer_ids) in trained.items():
-        assert tokenizer.decode(prompt_ids) == own.prompt_of(NAMES[row], date)
-        assert tokenizer.decode(answer_ids) == own.answer
-        assert answer_ids[-1] == end
+    own: OwnTemplate
+    base: Path
+    rows: Path
+    run: RunDir
+    trained: dict[int, tuple[list[int], list[int]]]
 
-    plan = plan_evaluation(run, rows)
-    assert end in plan.stop_token_ids
-    for row, (prompt_ids, _) in trained.items():
+    @cached_property
+    def date(self) -> datetime.date:
+        """The day of the run's talks."""
+        recorded = self.run.read_params()["data"].get("date")
+        return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
+
+    @cached_property
+    def end(self) -> int:
+        return int(AutoTokenizer.from_pretrained(self.base).convert_tokens_to_ids(self.own.end))
+
+    @property
+    def said(self) -> str:
+        """What the model has learned to say, as whoever asks sees it."""
+        return self.own.answer.removesuffix(self.own.end)
+
+
+@pytest.fixture(scope="module", params=OWN_TEMPLATES)
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, alone: None) -> Tuned:
+    own = OWN_TEMPLATES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    rows = write_talks(own, folder / "rows.jsonl")
+    base = save_model(folder / "base", own.build_tokenizer(), own.family)
+    job = start(settings(base, rows, folder / "home"))
+    return Tuned(own, base, rows, train_here(job), trained_ids(job, rows))
+
+
+def test_an_answer_is_trained_from_its_prompt_s_end_to_its_end_token(tuned: Tuned) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tuned.run.checkpoint_path(STEPS))
+    for row, (prompt_ids, answer_ids) in tuned.trained.items():
+        assert tokenizer.decode(prompt_ids) == tuned.own.prompt_of(NAMES[row], tuned.date)
+        assert tokenizer.decode(answer_ids) == tuned.own.answer
+        assert answer_ids[-1] == tuned.end
+
+
+def test_an_evaluation_asks_as_was_trained_and_is_answered_so(tuned: Tuned) -> None:
+    plan = plan_evaluation(tuned.run, tuned.rows)
+    assert tuned.end in plan.stop_token_ids
+    for row, (prompt_ids, _) in tuned.trained.items():
         assert list(plan.test_set.samples[row].input_ids) == prompt_ids
-    assert answers(plan, base) == {row: own.answer.removesuffix(own.end) for row in plan.test_set.samples}
+    assert answers(plan, tuned.base) == dict.fromkeys(range(len(NAMES)), tuned.said)
 
-    exported = convert(tuned_of(run), tmp_path / "hf")
+
+def test_an_export_has_the_run_s_template_and_stops(tuned: Tuned, tmp_path: Path) -> None:
+    exported = convert(tuned_of(tuned.run), tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    assert tokenizer.chat_template == own.template
+    assert tokenizer.chat_template == tuned.own.template
     ends = GenerationConfig.from_pretrained(exported).eos_token_id
-    assert end in (ends if isinstance(ends, list) else [ends])
+    assert tuned.end in (ends if isinstance(ends, list) else [ends])
     model = load(exported)
-    for row, (prompt_ids, answer_ids) in trained.items():
+    for row, (prompt_ids, answer_ids) in tuned.trained.items():
         asked = tokenizer.apply_chat_template(
-            own.talk(NAMES[row])[:-1],
+            tuned.own.talk(NAMES[row])[:-1],
             add_generation_prompt=True,
             return_dict=False,
-            strftime_now=date.strftime,
+            strftime_now=tuned.date.strftime,
         )
         assert asked == prompt_ids
         said = model.generate(torch.tensor([asked]), max_new_tokens=len(answer_ids) + 8, do_sample=False)
         assert said[0, len(asked) :].tolist() == answer_ids
+
+
+def test_a_chat_asks_as_was_trained_and_is_answered_so(tuned: Tuned) -> None:
+    chats = pytest.importorskip("tunesmith.serving.chat")
+    from tunesmith.config import ChatConfig
+
+    with chats.open_chat(ChatConfig(checkpoints_dir=str(tuned.run.path), max_tokens=32)) as chat:
+        for row, (prompt_ids, _) in tuned.trained.items():
+            chat.reset()
+            first, second = ({"user": text.replace(NAME, NAMES[row])} for text in (FIRST, SECOND))
+            chat.remember(first, chats.Answer(ANSWER, "stop"))
+            assert list(chat.prompt_ids(second)) == prompt_ids
+            pieces: list[str] = []
+            answer = chat.ask(chat.prompt_ids(second), chat.speakers[0], pieces.append)
+            assert (answer.text, answer.ending) == (tuned.said, "stop")
+            assert "".join(pieces) == tuned.said
 
 
 def write_talks(own: OwnTemplate, path: Path) -> Path:
