@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BioGptConfig,
     BloomConfig,
     Cohere2Config,
     CohereConfig,
@@ -32,6 +33,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     StableLmConfig,
+    VaultGemmaConfig,
 )
 
 from support.tiny_models import FAMILIES, build_config
@@ -51,6 +53,7 @@ _GATED = {**_SHAPE, "intermediate_size": 64, "num_key_value_heads": 2}
 _OF_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 0, "bos_token_id": 0}
 
 _OTHERS: dict[str, Callable[..., PretrainedConfig]] = {
+    "biogpt": partial(BioGptConfig, **_SHAPE, intermediate_size=64),
     "bloom": partial(BloomConfig, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0),
     "cohere": partial(CohereConfig, **_GATED, logit_scale=0.25),
     "cohere2": partial(Cohere2Config, **_GATED, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
@@ -89,6 +92,10 @@ _OTHERS: dict[str, Callable[..., PretrainedConfig]] = {
     "phi": partial(PhiConfig, **_SHAPE, intermediate_size=64),
     "qwen2": partial(Qwen2Config, **_GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "stablelm": partial(StableLmConfig, **_GATED),
+    "vaultgemma": partial(
+        VaultGemmaConfig, **_GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+        attn_logit_softcapping=2.0, final_logit_softcapping=None,
+    ),
 }  # fmt: skip
 
 EVERY_FAMILY = (*FAMILIES, *_OTHERS)

@@ -31,7 +31,7 @@ BACKENDS_THAT_KNOW_ALL = (EAGER, "flex_attention")
 _CAP = re.compile(r"^(?!.*router).*att.*cap")
 _SINK = re.compile(r"(^|_)sinks?($|_)")
 _BIAS = re.compile(r"^alibi$|^use_alibi$|position_bias$|relative_attention(_bias|_num_buckets)?$")
-WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size")
 
 
 @dataclass(frozen=True)

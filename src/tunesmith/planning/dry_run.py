@@ -96,7 +96,7 @@ def planned_kernels(device_type: str, attention: str = VARLEN) -> Kernels:
 def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels: Kernels) -> Microbatch:
     """Return what one microbatch of the meta model holds: `num_tokens` in examples of `example_tokens`.
 
-    One block of each kind is run; the others hold as much.
+    One block of each kind is run; the others hold as much. A model whose blocks aren't known is one, and whole.
 
     Raises:
         ModelError: the model can't be run so.
@@ -104,9 +104,14 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels
     with told_beforehand(model), one_block_of_each_kind(model) as others:
         fused = fuses_loss_on_meta(model)
         runs = [run_microbatch(model, num_tokens, example_tokens, kernels, fused)]
-        recompute_all(model)
+        can_recompute = model.supports_gradient_checkpointing
+        if can_recompute:
+            recompute_all(model)
         runs.append(run_microbatch(model, num_tokens, example_tokens, kernels, fused))
         recompute_none(model)
+    if others is None:
+        (kept, _), (recomputed, _) = runs
+        return Microbatch(kept, recomputed, (kept.activations - recomputed.activations,) * can_recompute)
     kept, recomputed = (
         live.plus(sum(of_blocks[1:][kind] for kind in others) - sum(of_blocks[1:]))
         for live, of_blocks in runs
@@ -140,7 +145,7 @@ def run_microbatch(
     blocks = find_decoder_blocks(model)
     handles = [
         head.register_forward_pre_hook(lambda *_: before_loss.append(live.now)),
-        blocks[0].register_forward_pre_hook(lambda *_: live.note_next()),
+        *(block.register_forward_pre_hook(lambda *_: live.note_next()) for block in blocks[:1]),
         *(block.register_forward_hook(lambda *_: live.note_next()) for block in blocks),
     ]
     for parameter in model.parameters():
@@ -199,9 +204,15 @@ def told_beforehand(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def one_block_of_each_kind(model: Any) -> Iterator[list[int]]:
-    """Leave the model its first block and one of each kind of the others; yield which of these each of them is."""
+def one_block_of_each_kind(model: Any) -> Iterator[list[int] | None]:
+    """Leave the model its first block and one of each kind of the others; yield which of these each of them is.
+
+    A model whose blocks aren't known keeps all: None.
+    """
     blocks = find_decoder_blocks(model)
+    if not blocks:
+        yield None
+        return
     # The first block's input needs no gradient, so that it may keep less than others of its kind.
     kinds = {_kind_of(block): block for block in blocks[1:]}
     with _blocks_replaced(model, blocks, [blocks[0], *kinds.values()]):
