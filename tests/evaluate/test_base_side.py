@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from support.exports import load, write_any_adapter
@@ -94,13 +94,17 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("biased", lora(bias="all")),
         ("llama", lora(modules_to_save=["embed_tokens"])),
         ("llama", lora(trainable_token_indices=[*range(40, 90)])),
+        # What can't be merged is taken as it is.
+        ("llama", lora(lora_bias=True)),
+        ("llama", lora(layer_replication=[(0, 2), (1, 2)])),
+        ("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     ],
 )
 def test_base_and_tuned_answer_as_they_do_alone(
-    family: str, settings: LoraConfig, model_of: ModelOf, biased: Path, tmp_path: Path
+    family: str, settings: PeftConfig, model_of: ModelOf, biased: Path, tmp_path: Path
 ) -> None:
     base = biased if family == "biased" else model_of(family)
-    start = 1.0 if settings.init_lora_weights in ("pissa", "olora") else 0.0
+    start = 1.0 if getattr(settings, "init_lora_weights", True) in ("pissa", "olora") else 0.0
     tuned = write_any_adapter(base, tmp_path / "adapter", settings, start=start)
     folder = evaluate_here(tuned.folder, tmp_path, [*QUESTIONS])
     tokenizer = AutoTokenizer.from_pretrained(base)

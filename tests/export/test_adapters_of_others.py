@@ -221,7 +221,7 @@ def test_other_methods_are_merged_by_peft(
         (lora(layer_replication=[(0, 2), (1, 2)]), "`model.layers.2", "--engine transformers"),
         (
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-            "PEFT can't merge",
+            "it stands before the prompt",
             "--engine transformers",
         ),
     ],

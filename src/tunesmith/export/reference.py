@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # Logits are kept for the last tokens of a text: three times their number times the vocabulary.
 _KEPT_POSITIONS = 64
 _MEMORY_FACTOR = 1.2
+_AS_IT_IS = (
+    "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is"
+)
 _NUM_TRIAL_TOKENS = 16
 
 
@@ -55,7 +59,7 @@ class MergedByPeft:
         if extra := sorted(self._weights.keys() - before.keys()):
             raise ModelError(
                 f"the adapter `{folder}` makes a model of other parts than its base's: `{extra[0]}` is a new one",
-                "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is",
+                _AS_IT_IS,
             )
         tied = [pair for pair in model.all_tied_weights_keys.items() if self._weights.keys() >= {*pair}]
         self.keeps_ties = all(torch.equal(self._weights[one], self._weights[other]) for one, other in tied)
@@ -110,15 +114,19 @@ def _merge(adapted: Any, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: PEFT can't merge an adapter of this kind.
     """
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"the adapter `{folder}` can't be merged: it stands before the prompt and changes no weights",
+            _AS_IT_IS,
+        )
     _untie(adapted)
     try:
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no longer tied after merging.*")
+            merged: PreTrainedModel = adapted.merge_and_unload()
     except (AttributeError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"PEFT can't merge the adapter `{folder}`: {reason}",
-            "export it by itself with --no_merge; `tunesmith evaluate --engine transformers` takes it as it is",
-        ) from error
+        raise ModelError(f"PEFT can't merge the adapter `{folder}`: {reason}", _AS_IT_IS) from error
     merged.config.get_text_config().tie_word_embeddings = False
     return merged.eval()
 

@@ -171,6 +171,11 @@ def leaves_base(model: PreTrainedModel, folder: Path) -> bool:
     return all(".lora_" in name or is_saved_module(plain_name(name), settings) for name in shapes)
 
 
+def stands_before_prompt(folder: Path) -> bool:
+    """Return whether the adapter in `folder` is a learned beginning of every prompt, instead of changed weights."""
+    return bool(read_adapter_config(folder).get("num_virtual_tokens"))
+
+
 def is_saved_module(parameter: str, settings: Settings) -> bool:
     """Return whether a parameter is of a module that `modules_to_save` names."""
     parts = parameter.split(".")[:-1]

@@ -21,7 +21,7 @@ class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
         import torch
 
-        from tunesmith.model.adapter_folder import leaves_base
+        from tunesmith.model.adapter_folder import leaves_base, stands_before_prompt
         from tunesmith.model.adapters import apply_adapter
 
         self._spec = spec
@@ -29,8 +29,10 @@ class TransformersEngine:
             torch.set_num_threads(spec.num_threads)
         self._device = torch.device("cuda" if spec.use_gpu else "cpu")
         self._model: Any = self._load()
-        self._leaves_base = True
+        self._leaves_base, self._batch_size = True, spec.batch_size
         if spec.adapter is not None:
+            if stands_before_prompt(spec.adapter):
+                self._batch_size = 1  # PEFT puts it before the padding
             self._leaves_base = leaves_base(self._model, spec.adapter)
             self._model = apply_adapter(self._model, spec.adapter)
         self._base: Any = None
@@ -40,8 +42,8 @@ class TransformersEngine:
         ordered = sorted(requests, key=lambda request: (request.variant, -len(request.prompt_ids)))
         for variant in ("base", "tuned"):
             of_variant = [request for request in ordered if request.variant == variant]
-            for start in range(0, len(of_variant), self._spec.batch_size):
-                yield self._generate_batch(of_variant[start : start + self._spec.batch_size], variant)
+            for start in range(0, len(of_variant), self._batch_size):
+                yield self._generate_batch(of_variant[start : start + self._batch_size], variant)
 
     def close(self) -> None:
         import torch
