@@ -285,12 +285,3 @@ def test_scores_of_other_rules_are_told_and_redone(run: RunDir, caplog: pytest.L
         "what was generated is as good as ever"
     )
     assert again.scores == first.scores
-
-
-def test_a_generation_config_that_greedy_answers_cant_have_is_no_obstacle(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", build_tokenizer("byte_bpe"))
-    (model / "generation_config.json").write_text('{"num_return_sequences": 2, "eos_token_id": [0, 7]}')
-    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "1?", "completion": "2"}])
-    config = settings(model, test_dataset=rows, home=tmp_path)
-    assert make_plan(config, find_tuned(config), use_gpu=False).stop_token_ids == (0, 7)
-    assert evaluate(config).scores["num_samples"] == 1

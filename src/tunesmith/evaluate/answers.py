@@ -76,7 +76,7 @@ class AnswerReader:
                 said.lstrip().startswith(opening)
                 or prompt.rstrip().endswith(opening)
                 # Some are asked with an open block, which stands in no text here.
-                or (is_closed and opening not in before)
+                or (is_closed and opening not in before and (opening, close) in _BLOCKS)
             )
             if is_inside:
                 return self._read_block(said, opening, close)

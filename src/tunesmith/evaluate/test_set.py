@@ -39,6 +39,15 @@ _ROWS_FOR_END_TOKENS = 64
 _RENDERED = {"input", "output"}
 
 
+# What hints say of a run's data sets, and what it is here.
+_OWN_WORDS = {
+    "--split": "--test_split",
+    "dataset_config, split": "test_config, test_split",
+    "dataset_config": "test_config",
+    "take its Parquet branch: dataset_revision: refs/convert/parquet": (
+        "download its Parquet branch, refs/convert/parquet, and give that folder as --test_dataset"
+    ),
+}
 PLAIN_TEXT = "plain text, which asks nothing"
 NO_ANSWER = "no answer to compare with"
 REASONING_ALONE = "an answer that is reasoning alone"
@@ -199,7 +208,7 @@ def _find_test_set(tuned: TunedModel, config: EvaluateConfig) -> HFDatasetConfig
             path = local_path(named)
         except DataError as error:
             if is_url(config.test_dataset) or exists(expand_user(config.test_dataset)):
-                raise
+                raise _with_own_hint(error) from error
             raise DataError(
                 f"there is no test file `{config.test_dataset}`",
                 "give a hub id, or a JSONL, JSON, CSV or Parquet file",
@@ -276,14 +285,15 @@ def _read_first(settings: HFDatasetConfig) -> dict[str, Any]:
     try:
         return next(read_rows(settings))[1]
     except DataError as error:
-        raise DataError(error.message, error.hint and _with_own_names(error.hint)) from error
+        raise _with_own_hint(error) from error
 
 
-def _with_own_names(hint: str) -> str:
-    """Return a hint of the data sets' with the names that evaluate has: the split of a run's rows is --split."""
-    for name, own in (("--split", "--test_split"), ("dataset_config, split", "test_config, test_split")):
-        hint = re.sub(rf"{name}\b", own, hint)
-    return re.sub(r"\bdataset_config\b", "test_config", hint)
+def _with_own_hint(error: DataError) -> DataError:
+    """Return an error of the data sets' with the settings that evaluate has: the split of a run's rows is --split."""
+    hint = error.hint
+    for words, own in _OWN_WORDS.items():
+        hint = hint and re.sub(rf"{words}(?![\w])", own, hint)
+    return DataError(error.message, hint)
 
 
 def _choose_for_file(data_sets: Sequence[HFDatasetConfig], first: dict[str, Any], source: str) -> RowFormat:
