@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from support.exports import load, write_adapter
+from support.exports import convert, load, tuned_of, write_adapter
 from support.gradients import assert_close, gradient_of_step, open_sequences
 from support.plain_loss import mean_loss
 from support.runs import losses, small_config, start, train_here, train_on_rank
@@ -23,8 +25,13 @@ from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.export.final import write_final
 from tunesmith.model.adapters import apply_adapter
+from tunesmith.model.load import load_model_config
 from tunesmith.model.new_tokens import find_new_tokens, load_run_tokenizer
 from tunesmith.model.prior import with_prior_settings
+from tunesmith.model.state import read_weights
+from tunesmith.planning.fitting import make_plan
+from tunesmith.planning.memory import Memory, build_planned_model
+from tunesmith.planning.workers import Workers
 from tunesmith.runs.folder import RunDir
 from tunesmith.train.start import check_model, check_resumable
 
@@ -47,17 +54,25 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole embeddings and head": (UNTIED, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "whole norms": (TIED, {"modules_to_save": ["norm"]}),
     "DoRA": (TIED, {"use_dora": True}),
-    "PiSSA": (TIED, {"init_lora_weights": "pissa", "lora_dropout": 0.0}),
-    "PiSSA, quick, rank-stabilized": (UNTIED, {"init_lora_weights": "pissa_niter_4", "use_rslora": True}),
-    "OLoRA": (UNTIED, {"init_lora_weights": "olora"}),
+    "PiSSA": (TIED, {"init_lora_weights": "pissa", "use_rslora": True}),
+    "OLoRA": (TIED, {"init_lora_weights": "olora"}),
     "MiCA": (TIED, {"init_lora_weights": "mica"}),
     "going on": (TIED, {"adapter_path": "prior"}),
-    "merged": (TIED, {"adapter_path": "prior", "merge_adapter": True}),
     "merged, then new tokens and PiSSA": (
         TIED,
-        {"adapter_path": "prior", "merge_adapter": True, "init_lora_weights": "pissa", **CHAT},
+        {"adapter_path": "prior", "merge_adapter": True, "init_lora_weights": "pissa_niter_4", **CHAT},
+    ),
+    "merged, experts too": (
+        "mixtral",
+        {
+            "adapter_path": "prior",
+            "merge_adapter": True,
+            "lora_target_modules": ["q_proj", "experts.down_proj"],
+            "lora_dropout": 0.0,
+        },
     ),
 }
+BEGIN_AS_BASE = ("whole norms", "whole embeddings and head", "DoRA", "PiSSA", "OLoRA", "MiCA")
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +83,49 @@ def prior(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(model_of(TIED), folder, **settings).folder
 
 
+@pytest.fixture(scope="module")
+def prior_of_experts(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {"r": 2, "target_modules": ["v_proj"], "target_parameters": ["experts.down_proj"]}
+    return write_adapter(model_of("mixtral"), tmp_path_factory.mktemp("experts"), **settings).folder
+
+
+@pytest.fixture(scope="module")
+def untrained(
+    model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], float]:
+    """The validation loss of a base model."""
+
+    @lru_cache
+    def untrained(family: str) -> float:
+        home = tmp_path_factory.mktemp("untrained")
+        return losses(
+            train_here(start(settings_for(model_of(family), rows, home, max_steps=1))), "eval_loss"
+        )[0]
+
+    return untrained
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_checkpoint_is_the_trained_model_on_the_published_base_and_a_resumed_run_is_the_same(
-    way: str, model_of: ModelOf, prior: Path, rows: Path, tmp_path: Path
+    way: str,
+    model_of: ModelOf,
+    prior: Path,
+    prior_of_experts: Path,
+    untrained: Callable[[str], float],
+    rows: Path,
+    tmp_path: Path,
 ) -> None:
     family, changes = WAYS[way]
     if "adapter_path" in changes:
-        changes = {**changes, "adapter_path": prior}
+        changes = {**changes, "adapter_path": prior if family == TIED else prior_of_experts}
     config = settings_for(model_of(family), rows, tmp_path, **changes)
-    check_model(config)
+    check_model(with_prior_settings(config))
     job = start(config)
     run = train_here(job)
     before, evaluated = losses(run), losses(run, "eval_loss")
     assert evaluated[4] < evaluated[0] - 0.1
+    if way in BEGIN_AS_BASE:
+        assert evaluated[0] == pytest.approx(untrained(family), rel=0, abs=2e-6)
 
     folder = run.checkpoint_path(4)
     assert validate(model_of(family), folder, run) == pytest.approx(evaluated[4], rel=0, abs=2e-5)
@@ -89,8 +134,8 @@ def test_a_checkpoint_is_the_trained_model_on_the_published_base_and_a_resumed_r
     assert train_here(job) == run
     assert losses(run) == before
     again = load_file(folder / "adapter_model.safetensors")
-    assert [name for name in written if not torch.equal(written[name], again[name])] == []
     assert written.keys() == again.keys()
+    assert [name for name in written if not torch.equal(written[name], again[name])] == []
 
 
 def settings_for(base: Path, rows: Path, home: Path, **changes: Any) -> TrainConfig:
@@ -101,23 +146,8 @@ def settings_for(base: Path, rows: Path, home: Path, **changes: Any) -> TrainCon
     return TrainConfig(**config.model_dump(exclude_unset=True, exclude=taken_over))
 
 
-@pytest.mark.parametrize("way", ["DoRA", "PiSSA", "OLoRA", "MiCA", "whole norms"])
-def test_a_run_begins_as_the_base_model(way: str, model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    family, changes = WAYS[way]
-    runs = [
-        train_here(
-            start(small_config(model_of(family), rows, tmp_path / str(i), **{**FAR, "max_steps": 1, **it}))
-        )
-        for i, it in enumerate((changes, {}))
-    ]
-    begun, plain = (losses(run, "eval_loss")[0] for run in runs)
-    assert begun == pytest.approx(plain, rel=0, abs=2e-6)
-
-
 def validate(base: Path, adapter: Path, run: RunDir) -> float:
     """Return the loss over the run's validation set, by transformers and PEFT alone."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = load(base)
     if len(tokenizer) > len(model.get_input_embeddings().weight):
@@ -151,8 +181,6 @@ def test_rows_of_new_tokens_begin_as_the_mean_of_the_old_and_they_alone_are_trai
     assert all(ids == [506, 507] for ids in settings["trainable_token_indices"].values())
     # In the tokenizer beside it they are special: one token each, and left out of an answer.
     tokenizer = load_run_tokenizer(config)
-    from transformers import AutoTokenizer
-
     beside = AutoTokenizer.from_pretrained(folder)
     for it in (tokenizer, beside):
         assert it("<|ask|>12<|end|>", add_special_tokens=False)["input_ids"][
@@ -178,11 +206,8 @@ def test_trained_rows_have_the_gradients_that_peft_s_own_forward_gives(
 
 
 SHARDED = {
-    "tokens": CHAT,
-    "tokens, untied": {**CHAT, "family": UNTIED},
-    "modules": {"modules_to_save": ["embed_tokens", "lm_head"], "family": UNTIED},
-    "PiSSA": {"init_lora_weights": "pissa"},
-    "DoRA": {"use_dora": True},
+    "tied": (TIED, {**CHAT, "use_dora": True}),
+    "untied": (UNTIED, {**CHAT, "init_lora_weights": "pissa", "modules_to_save": ["norm"]}),
 }
 
 
@@ -190,14 +215,13 @@ SHARDED = {
 def test_two_workers_train_as_one(
     way: str, model_of: ModelOf, rows: Path, tmp_path: Path, two_workers: WorkerGroup
 ) -> None:
-    changes = {"family": TIED, "gradient_accumulation_steps": 2, **SHARDED[way]}
-    settings = {**FAR, **changes, "fsdp": "full_shard", "lora_dropout": 0.0}
-    base = model_of(settings.pop("family"))
-    both = small_config(base, rows, tmp_path / "both", **settings)
+    family, changes = SHARDED[way]
+    settings = {**FAR, **changes, "max_steps": 2, "fsdp": "full_shard", "lora_dropout": 0.0}
+    both = small_config(model_of(family), rows, tmp_path / "both", **settings, gradient_accumulation_steps=2)
     (run, _) = two_workers.run(train_on_rank, start(both, num_workers=2))
-    alone = small_config(base, rows, tmp_path / "alone", **{**settings, "gradient_accumulation_steps": 4})
-    expected = losses(train_here(start(alone)))
-    assert losses(run) == pytest.approx(expected, rel=1e-4)
+    alone = train_here(start(small_config(model_of(family), rows, tmp_path / "alone", **settings)))
+    for key in ("loss", "eval_loss"):
+        assert losses(run, key) == pytest.approx(losses(alone, key), rel=1e-4)
 
 
 def test_a_padded_vocabulary_has_room_for_new_tokens(rows: Path, tmp_path: Path) -> None:
@@ -237,13 +261,33 @@ def test_new_tokens_shape_the_prepared_data(model_of: ModelOf, rows: Path, tmp_p
     assert prepared[0] != prepared[1] == prepared[2]
 
 
-def test_full_fine_tuning_trains_grown_embeddings(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    run = train_here(start(small_config(model_of(TIED), rows, tmp_path, full_ft=True, **{**FAR, **CHAT})))
-    from tunesmith.model.state import list_weights
+@pytest.mark.parametrize("family", [TIED, UNTIED])
+def test_full_fine_tuning_grows_the_embeddings_and_its_export_holds_them(
+    family: str, model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(model_of(family), rows, tmp_path, full_ft=True, **{**FAR, **CHAT})
+    run = train_here(start(config))
+    best = write_final(run, config.model)
+    final = load(run.final_path)
+    assert final.config.vocab_size == len(final.get_input_embeddings().weight) == 508
+    data = Path(run.read_params()["data"]["data_dir"]) / "validation.jsonl"
+    assert mean_loss(final, load_run_tokenizer(config), data) == pytest.approx(
+        best.eval_loss, rel=0, abs=2e-5
+    )
 
-    shapes = {name: tuple(weight.shape) for name, weight in list_weights(run.checkpoint_path(4)).items()}
-    assert shapes["model.embed_tokens.weight"] == (508, 32)
-    assert losses(run, "eval_loss")[4] < losses(run, "eval_loss")[0] - 0.1
+
+def test_a_run_with_all_of_it_is_exported_and_proven(
+    model_of: ModelOf, prior: Path, rows: Path, tmp_path: Path
+) -> None:
+    _, changes = WAYS["merged, then new tokens and PiSSA"]
+    run = train_here(
+        start(settings_for(model_of(TIED), rows, tmp_path, **{**changes, "adapter_path": prior}))
+    )
+    tuned = tuned_of(run)
+    exported = load(convert(tuned, tmp_path / "export", verify=True))
+    data = Path(run.read_params()["data"]["data_dir"]) / "validation.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert mean_loss(exported, tokenizer, data) == pytest.approx(tuned.eval_loss, rel=0, abs=2e-5)
 
 
 def test_our_engine_s_base_is_the_base_and_its_tuned_model_the_tuned_one(
@@ -292,11 +336,11 @@ def test_a_run_goes_on_from_a_run_a_checkpoint_or_final(
     first = train_here(start(config))
     best = write_final(first, config.model)
     begun = []
-    for place in (first.path, best.path, first.final_path, first.home):
+    for place in (first.path, best.path, first.final_path):
         home = tmp_path / f"from_{place.name}"
         further = settings_for(model_of(TIED), rows, home, max_steps=1, adapter_path=place)
         begun.append(losses(train_here(start(further)), "eval_loss")[0])
-    assert begun == [pytest.approx(best.eval_loss, rel=0, abs=1e-6)] * 4
+    assert begun == [pytest.approx(best.eval_loss, rel=0, abs=1e-6)] * 3
 
 
 def test_a_changed_adapter_is_refused_and_the_run_s_own_copy_stays(
@@ -353,6 +397,44 @@ def test_what_cannot_be_stacked_is_not_merged_in_memory(
     with pytest.raises(ModelError, match=r"can't be merged into the base in memory") as error:
         with_prior_settings(config)
     assert "tunesmith convert" in str(error.value.hint)
+
+
+def test_an_adapter_of_weights_that_another_layer_shares_is_not_merged_in_memory(
+    model_of: ModelOf, tmp_path: Path
+) -> None:
+    adapter = write_adapter(model_of(TIED), tmp_path / "adapter", target_modules=["lm_head"]).folder
+    config = TrainConfig(model_path=model_of(TIED), adapter_path=adapter, merge_adapter=True)
+    with pytest.raises(ModelError, match=r"it adapts `lm_head`, whose weights are also those of another"):
+        check_model(with_prior_settings(config))
+
+
+def test_bfloat16_begins_as_the_base_and_ends_as_its_checkpoint(
+    model_of: ModelOf, rows: Path, tmp_path: Path
+) -> None:
+    changes = {"init_lora_weights": "pissa", "dtype": "bfloat16", **CHAT}
+    run = train_here(start(settings_for(model_of(UNTIED), rows, tmp_path, **changes)))
+    weights = read_weights(run.checkpoint_path(4))
+    assert {name for name, it in weights.items() if it.dtype != torch.float32} == {
+        name for name in weights if ".offset." in name
+    }
+    found = validate(model_of(UNTIED), run.checkpoint_path(4), run)
+    assert found == pytest.approx(losses(run, "eval_loss")[4], rel=0, abs=0.05)
+
+
+def test_a_plan_counts_what_is_trained(model_of: ModelOf) -> None:
+    def plan(**changes: Any) -> Memory:
+        config = TrainConfig(model_path=model_of(UNTIED), max_seq_length=256, lora_rank=4, **changes)
+        planned = build_planned_model(config, load_model_config(config.model), torch.float32)
+        return make_plan(planned, config, Workers(1, "cpu", "CPU", 1 << 40, None, torch.float32)).memory
+
+    plain = plan()
+    rows = plan(new_tokens=["<|ask|>", "<|end|>"])
+    # Two rows of embeddings and two of the head, of 32 numbers of 4 bytes.
+    assert rows.adapters - plain.adapters == rows.gradients - plain.gradients == 2 * 2 * 32 * 4
+    assert rows.logits < 1.05 * plain.logits, "the loss stays fused"
+    whole = plan(modules_to_save=["embed_tokens", "lm_head"])
+    assert whole.adapters - plain.adapters == 2 * 506 * 32 * 4
+    assert whole.optimizer - plain.optimizer == 2 * whole.adapters - 2 * plain.adapters
 
 
 def test_no_adapter_at_adapter_path_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from tunesmith.model.adapter_folder import (
     ADAPTER_WEIGHTS,
     check_repeatable,
     count_rows,
+    module_name,
+    plain_name,
     read_adapter_shapes,
 )
 from tunesmith.model.embeddings import grow_embeddings
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ADAPTER_NAME = "default"
+_OF_ADAPTER = re.compile(rf"\.lora_\w+\.({_ADAPTER_NAME}|{OFFSET})(\.|$)")
 # Of PEFT, about what is meant and seen to: what shares weights, and biases that turning an adapter off leaves on.
 _EXPECTED_WARNINGS = (
     ".*tie_word_embeddings.*|fan_in_fan_out is set to False.*|.*ensure_weight_tying.*|.*lora_bias.*"
@@ -117,6 +121,7 @@ def merge_into_base(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the adapter doesn't fit the model, or changes weights that are tied to others.
     """
+    _refuse_tied(model, folder)
     if next(model.parameters()).is_meta:
         grow_embeddings(model, count_rows_needed(read_adapter_config(folder)))
         return model
@@ -142,6 +147,21 @@ def merge_into_base(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged
+
+
+def _refuse_tied(model: PreTrainedModel, folder: Path) -> None:
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    tied = {module_name(model, layer) for layer in (embeddings, head)}
+    for name in read_adapter_shapes(folder):
+        module = plain_name(name).split(".lora_")[0]
+        if ".lora_" in name and module in tied:
+            raise ModelError(
+                f"the adapter `{folder}` can't be merged into the base in memory: it adapts `{module}`, whose weights "
+                "are also those of another layer",
+                "export it with `tunesmith convert`, and begin from the export with --model_path",
+            )
 
 
 def find_plain_adapter(module: Any) -> str | None:
@@ -190,7 +210,7 @@ def find_token_rows(module: Any) -> TokenRows | None:
 
 def is_kept(name: str, parameter: torch.Tensor) -> bool:
     """Return whether a parameter belongs into checkpoints: it is trained, or a frozen part of an adapter."""
-    return parameter.requires_grad or ".lora_" in name
+    return parameter.requires_grad or _OF_ADAPTER.search(name) is not None
 
 
 def write_adapter(

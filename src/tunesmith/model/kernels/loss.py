@@ -102,11 +102,11 @@ def can_fuse_loss(model: Any, batch: Batch) -> bool:
     """
     if not has_plain_head(model):
         return False
-    head = model.get_output_embeddings()
+    head = find_head(model)
     device = torch.device("cpu") if batch.input_ids_BT.is_meta else batch.input_ids_BT.device
     # Whole numbers that every dtype holds.
-    numbers_11V = (torch.arange(len(head.weight), device=device) % 201 - 100.0).view(1, 1, -1)
-    with _forward_replaced(head, lambda _: numbers_11V.clone()):
+    numbers_11V = (torch.arange(len(head.layer.weight), device=device) % 201 - 100.0).view(1, 1, -1)
+    with _forward_replaced(head.module, lambda _: numbers_11V.clone()):
         found = compute_logits(model, batch)
     return found.shape == numbers_11V.shape and torch.equal(found.float(), numbers_11V)
 
