@@ -467,5 +467,8 @@ def test_vllm_where_it_is_not_installed_is_refused(
 
 def test_another_process_that_evaluates_is_waited_for(fresh: RunDir) -> None:
     folder = fresh.evaluation_path("checkpoint_00000008")
-    with only_writer(folder), pytest.raises(RunError, match="another process is evaluating"):
+    with (
+        only_writer(folder, lies_in_run=True),
+        pytest.raises(RunError, match="another process is evaluating"),
+    ):
         evaluate(settings(fresh.path))

@@ -97,7 +97,8 @@ def test_rows_that_were_trained_on_are_named_in_the_verdict_and_by_their_sample(
     assert result.scores["trained_on"] == {"rows": 4, "prompts": 1}
     told = "4 of the 6 samples were trained on, and the prompt of 1 more was trained on with another answer"
     assert told in said and told in page and told in result.scores["verdict"]["text"]
-    own = evaluate(settings(run.path))
+    own = evaluate(settings(run.path, max_samples=2))
+    assert "2, of the first 2 rows (--max_samples)" in done(own)[0]
     assert own.scores["trained_on"] == {"rows": 0, "prompts": 0}
     assert "trained on" not in done(own)[0]
 
@@ -148,6 +149,7 @@ def test_reasoning_is_kept_and_shown_and_not_compared(tmp_path: Path) -> None:
         "num_whole": 5,
         "whole": {"exact_match": 0.8, "numeric_match": 0.8},
     }
+    assert "7; no training set is known to compare them with" in text
     assert "1 of 7 answers never left their reasoning" in text and "1 of 7 answers are empty" in text
     assert "numeric match 80.0 % over the 5 others, 57.1 % over all" in text
     assert "Long, and otherwise." in page and '<details class="long thoughts">' in page

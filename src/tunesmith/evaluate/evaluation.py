@@ -174,6 +174,7 @@ def _describe(
         num_samples=len(rows),
         num_different=len(set(test_set.groups.values())),
         num_skipped=sum(test_set.left_out.values()),
+        first_rows=config.max_samples if test_set.has_more else None,
         rows_left_out=test_set.left_out,
         trained_on=trained_on,
         engine=EngineRecord(

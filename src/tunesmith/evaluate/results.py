@@ -135,7 +135,8 @@ class TrainedOn(TypedDict):
 class Scores(TypedDict):
     """`scores.json`; None for what no run recorded. `finish` counts finish reasons of tuned, and of base if it ran.
 
-    `num_different` of the samples ask something different. `rows_left_out` counts rows that weren't asked, by reason.
+    `num_different` of the samples ask something different. `rows_left_out` counts rows that weren't asked, by reason;
+    `first_rows` is how many were read where the test set has more. `trained_on` is None where no training set is known.
     """
 
     format_version: int
@@ -151,6 +152,7 @@ class Scores(TypedDict):
     num_samples: int
     num_different: int
     num_skipped: int
+    first_rows: int | None
     rows_left_out: dict[str, int]
     trained_on: TrainedOn | None
     engine: EngineRecord

@@ -98,8 +98,12 @@ def describe_samples(scores: Scores) -> str:
     text = f"{scores['num_samples']:,}"
     if scores["num_different"] < scores["num_samples"]:
         text += f", {scores['num_different']:,} different: those that ask the same count as one in intervals"
+    if scores["first_rows"] is not None:
+        text += f", of the first {scores['first_rows']:,} rows (--max_samples)"
     trained = scores["trained_on"]
-    if trained is not None and (trained["rows"] or trained["prompts"]):
+    if trained is None:
+        text += "; no training set is known to compare them with"
+    elif trained["rows"] or trained["prompts"]:
         text += f"; {trained['rows']:,} trained on"
         if trained["prompts"]:
             text += f", {trained['prompts']:,} more with another answer"

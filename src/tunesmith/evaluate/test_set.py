@@ -60,7 +60,8 @@ class TestSet:
 
     `path` is where they lie, or their place on the hub. `digest` is of the whole set. `references` are the expected
     answers as they are compared, `groups` the first sample that asks the same, `trained` what the run was trained on:
-    None where that isn't known. `left_out` counts rows that aren't asked, by reason.
+    None where that isn't known. `left_out` counts rows that aren't asked, by reason. `has_more`: rows lie behind those
+    that were read.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class TestSet:
     groups: dict[int, int]
     trained: dict[int, Found] | None
     left_out: dict[str, int]
+    has_more: bool
     end_tokens: frozenset[int]
     digest: str
 
@@ -130,6 +132,9 @@ def read_test_set(tuned: TunedModel, config: EvaluateConfig, tokenizer: PreTrain
     date = recorded_date(tuned.params)
     formats = [row_format.with_tokenizer(tokenizer, date) for row_format in formats]
     taken: list[RenderedRow] = list(islice(rows, config.max_samples))
+    has_more = False
+    with suppress(DataError):  # what isn't read may be malformed
+        has_more = next(rows, None) is not None
     _check_characters(path, taken)
     samples, references, left_out = _ask(path, formats, taken, AnswerReader(tokenizer))
     if not samples:
@@ -149,6 +154,7 @@ def read_test_set(tuned: TunedModel, config: EvaluateConfig, tokenizer: PreTrain
         group_alike(samples),
         trained,
         left_out,
+        has_more,
         _learned_ends(path, formats, taken),
         source_fingerprint(settings),
     )

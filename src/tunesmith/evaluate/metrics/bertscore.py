@@ -64,7 +64,7 @@ class BertScore:
         )
         return (
             f"encoder {name}, layer {self.num_layers}, the first {self.max_length} tokens of a text, "
-            f"no idf, not rescaled; bert-score {version('bert-score')}"
+            f"no idf, not rescaled, 0 for an empty text; bert-score {version('bert-score')}"
         )
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> list[float | None]:
