@@ -39,6 +39,12 @@ from tunesmith.evaluate.metrics.score import choose_metrics
         (r"so \boxed{1,024}, of 2,000", 1024),
         (r"\boxed{\frac{3}{4}} of 5", 0.75),
         ("1.5e3", 1500),
+        ("It is 1e-2.", 0.01),
+        ("**72**", 72),
+        ("__72__", 72),
+        ("boxed{72} of 80", 72),
+        (r"$1{,}024$", 1024),
+        (r"$50\%$", 50),
         ("GPT-4", 4),
         ("H2O and A1", None),
         ("none", None),
@@ -56,7 +62,19 @@ def test_a_text_comes_to_its_marked_number_or_its_last(text: str, number: float 
 
 @pytest.mark.parametrize(
     "text",
-    ["72", "$1,234.50", "25 %", "-3 km/h", "x = 5", "72 apples", "The answer is 72.", r"so \boxed{3/4}"],
+    [
+        "72",
+        "$1,234.50",
+        "25 %",
+        "-3 km/h",
+        "x = 5",
+        "72 apples",
+        "The answer is 72.",
+        r"so \boxed{3/4}",
+        "**72**",
+        r"$50\%$",
+        r"$1{,}024$",
+    ],
 )
 def test_a_number_with_its_unit_is_numeric(text: str) -> None:
     assert is_numeric(text)

@@ -105,6 +105,27 @@ def test_what_can_t_be_asked_is_refused(given: dict[str, str], message: str, tmp
         read_test_set(tuned_in(tmp_path), config, build_tokenizer("byte_bpe"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "all of it"}], "asks anything: there is no prompt to answer"),
+        ([{"prompt": "1?", "completion": ""}] * 2, "can be compared: 2 with no answer to compare with"),
+        (
+            [{"messages": [{"role": "user", "content": "1?"}]}],
+            "can be compared: 1 with no answer to compare with",
+        ),
+        (
+            [{"prompt": "1?", "completion": "<think>one</think>"}],
+            "can be compared: 1 with an answer that is reasoning alone",
+        ),
+    ],
+)
+def test_rows_that_ask_nothing_say_why(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    config = EvaluateConfig(test_dataset=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    with pytest.raises(DataError, match=message):
+        read_test_set(tuned_in(tmp_path), config, build_tokenizer("chatml"))
+
+
 def test_a_folder_without_a_test_file_is_told_with_the_flag_for_another_split(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -258,13 +257,6 @@ def test_sampling_follows_from_the_seed_and_the_sample(tiny: Path) -> None:
     assert sample(1, PROMPTS[:1] * 2) == {key: first[key] for key in first if key[1] < 2}
     assert first != sample(2)
     assert len({generation.token_ids for generation in first.values()}) > 1
-
-
-def test_a_generation_config_that_greedy_answers_cant_have_is_no_obstacle(tiny: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "generation_config.json").write_text('{"num_return_sequences": 2, "eos_token_id": 0}')
-    with closing(VLLMEngine(spec_of(model))) as engine:
-        assert len(generated(engine, requests_for(PROMPTS[:2], "base"))) == 2
 
 
 def test_an_engine_that_cannot_start_says_why_and_the_next_one_starts(

@@ -17,7 +17,6 @@ from tunesmith.config import EvaluateConfig, HFDatasetConfig
 from tunesmith.data.comparison import Found
 from tunesmith.data.encode import RowError
 from tunesmith.data.formats import Findings, Prompt, RenderedRow, RowFormat, choose_format
-from tunesmith.data.formats.conversation import is_answer
 from tunesmith.data.formats.template import TemplateFormat
 from tunesmith.data.mixture import encode_rows, prompt_of, recorded_formats, without_tag
 from tunesmith.data.sources import describe_source, local_path, read_rows, source_fingerprint
@@ -138,12 +137,7 @@ def read_test_set(tuned: TunedModel, config: EvaluateConfig, tokenizer: PreTrain
     _check_characters(path, taken)
     samples, references, left_out = _ask(path, formats, taken, AnswerReader(tokenizer))
     if not samples:
-        listed = ", ".join(f"{number:,} with {reason}" for reason, number in left_out.items())
-        hint = "plain text has no answers to compare; the run's validation loss tells how well it was learned"
-        raise DataError(
-            f"none of the {len(taken):,} rows of `{path}` asks anything: there is no prompt to answer ({listed})",
-            hint if PLAIN_TEXT in left_out else "give rows with a question and an answer to compare with",
-        )
+        raise _nothing_to_ask(path, len(taken), left_out)
     trained = find_trained(tuned, formats, {number: taken[number] for number in samples})
     if trained:
         logger.warning("%d of the %d samples, or their prompts, were trained on", len(trained), len(samples))
@@ -183,10 +177,20 @@ def _ask(
     return samples, references, dict(left_out)
 
 
+def _nothing_to_ask(path: Path, num_rows: int, left_out: dict[str, int]) -> DataError:
+    if PLAIN_TEXT in left_out:
+        return DataError(
+            f"none of the {num_rows:,} rows of `{path}` asks anything: there is no prompt to answer",
+            "plain text has no answers to compare; the run's validation loss tells how well it was learned",
+        )
+    listed = ", ".join(f"{number:,} with {reason}" for reason, number in left_out.items())
+    return DataError(
+        f"none of the {num_rows:,} rows of `{path}` can be compared: {listed}",
+        "give rows with a question and the answer to it",
+    )
+
+
 def _why_not_asked(row: RenderedRow) -> str:
-    if "messages" in row:
-        asks = any(is_answer(row["messages"], index) for index in range(len(row["messages"])))
-        return NO_ANSWER if asks or len(row["messages"]) > 1 else PLAIN_TEXT
     return PLAIN_TEXT if row.get("output") and not row.get("input") else NO_ANSWER
 
 

@@ -17,13 +17,13 @@ _DIGITS = (
 )
 _NUMBER = (
     rf"(?P<sign>(?:{_SIGN}\s?)?)(?:\\?{_CURRENCY}\s?)?(?P<inner>{_SIGN}?)(?P<digits>{_DIGITS})"
-    r"(?P<power>[eE][+\-]?\d{1,3}(?![\w.]))?(?:\s?/\s?(?P<below>\d+))?"
+    r"(?P<power>[eE][+\-]?\d{1,3}(?!\w|\.\d))?(?:\s?/\s?(?P<below>\d+))?"
 )
 # Not within a word, a longer number or a version: A1, 3.4.5; a sign behind a digit or a bracket is an operator.
-_ANYWHERE = re.compile(rf"(?<![\w.,]){_NUMBER}(?![\d])")
+_ANYWHERE = re.compile(rf"(?<![^\W_])(?<![.,]){_NUMBER}(?!\d)")
 _AFTER_MARKER = re.compile(rf"\s*{_NUMBER}(?!\.?\d)")
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\?\b(?:boxed|fbox)\s*\{")
 # A whole reference that is a number with no more than a unit: $1,234.50, 25 %, 72 apples, -3 km/h, ≈ 3.
 _ALONE = re.compile(
     rf"\W{{0,3}}(?:[A-Za-z]\w{{0,8}}\s*=\s*)?{_NUMBER}\s*(?:[%‰°]\s?\w?|[^\W\d_][^\s\d]{{0,14}})?\s*[.!]?\W{{0,3}}"
@@ -38,7 +38,7 @@ def is_numeric(reference: str) -> bool:
     """Tell whether a reference is one by its form: a marker or a box with a number, a number alone, or "the answer is 72"."""
     if _MARKER in reference or _BOX.search(reference):
         return find_marked(reference) is not None
-    text = _plain_fractions(reference).strip()
+    text = _without_latex(reference).strip()
     return bool(_ALONE.fullmatch(text) or (len(text) < 2000 and _CONCLUDES.fullmatch(text)))
 
 
@@ -46,8 +46,8 @@ def find_marked(reference: str) -> Fraction | None:
     """Return the number that a reference marks as its answer: behind the last `####`, where nothing follows it, or in the last box."""
     _, marker, answer = reference.rpartition(_MARKER)
     if marker:
-        match = _AFTER_MARKER.match(_plain_fractions(answer))
-        rest = answer if match is None else _plain_fractions(answer)[match.end() :]
+        match = _AFTER_MARKER.match(_without_latex(answer))
+        rest = answer if match is None else _without_latex(answer)[match.end() :]
         return None if match is None or rest.strip() not in ("", ".") else _value(match, signed=True)
     return _boxed(reference)
 
@@ -74,7 +74,7 @@ def _behind_marker(text: str) -> Fraction | None:
     # The first: a model that runs on asks and answers questions of its own. What follows the number doesn't
     # count against it: "#### 72 dollars" says 72.
     _, marker, answer = text.partition(_MARKER)
-    match = _AFTER_MARKER.match(_plain_fractions(answer)) if marker else None
+    match = _AFTER_MARKER.match(_without_latex(answer)) if marker else None
     return None if match is None else _value(match, signed=True)
 
 
@@ -98,7 +98,7 @@ def _boxed(text: str) -> Fraction | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    text = _plain_fractions(text)
+    text = _without_latex(text)
     for match in reversed([*_ANYWHERE.finditer(text)]):
         value = _value(match, _is_signed(match, text))
         if value is not None:
@@ -131,5 +131,7 @@ def _value(match: re.Match[str], signed: bool) -> Fraction | None:
     return -value if any(sign in signs for sign in "-−–") else value
 
 
-def _plain_fractions(text: str) -> str:
+def _without_latex(text: str) -> str:
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\%", "%"), ("\\!", "")):
+        text = text.replace(written, plain)
     return _FRACTION.sub(r"\1/\2", text)
