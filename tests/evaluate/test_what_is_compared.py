@@ -18,7 +18,7 @@ from support.tiny_models import save_model
 from support.tokenizers import CHATML_TEMPLATE, build_tokenizer
 from tunesmith.api import evaluate
 from tunesmith.config import EvaluateConfig
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.errors import ConfigError, DataError, ModelError
 from tunesmith.evaluate.engines.base import Generation
 from tunesmith.evaluate.evaluation import EvaluationResult
 from tunesmith.evaluate.plan import evaluation_folder, make_plan
@@ -287,3 +287,17 @@ def test_scores_of_other_rules_are_told_and_redone(run: RunDir, caplog: pytest.L
         "what was generated is as good as ever"
     )
     assert again.scores == first.scores
+
+
+def test_a_generation_config_that_no_answer_can_be_made_with_is_refused(tmp_path: Path) -> None:
+    """transformers doesn't load such a model, nor what would be exported of it."""
+    model = save_model(tmp_path / "model", build_tokenizer("byte_bpe"))
+    path = model / "generation_config.json"
+    path.write_text('{"num_return_sequences": 2, "eos_token_id": [0, 7]}')
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "1?", "completion": "2"}])
+    config = settings(model, test_dataset=rows, home=tmp_path)
+    with pytest.raises(ModelError, match="num_return_sequences"):
+        make_plan(config, find_tuned(config), use_gpu=False)
+    path.write_text('{"do_sample": false, "temperature": 0.9, "eos_token_id": [0, 7]}')
+    assert make_plan(config, find_tuned(config), use_gpu=False).stop_token_ids == (0, 7)
+    assert evaluate(config).scores["num_samples"] == 1
