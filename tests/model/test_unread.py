@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.runs import losses, small_config, start, train_here, train_on_rank
@@ -23,6 +24,7 @@ from tunesmith.model.weight_parts import WeightParts
 from tunesmith.model.weight_source import open_source
 from tunesmith.parallel.fsdp import numel_of_slice
 from tunesmith.parallel.mesh import build_mesh
+from tunesmith.train import build
 from tunesmith.train.build import build_model
 
 CPU = torch.device("cpu")
@@ -75,7 +77,8 @@ def assert_same(model: torch.nn.Module, expected: torch.nn.Module) -> None:
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert (found[name].dtype, found[name].device) == (tensor.dtype, tensor.device), name
-            assert torch.equal(found[name], tensor), name
+            pair = [it.full_tensor() if isinstance(it, DTensor) else it for it in (found[name], tensor)]
+            assert torch.equal(*pair), name
 
 
 @pytest.mark.parametrize("family", [*STACKED, *OTHERS])
@@ -150,6 +153,31 @@ def test_adapters_that_are_made_of_the_weights_are_found_out(changes: dict[str, 
         lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
         adapted = get_peft_model(weights.model, lora, autocast_adapter_dtype=False)
         assert weights.is_untouched(adapted) == is_untouched
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"full_ft": True}),
+        ("mixtral", {"fsdp": "full_shard", "dtype": "bfloat16"}),
+        ("mixtral", {"fsdp": "no_shard"}),
+        ("gemma3_text", {"fsdp": "full_shard", "cpu_offload": True}),
+    ],
+    ids=str,
+)
+def test_a_model_is_built_alike_whichever_way_its_weights_are_loaded(
+    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(save(family, tmp_path), "rows.jsonl", tmp_path, **changes)
+    by_slices = build_model(config, CPU, build_mesh(0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_unread", lambda *_: None)
+        whole = build_model(config, CPU, build_mesh(0, 1))
+    assert_same(by_slices, whole)
+    trained = ([p.requires_grad for p in model.parameters()] for model in (by_slices, whole))
+    assert next(trained) == next(trained)
 
 
 def gather(rank: int, world_size: int, folder: Path, home: Path, changes: dict[str, Any]) -> dict[str, Any]:
