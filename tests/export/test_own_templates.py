@@ -35,7 +35,7 @@ NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim",
 STEPS = 40
 ENOUGH = {
     "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 2,
     "lora_rank": 8,
     "learning_rate": 2e-2,
 }
