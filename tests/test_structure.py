@@ -28,6 +28,7 @@ FLOORS = {
     "cli": 14,
     "verbs": 13,
     "api": 12,
+    "serving": 12,
     "chart": 11,
     "evaluate": 11,
     "export": 10,

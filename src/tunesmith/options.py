@@ -100,6 +100,15 @@ def take_options(options: Sequence[Option], words: Sequence[str]) -> tuple[dict[
     return given, rest
 
 
+def split_passed_on(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words before the first `--`, and those behind it, which are for another program."""
+    own = list(words)
+    if "--" not in own:
+        return own, []
+    end = own.index("--")
+    return own[:end], own[end + 1 :]
+
+
 def format_options(options: Sequence[Option]) -> str:
     """Return the lines of a verb's help that explain its options."""
     width = max(len(option.describe()) for option in options)

@@ -11,13 +11,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tunesmith.config import ConvertConfig, EvaluateConfig, Settings, TrainConfig, TunedModelConfig
+from tunesmith.config import (
+    ChatConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    ServeConfig,
+    Settings,
+    TrainConfig,
+    TunedModelConfig,
+)
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import load_settings
 from tunesmith.config.reference import format_markdown, json_schema
 from tunesmith.errors import ConfigError, ResourceError
 from tunesmith.logs import configure_logging
-from tunesmith.options import Option, Verb, did_you_mean
+from tunesmith.options import Option, Verb, did_you_mean, split_passed_on
 from tunesmith.paths import expand
 from tunesmith.terminal import print_data
 
@@ -61,6 +69,23 @@ def run_convert(verb: Verb, words: list[str]) -> int:
     from tunesmith.api import convert
 
     print(convert(config).describe())
+    return 0
+
+
+def run_chat(verb: Verb, words: list[str]) -> int:
+    config = _read_settings(verb, ChatConfig, words)
+    from tunesmith.serving.terminal import run_chat as answer
+
+    answer(config)
+    return 0
+
+
+def run_serve(verb: Verb, words: list[str]) -> int:
+    words, given_to_vllm = split_passed_on(words)
+    config = _read_settings(verb, ServeConfig, words)
+    from tunesmith.serving.server import serve
+
+    serve(config, given_to_vllm)
     return 0
 
 
@@ -137,6 +162,8 @@ def run_schema(verb: Verb, words: list[str]) -> int:
         "train": TrainConfig,
         "evaluate": EvaluateConfig,
         "convert": ConvertConfig,
+        "chat": ChatConfig,
+        "serve": ServeConfig,
     }
     if name not in models:
         raise ConfigError(f"there is no schema `{name}`", f"there are those of {', '.join(models)}")
@@ -184,7 +211,8 @@ def _read_release(verb: Verb, given: dict[str, list[str]], words: list[str]) -> 
 def _read_settings(verb: Verb, model: type[Model], words: list[str], as_written: bool = False) -> Model:
     """Return the settings of a verb from its words, the environment and its YAML file; log from now on."""
 
-    flags = parse_flags(model, words, "checkpoints_dir" if issubclass(model, TunedModelConfig) else None)
+    word = "checkpoints_dir" if issubclass(model, TunedModelConfig) else None
+    flags = parse_flags(model, words, word, "more" if issubclass(model, ServeConfig) else None)
     config = load_settings(model, flags.yaml_path, flags.values, os.environ, verb.values_section, as_written)
     configure_logging()
     return config
@@ -238,6 +266,13 @@ VERBS = {
             "export a tuned model as a Hugging Face folder, proven equal",
             run_convert,
             ConvertConfig,
+        ),
+        Verb("chat [RUN] [flags]", "talk to a tuned model in the terminal", run_chat, ChatConfig),
+        Verb(
+            "serve [RUN] [MORE…] [flags] [-- flags of vLLM]",
+            "serve a tuned model, or several adapters of one base, with vLLM's OpenAI-compatible server",
+            run_serve,
+            ServeConfig,
         ),
         Verb(
             "inspect [run.yaml] [flags]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,18 @@ class ParsedFlags:
     values: Mapping[str, str]
 
 
-def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | None = None) -> ParsedFlags:
+def parse_flags(
+    model: type[Settings],
+    argv: Sequence[str],
+    word_setting: str | None = None,
+    more_setting: str | None = None,
+) -> ParsedFlags:
     """Read the words after the verb; values stay text until `load_settings` checks them.
 
     A flag's next word is its value, except that a switch (a boolean) takes it only if it is one of
     true, false, yes, no, 1, 0, so that `--use_wandb run.yaml` leaves `run.yaml` as the YAML file.
     A flag given twice counts as given last. A plain word that isn't called `….yaml` is the value of
-    `word_setting`, where there is one.
+    `word_setting`, where there is one; those after it are listed in `more_setting`, where there is one.
 
     Raises:
         ConfigError: a flag is unknown or lacks its value, or there are two YAML files or plain words.
@@ -37,12 +43,16 @@ def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | 
     words = list(argv)
     yaml_path: Path | None = None
     values: dict[str, str] = {}
+    more: list[str] = []
     while words:
         word = words.pop(0)
         if word.startswith("-"):
             name, value = _read_flag(model, word, words)
             values[name] = value
         elif word_setting is not None and not word.endswith((".yaml", ".yml")):
+            if word_setting in values and more_setting is not None:
+                more.append(word)
+                continue
             if word_setting in values:
                 raise ConfigError(
                     f"`{word_setting}` is given twice: `{values[word_setting]}` and `{word}`",
@@ -56,7 +66,14 @@ def parse_flags(model: type[Settings], argv: Sequence[str], word_setting: str | 
                 f"two YAML files are given: `{mask(str(yaml_path))}` and `{mask(word)}`",
                 "put all settings in one file, or give some as flags; a word without `--` is the YAML file",
             )
-    return ParsedFlags(yaml_path, values)
+    if more and more_setting in values:
+        raise ConfigError(
+            f"`{more_setting}` is given twice: `{values[more_setting]}` and `{' '.join(more)}`",
+            "keep one of them",
+        )
+    return ParsedFlags(
+        yaml_path, {**values, more_setting: json.dumps(more)} if more and more_setting else values
+    )
 
 
 def find_field(model: type[Settings], name: str) -> SettingField | None:

@@ -26,12 +26,19 @@ _GROUP_TITLES = {
     "generation": "Generation",
     "scores": "Scores",
     "export": "Export",
+    "server": "Server",
     "cluster": "Cluster",
     "output": "Output",
 }
 # What the explanations show, of the settings that a model has: one with a value, one switch.
-_SHOWN_VALUES = {"max_steps": "500", "max_samples": "64", "max_shard_size": "2GB"}
-_SHOWN_SWITCHES = ("use_wandb", "full_ft", "overwrite")
+_SHOWN_VALUES = {
+    "max_steps": "500",
+    "max_samples": "64",
+    "max_shard_size": "2GB",
+    "max_tokens": "256",
+    "port": "8001",
+}
+_SHOWN_SWITCHES = ("use_wandb", "full_ft", "overwrite", "trust_remote_code")
 _FLAG_COLUMN = 36
 
 

@@ -21,6 +21,7 @@ from tunesmith.config.declare import (
 )
 from tunesmith.config.push import PushSettings
 from tunesmith.config.reading import ReadingConfig
+from tunesmith.config.sampling import SamplingConfig
 from tunesmith.config.size import Size
 
 METRICS = ("bertscore", "rougeL", "chrf", "exact_match", "numeric_match", "tool_calls")
@@ -86,7 +87,7 @@ class TunedModelConfig(Settings):
     )
 
 
-class EvaluateConfig(ReadingConfig, TunedModelConfig):
+class EvaluateConfig(ReadingConfig, SamplingConfig, TunedModelConfig):
     """Everything `tunesmith evaluate` can be told."""
 
     full_ft: AutoBool = setting(
@@ -122,19 +123,6 @@ class EvaluateConfig(ReadingConfig, TunedModelConfig):
     )
     batch_size: int = setting(
         128, "Samples generated at once by a replica.", group="generation", scope="run", ge=1
-    )
-    max_tokens: int = setting(512, "Tokens of an answer at most.", group="generation", scope="run", ge=1)
-    temperature: float = setting(
-        0.0, "Sampling temperature; 0 takes the likeliest token.", group="generation", scope="run", ge=0, le=2
-    )
-    top_k: int = setting(0, "Tokens to sample from; 0 takes them all.", group="generation", scope="run", ge=0)
-    top_p: float = setting(
-        1.0,
-        "Share of the probability to sample from; 1 takes it all.",
-        group="generation",
-        scope="run",
-        gt=0,
-        le=1,
     )
     seed: int = setting(
         16257, "Seed of the sampling and of the intervals.", group="generation", scope="run", ge=0, lt=2**31

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,15 +16,13 @@ from tunesmith.config import ConvertConfig, EvaluateConfig, ModelRef
 from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
-from tunesmith.model.fingerprint import sample_weights
+from tunesmith.export.whole import find_whole
 from tunesmith.model.load import load_model_config
 from tunesmith.model.vllm_adapters import vllm_refuses
-from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_FILE_BYTES = 1 << 30
 _EXPORT_PREFIX = ".export_"
 
 
@@ -71,7 +68,7 @@ def served_whole(
 
     `reason` says why an export is needed.
     """
-    found = tuned.folder if tuned.kind == "model" else _final_of(tuned)
+    found = find_whole(tuned)
     if found is not None:
         yield Served(ModelRef(found, None, trust_remote_code))
         return
@@ -103,26 +100,3 @@ def make_spec(
         gpu_memory_utilization=config.gpu_memory_utilization,
         **more,
     )
-
-
-def weights_digest(tuned: TunedModel) -> str:
-    """Return a digest of the tuned weights: of an adapter's whole files, of place, time and samples of larger ones."""
-    digest = hashlib.blake2b(digest_size=16)
-    patterns = ("*.safetensors", "*.bin", "adapter_config.json", "state/*", "state/.metadata")
-    for path in sorted({path for pattern in patterns for path in tuned.folder.glob(pattern)}):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size}\0".encode())
-        if tuned.kind == "adapter" and stat.st_size <= _WHOLE_FILE_BYTES:
-            digest.update(path.read_bytes())
-        else:
-            digest.update(f"{path.resolve()} {stat.st_mtime_ns}\0".encode() + sample_weights(path))
-    return digest.hexdigest()
-
-
-def _final_of(tuned: TunedModel) -> Path | None:
-    """Return `final/` if it holds this very checkpoint as a model folder."""
-    if tuned.run is None or not (tuned.run.final_path / ORIGIN_FILE).is_file():
-        return None
-    origin = read_versioned_json(tuned.run.final_path / ORIGIN_FILE)
-    is_this = (origin["run"], origin["checkpoint"]) == (tuned.run.path.name, tuned.folder.name)
-    return tuned.run.final_path if is_this and (tuned.run.final_path / "config.json").is_file() else None

@@ -18,8 +18,8 @@ from tunesmith.evaluate.answers import Answer, AnswerReader
 from tunesmith.evaluate.base_side import examine_adapter, word_for_base
 from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
-from tunesmith.evaluate.passes import weights_digest
 from tunesmith.evaluate.test_set import TestSet, read_test_set
+from tunesmith.export.whole import weights_digest
 from tunesmith.model.adapter_folder import check_repeatable, read_adapter_shapes
 from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.fit import check_adapter_fits, check_state_fits
@@ -133,9 +133,9 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
     check_weights(loaded)
     if loaded is not tuned.base and tuned.base is not None:
         base_config = load_model_config(tuned.base)
-    is_recorded = tuned.base is not None and _is_recorded(tuned, tuned.base)
+    has_own_base = tuned.base is not None and is_recorded(tuned, tuned.base)
     model = build_meta_model(loaded, model_config)
-    _check_fit(tuned, model, is_recorded)
+    check_fit(tuned, model, has_own_base)
     effect = examine_adapter(tuned, model)
     if config.max_model_len is not None:
         check_length(model, config.max_model_len, "max_model_len", str(loaded.source))
@@ -164,13 +164,13 @@ def make_plan(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> Plan:
         AnswerReader(tokenizer),
         test_set,
         engine,
-        _choose_dtype(config, tuned, use_gpu),
+        choose_dtype(config.dtype, tuned, use_gpu),
         max_model_len,
         # A model's configuration may name tokens that it doesn't have.
         tuple(sorted(token for token in ends if token < effect.num_known)),
         trusts,
         model_fingerprint(tuned.base) if tuned.base is not None else None,
-        base is not None and is_recorded,
+        base is not None and has_own_base,
         base_prompts,
         effect.leaves_base,
         base_config.get_text_config().vocab_size,
@@ -207,13 +207,18 @@ def _check_kind(config: EvaluateConfig, tuned: TunedModel) -> None:
         )
 
 
-def _is_recorded(tuned: TunedModel, base: ModelRef) -> bool:
+def is_recorded(tuned: TunedModel, base: ModelRef) -> bool:
     """Return whether `base` is the very model that the run was started from."""
     recorded = tuned.params["model"]["fingerprint"] if tuned.params else None
     return recorded is not None and model_fingerprint(base, like=recorded) == recorded
 
 
-def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> None:
+def check_fit(tuned: TunedModel, model: PreTrainedModel, has_own_base: bool) -> None:
+    """Refuse a base model that the tuned weights don't belong to; warn of another than the recorded one.
+
+    Raises:
+        ModelError: it names what is absent, or of another shape.
+    """
     if tuned.kind == "model":
         return
     assert tuned.base is not None
@@ -224,7 +229,7 @@ def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> 
     else:
         shapes = {name: tuple(weight.shape) for name, weight in list_weights(tuned.folder).items()}
         check_state_fits(model, shapes, str(tuned.base.source))
-    if tuned.params and not is_recorded:
+    if tuned.params and not has_own_base:
         logger.warning(
             "`%s` isn't the very base model that was trained on (%s), though its shapes are the same",
             tuned.base.source,
@@ -232,9 +237,10 @@ def _check_fit(tuned: TunedModel, model: PreTrainedModel, is_recorded: bool) -> 
         )
 
 
-def _choose_dtype(config: EvaluateConfig, tuned: TunedModel, use_gpu: bool) -> str:
-    if config.dtype != "auto":
-        return config.dtype
+def choose_dtype(setting: str, tuned: TunedModel, use_gpu: bool) -> str:
+    """Return the compute type that `dtype` means for a tuned model; auto: that of its training."""
+    if setting != "auto":
+        return setting
     if tuned.params is not None and tuned.params["resolved"]:
         return str(tuned.params["resolved"]["dtype"])
     if use_gpu and not torch.cuda.is_available():  # they are elsewhere in the cluster

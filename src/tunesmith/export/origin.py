@@ -30,6 +30,8 @@ def write_origin(tuned: TunedModel, folder: Path, export: dict[str, Any] | None 
     if tuned.params is not None:
         # Of several data sets, those of the first: an export's rows are read in one way.
         templates = {name: getattr(tuned.dataset.data_sets[0], name) for name in _TEMPLATES}
+        if (system_prompt := tuned.dataset.data_sets[0].system_prompt) is not None:
+            templates["system_prompt"] = system_prompt
         names = tuned.params["data"]["row_format"]
         content["base_fingerprint"] = tuned.params["model"]["fingerprint"]
         content["templates"] = {**templates, "row_format": names if isinstance(names, str) else names[0]}

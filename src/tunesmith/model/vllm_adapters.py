@@ -63,15 +63,16 @@ def vllm_refuses(
     return None
 
 
-def lora_arguments(adapter: Path) -> dict[str, Any]:
-    """Return the arguments of vllm.LLM with which it serves the adapter."""
-    rank = _rank(read_adapter_config(adapter))
+def lora_arguments(*adapters: Path) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM with which it serves the adapters."""
+    rank = max(_rank(read_adapter_config(adapter)) for adapter in adapters)
     arguments: dict[str, Any] = {
         "enable_lora": True,
         "max_lora_rank": min(limit for limit in _LORA_RANKS if limit >= rank),
     }
-    modules = _adapted_modules(adapter)
-    if modules and _COMMON_MODULES.issuperset(modules):
+    of_each = [_adapted_modules(adapter) for adapter in adapters]
+    modules = sorted({name for modules in of_each for name in modules})
+    if all(of_each) and _COMMON_MODULES.issuperset(modules):
         # Else it computes for modules without an adapter too, the head above all.
         arguments["lora_target_modules"] = modules
     return arguments

@@ -99,7 +99,9 @@ def named_base(folder: Path, config: TunedModelConfig, origin: dict[str, Any]) -
 def exported_dataset(origin: dict[str, Any]) -> HFDatasetConfig:
     """Return the settings that rendered the rows of the run that an export came from."""
     templates = dict(origin.get("templates", {}))
-    return HFDatasetConfig(**templates if templates.pop("row_format", None) == "template" else {})
+    if templates.pop("row_format", None) == "template":
+        return HFDatasetConfig(**templates)
+    return HFDatasetConfig(**{name: templates[name] for name in ("system_prompt",) if name in templates})
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -112,6 +112,10 @@ class RunDir:
         """Folder of what an evaluation of that checkpoint, or of `final`, has found."""
         return self.path / "evaluation" / checkpoint
 
+    def serving_path(self, name: str) -> Path:
+        """Folder of whole weights that were made to be served."""
+        return self.path / "serving" / name
+
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint_{step:08d}"
 

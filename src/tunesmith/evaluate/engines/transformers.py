@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,11 @@ class TransformersEngine:
             for start in range(0, len(of_variant), self._batch_size):
                 yield self._generate_batch(of_variant[start : start + self._batch_size], variant)
 
+    def stream(self, request: Request, take: Callable[[int], None]) -> Generation:
+        """Generate for one request, and hand `take` each token as it comes, the stop token too."""
+        (generation,) = self._generate_batch([request], request.variant, _Streamer(take))
+        return generation
+
     def close(self) -> None:
         import torch
 
@@ -52,7 +57,9 @@ class TransformersEngine:
         if self._spec.use_gpu:
             torch.cuda.empty_cache()
 
-    def _generate_batch(self, batch: Sequence[Request], variant: Variant) -> list[Generation]:
+    def _generate_batch(
+        self, batch: Sequence[Request], variant: Variant, streamer: _Streamer | None = None
+    ) -> list[Generation]:
         import torch
 
         longest = max(len(request.prompt_ids) for request in batch)
@@ -70,6 +77,7 @@ class TransformersEngine:
                 attention_mask=mask_BT.to(self._device),
                 generation_config=self._generation_config(max(rooms)),
                 logits_processor=self._processors(batch, longest, max(rooms)),
+                streamer=streamer,
             )
         answers = zip(batch, rooms, output_BT[:, longest:].tolist(), strict=True)
         return [_generation(request, ids[:room], self._spec.stop_token_ids) for request, room, ids in answers]
@@ -129,6 +137,22 @@ class TransformersEngine:
             pad_token_id=self._spec.stop_token_ids[0],
             do_sample=False,  # sampled answers are chosen by the processors, row by row
         )
+
+
+class _Streamer:
+    """What transformers hands the prompt to, and then each token."""
+
+    def __init__(self, take: Callable[[int], None]) -> None:
+        self._take = take
+        self._has_prompt = False
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._take(int(ids))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        pass
 
 
 def _generation(request: Request, ids: list[int], stop_token_ids: Sequence[int]) -> Generation:

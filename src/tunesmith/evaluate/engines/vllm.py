@@ -187,13 +187,15 @@ def _arguments(spec: EngineSpec, model_config: PretrainedConfig) -> dict[str, An
         arguments |= {
             "enforce_eager": True,
             "max_num_batched_tokens": spec.batch_size + _PROMPT_TOKENS_A_STEP,
-            "kv_cache_memory_bytes": _cache_bytes(spec, model_config.get_text_config()),
+            "kv_cache_memory_bytes": cache_bytes(
+                model_config.get_text_config(), spec.dtype, spec.max_model_len, spec.batch_size
+            ),
         }
     return arguments
 
 
-def _cache_bytes(spec: EngineSpec, text_config: Any) -> int:
-    """Return the bytes of keys and values that `batch_size` full sequences need, within a share of the free memory.
+def cache_bytes(text_config: Any, dtype: str, max_model_len: int, num_sequences: int) -> int:
+    """Return the bytes of keys and values that full sequences need on a CPU, within a share of the free memory.
 
     With less than they need vLLM runs fewer sequences at once.
     """
@@ -202,14 +204,14 @@ def _cache_bytes(spec: EngineSpec, text_config: Any) -> int:
     num_heads = text_config.num_attention_heads
     num_key_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    item_bytes = getattr(torch, spec.dtype).itemsize
+    item_bytes = getattr(torch, dtype).itemsize
     block_bytes: int = (
         2 * text_config.num_hidden_layers * num_key_heads * head_size * item_bytes * _BLOCK_TOKENS
     )
-    sequence_bytes = -(-spec.max_model_len // _BLOCK_TOKENS) * block_bytes
+    sequence_bytes = -(-max_model_len // _BLOCK_TOKENS) * block_bytes
     share_bytes = int(available_memory() * _CACHE_SHARE)
     # vLLM keeps one block empty.
-    return min(spec.batch_size * sequence_bytes, max(share_bytes, sequence_bytes)) + block_bytes
+    return min(num_sequences * sequence_bytes, max(share_bytes, sequence_bytes)) + block_bytes
 
 
 @contextmanager
