@@ -191,7 +191,11 @@ def test_schema_prints_json_or_the_reference_page(capsys: pytest.CaptureFixture[
         (["watch"], "`tunesmith watch` needs `RUN`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "b"], "`tunesmith watch` doesn't take `b`", "write `tunesmith watch RUN [--once]`"),
         (["watch", "a", "--onec"], "unknown flag `--onec`", "did you mean `--once`?"),
-        (["schema", "trian"], "there is no schema `trian`", "there are those of train, evaluate, convert, chat, serve"),
+        (
+            ["schema", "trian"],
+            "there is no schema `trian`",
+            "there are those of train, evaluate, convert, chat, serve",
+        ),
         (["schema", "train", "--format", "xml"], "`--format` is `xml`", "it must be json or markdown"),
         (["schema", "train", "--format"], "`--format` has no value", "write `--format json|markdown`"),
         (["watch", "a", "--once=1"], "`--once` takes no value", "write `--once` alone"),

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from support.helm import CHART, Values, container_of, pods_of, render, render_files, render_job, run_helm
+from support.helm import (
+    CHART,
+    Values,
+    container_of,
+    notes_of,
+    pods_of,
+    render,
+    render_files,
+    render_job,
+    run_helm,
+)
 from support.kuberay import (
     find_core_errors,
     find_crd_errors,
@@ -287,13 +297,6 @@ def test_pods_are_patched_as_kubernetes_patches() -> None:
     assert [volume["name"] for volume in worker["volumes"]][-1] == "cache"
     assert "fsGroup" not in worker["securityContext"]
     assert worker["securityContext"]["supplementalGroups"] == [44]
-
-
-def notes_of(values: Values) -> str:
-    words = ["my-run", str(CHART), "--namespace", "team", "--dry-run=client", "-f", "-"]
-    done = run_helm("install", *words, values=values)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.partition("NOTES:")[2]
 
 
 @pytest.mark.parametrize(

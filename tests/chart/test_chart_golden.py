@@ -1,4 +1,4 @@
-"""Five typical renders, as they were last looked at.
+"""Six typical renders, as they were last looked at.
 
 `WRITE_GOLDEN=1 pytest tests/chart/test_chart_golden.py` writes them anew; read the difference before you keep it.
 Files that the chart takes as they are stand in them by name alone.
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from support.helm import CHART, Values, render
-from support.values import FINE_TUNE, FROM_GIT
+from support.values import FINE_TUNE, FROM_GIT, SERVERS
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -51,6 +51,7 @@ CASES: dict[str, Values] = {
         "pre_script": "set -x",
         "post_script": ["echo 'the end'"],
     },
+    "served": SERVERS["qwen3-14b-sft/serve.yaml"],
 }  # fmt: skip
 
 

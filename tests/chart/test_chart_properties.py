@@ -97,7 +97,8 @@ SCHEMA["properties"]["framework"] = {"enum": ["ray_train", "", None]}
 
 
 def without_expressions(values: Values) -> Values:
-    for entry in (values.get("train") or {}).get("env") or []:
+    of_train, of_serve = ((values.get(name) or {}).get("env") or [] for name in ("train", "serve"))
+    for entry in [*of_train, *of_serve]:
         if isinstance(entry.get("value"), str):
             entry["value"] = entry["value"].replace("{{", "{ {")
     return values
@@ -112,6 +113,15 @@ def check(values: Values) -> None:
         )
         return
     manifests = read_manifests(done.stdout)
+    served = [m for m in manifests if m["kind"] in ("Deployment", "Service")]
+    serve = values.get("serve") or {}
+    assert len(served) == (2 if serve.get("enabled") else 0)
+    if "podSpec" not in str(serve) and "valueFrom" not in str(serve):
+        assert [error for manifest in served for error in find_core_errors(manifest)] == []
+    manifests = [manifest for manifest in manifests if manifest not in served]
+    if served and not serve.get("train_too"):
+        assert [m["kind"] for m in manifests] in ([], ["ConfigMap"])
+        return
     job = rayjob_of(manifests)
     assert find_kuberay_errors(job) == []
     if crd_is_at_hand() and not any(free in str(values) for free in ("podSpec", "valueFrom")):

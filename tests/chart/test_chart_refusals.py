@@ -66,6 +66,15 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "wrong type in the run": ({"run": {"lora_rank": "many"}}, ["/run/lora_rank"]),
     "out of range in the run": ({"run": {"lora_dropout": 1.5}}, ["/run/lora_dropout"]),
     "unknown setting of the data set": ({"run": {"hf_dataset_config": {"subset": "a"}}}, ["/run/hf_dataset_config", "'subset'"]),
+    "server of nothing": ({"serve": {"enabled": True}}, ["serve.models", "name the runs"]),
+    "flag as a model": ({"serve": {"enabled": True, "models": ["--port=1"]}}, ["/serve/models/0"]),
+    "server's unequal GPUs": (
+        {"serve": {"enabled": True, "models": ["/a"], "resources": {"limits": {"nvidia.com/gpu": 1}}}},
+        ["serve.resources: nvidia.com/gpu", "none and 1"],
+    ),
+    "server's port": ({"serve": {"port": 0}}, ["/serve/port"]),
+    "secret without its key": ({"serve": {"api_key": {"name": "a"}}}, ["/serve/api_key", "'key'"]),
+    "unknown key of a server": ({"serve": {"model": "/a"}}, ["/serve", "'model'"]),
     "unknown key of a pod": ({"worker": {"pod_spec": {}}}, ["/worker", "'pod_spec'"]),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.helm import CHART, container_of, helm, pods_of, rayjob_of, read_manifests, render_job
+from support.helm import CHART, container_of, helm, pods_of, rayjob_of, read_manifests, render, render_job
 from support.kuberay import find_core_errors
 from support.paths import REPOSITORY
 from tunesmith import cli
@@ -91,11 +91,21 @@ def test_named_nodes_are_those_of_the_cluster() -> None:
 
 
 def test_named_objects_are_those_that_the_chart_makes() -> None:
-    releases = [words[2] for words in commands() if words[:2] == ["helm", "install"] and words[2] != "…"]
-    names = {
-        render_job({}, release)["metadata"]["name"] for release in releases if release != "kuberay-operator"
+    installed = [
+        words for words in commands() if words[:2] == ["helm", "install"] and "charts/raytrain" in words
+    ]
+    releases = {
+        words[2]: yaml.safe_load(Path(REPOSITORY, words[words.index("-f") + 1]).read_text())
+        for words in installed
+        if words[2] != "…"
     }
-    assert names == set(re.findall(r"rayjob-[-a-z0-9]+", PAGE))
+    made = [
+        (m["kind"], m["metadata"]["name"])
+        for release, values in releases.items()
+        for m in render(values, release)
+    ]
+    for kind, named in (("RayJob", r"\brayjob-[-a-z0-9]+"), ("Service", r"\bserve-[-a-z0-9]+")):
+        assert {name for of_kind, name in made if of_kind == kind} == set(re.findall(named, PAGE))
 
 
 def test_named_settings_exist() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from support.chat_templates import build_chat_tokenizer
 from support.exports import convert, tuned_of
-from support.serving import train_on_chats, train_on_rows, write_chats
-from support.tiny_models import save_model
 from tunesmith.config import ChatConfig, EvaluateConfig
 from tunesmith.errors import ConfigError, DataError, RunError
 from tunesmith.evaluate.engines.base import Request
@@ -28,21 +26,6 @@ from tunesmith.serving.terminal import read_said, run_chat
 
 ModelOf = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-@pytest.fixture(scope="module")
-def of_templates(
-    model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None
-) -> RunDir:
-    return train_on_rows(model_of("llama"), rows, tmp_path_factory.mktemp("templates"), train_split_ratio=0.8)
-
-
-@pytest.fixture(scope="module")
-def of_chats(rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None) -> RunDir:
-    folder = tmp_path_factory.mktemp("chats")
-    model = save_model(folder / "model", build_chat_tokenizer("llama3"))
-    chats = write_chats(rows, folder / "chats.jsonl")
-    return train_on_chats(model, chats, folder / "home", system_prompt="Add.", train_split_ratio=0.8)
 
 
 def config_of(run: RunDir, **changes: Any) -> ChatConfig:
@@ -112,13 +95,11 @@ def test_the_export_is_asked_as_its_run_was_trained(
             assert set(chat.ready.questions.end_tokens) <= set(other.ready.stop_token_ids)
 
 
-def test_a_whole_model_answers_beside_its_base(
-    model_of: ModelOf, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_whole_model_answers_beside_its_base(of_whole: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    run = train_on_rows(model_of("llama"), rows, tmp_path / "home", full_ft=True, learning_rate=1e-3)
+    shutil.rmtree(of_whole.path / "serving", ignore_errors=True)
     for _ in range(2):
-        with open_chat(config_of(run, compare="base")) as chat:
+        with open_chat(config_of(of_whole, compare="base")) as chat:
             tuned, base = asked(chat, "1 plus 2?")
             assert tuned != base
     assert caplog.text.count("exporting checkpoint_00000012") == 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from support.chat_templates import build_chat_tokenizer
 from support.exports import convert, load, load_adapted, logits_of, tuned_of, write_adapter
 from support.serving import train_on_chats, train_on_rows, write_chats
-from support.tiny_models import save_model
 from support.tokenizers import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer
 from tunesmith import cli
 from tunesmith.config import HFDatasetConfig, ServeConfig
@@ -37,24 +34,6 @@ from tunesmith.serving.template import chat_template_of
 
 ModelOf = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-@pytest.fixture(scope="module")
-def of_templates(
-    model_of: ModelOf, rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None
-) -> RunDir:
-    return train_on_rows(model_of("llama"), rows, tmp_path_factory.mktemp("templates"), run_name="sums")
-
-
-@pytest.fixture(scope="module")
-def of_chats(rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None) -> RunDir:
-    folder = tmp_path_factory.mktemp("chats")
-    model = save_model(folder / "base", build_chat_tokenizer("llama3"))
-    (folder / "base" / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}')
-    chats = write_chats(rows, folder / "chats.jsonl")
-    return train_on_chats(
-        model, chats, folder / "home", run_name="talk", system_prompt="Add.", train_split_ratio=0.8
-    )
 
 
 def served_by(*models: Path | str, passed_on: tuple[str, ...] = (), **changes: Any) -> tuple[Served, Flags]:
@@ -73,10 +52,11 @@ def value_of(flags: Flags, name: str) -> str:
 
 def test_a_run_is_served_by_its_name_beside_its_base(of_chats: RunDir) -> None:
     served, flags = served_by(of_chats.path)
-    checkpoint = of_chats.checkpoint_path(12)
+    best = of_chats.best_checkpoint()
+    assert best is not None
     assert value_of(flags, "--model") == str(of_chats.home.parent / "base")
     assert value_of(flags, "--served-model-name") == "base"
-    assert value_of(flags, "--lora-modules") == f"talk={checkpoint}"
+    assert value_of(flags, "--lora-modules") == f"talk={best.path}"
     assert value_of(flags, "--max-lora-rank") == "8"
     assert value_of(flags, "--max-model-len") == "auto"
     assert value_of(flags, "--dtype") == "float32"
@@ -184,11 +164,10 @@ def test_what_vllm_cannot_serve_as_an_adapter_is_merged_once(
         served_by(tmp_path / "b", tmp_path / "a", home=tmp_path / "home")
 
 
-def test_a_whole_checkpoint_is_merged_into_its_run(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
-    run = train_on_rows(model_of("llama"), rows, tmp_path / "home", full_ft=True)
-    _, flags = served_by(run.path)
+def test_a_whole_checkpoint_is_merged_into_its_run(of_whole: RunDir) -> None:
+    _, flags = served_by(of_whole.path)
     folder = Path(value_of(flags, "--model"))
-    assert folder.is_relative_to(run.path / "serving")
+    assert folder.is_relative_to(of_whole.path / "serving")
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
 
 
@@ -263,34 +242,3 @@ def test_what_stands_behind_two_dashes_is_vllms(
     words: list[str], own: list[str], passed_on: list[str]
 ) -> None:
     assert split_passed_on(words) == (own, passed_on)
-
-
-@pytest.mark.slow
-def test_the_command_becomes_what_it_prints(of_templates: RunDir, tmp_path: Path) -> None:
-    """A stand-in for vLLM's package shows the words and the environment that its server is given."""
-    package = tmp_path / "vllm" / "entrypoints"
-    for name in ("openai", "cli"):
-        (package / name).mkdir(parents=True)
-        (package / name / "__init__.py").touch()
-    show = "import json, os, sys; print(json.dumps([os.getpid(), sys.argv[1:], os.environ['VLLM_NO_USAGE_STATS']]))\n"
-    for name in ("openai/api_server.py", "cli/main.py"):
-        (package / name).write_text(show)
-    for folder in (package, package.parent):
-        (folder / "__init__.py").touch()
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    words = ["serve", str(of_templates.path), "--port", "8765", "--", "--max-model-len", "64"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", *words],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    printed, _, curl, _, shown = out.splitlines()
-    number, given, quiet = json.loads(shown)
-    assert number == process.pid and quiet == "1"
-    assert given[-2:] == ["--max-model-len", "64"]
-    assert printed.endswith(" ".join(given[-6:]))
-    assert curl.startswith("curl http://127.0.0.1:8765/v1/chat/completions")

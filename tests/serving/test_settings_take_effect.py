@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from support.serving import train_on_chats, write_chats
-from support.tiny_models import save_model
-from support.tokenizers import build_tokenizer
+from support.runs import copy_run
 from tunesmith.config import ChatConfig, ServeConfig, TunedModelConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.runs.folder import RunDir
@@ -58,12 +55,12 @@ OF_GPUS = ("tensor_parallel_size", "gpu_memory_utilization")
 
 
 @pytest.fixture(scope="module")
-def run(rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None) -> RunDir:
+def run(of_chats: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A copy whose best checkpoint isn't its latest, beside two copies of its base."""
     folder = tmp_path_factory.mktemp("settings")
-    model = save_model(folder / "model", build_tokenizer("qwen3"), "qwen3")
-    shutil.copytree(model, folder / "other")
-    chats = write_chats(rows, folder / "chats.jsonl")
-    run = train_on_chats(model, chats, folder / "home", eval_steps=6, save_steps=6, save_total_limit=3)
+    for name in ("model", "other"):
+        shutil.copytree(of_chats.home.parent / "base", folder / name)
+    run = copy_run(of_chats, folder / "home")
     state = run.checkpoint_path(12) / "trainer_state.json"
     state.write_text(state.read_text().replace('"eval_loss": ', '"eval_loss": 1'))
     return run
@@ -110,7 +107,7 @@ def filled(value: Any, run: RunDir) -> Any:
 
 def fixed_for(name: str, run: RunDir) -> dict[str, Any]:
     if name in ("home", "base_model"):
-        return {"checkpoints_dir": "run" if name == "home" else str(run.path), "home": run.home}
+        return {"checkpoints_dir": "talk" if name == "home" else str(run.path), "home": run.home}
     return {"checkpoints_dir": str(run.path)}
 
 
@@ -125,6 +122,8 @@ def test_a_setting_changes_the_chat(run: RunDir, name: str, caplog: pytest.LogCa
     fixed = {**fixed_for(name, run), "max_tokens": 12}
     if name in SAMPLED:
         fixed["temperature"] = 2.0
+    if name == "max_tokens":  # of the tuned model's answers the end comes earlier
+        fixed["compare"] = "base"
     before = chatted(ChatConfig(**fixed), caplog)
     after = chatted(ChatConfig(**{**fixed, name: filled(CHAT[name], run)}), caplog)
     assert "error" not in before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -130,6 +131,8 @@ def chat_answers(run: RunDir, variant: Variant) -> list[tuple[tuple[int, ...], G
 def test_the_server_answers_as_the_chat_does(server: Server) -> None:
     from openai import AuthenticationError
 
+    printed = next(line for line in server.output.read_text().splitlines() if "vllm.entrypoints" in line)
+    assert shlex.split(printed) == psutil.Process(server.process.pid).cmdline()
     client = client_of(server)
     assert [model.id for model in client.models.list().data] == ["model", "sums", "others"]
     with pytest.raises(AuthenticationError):

@@ -106,6 +106,14 @@ def refusal(values: Values) -> str:
     return re.sub(r"\s+", " ", done.stderr)
 
 
+def notes_of(values: Values) -> str:
+    """Return what Helm prints once it has installed the chart with the values."""
+    words = ["my-run", str(CHART), "--namespace", "team", "--dry-run=client", "-f", "-"]
+    done = run_helm("install", *words, values=values)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("NOTES:")[2]
+
+
 def run_helm(*words: str, values: Values | None = None) -> subprocess.CompletedProcess[str]:
     text = None if values is None else dump_json(values)
     return subprocess.run([helm(), *words], input=text, capture_output=True, text=True)

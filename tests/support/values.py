@@ -144,8 +144,10 @@ def _read_examples() -> dict[str, Values]:
     return {name: values for name, values in read.items() if "apiVersion" not in values}
 
 
-# Every values file of examples/, by its path there.
-EXAMPLES = _read_examples()
+_READ = _read_examples()
+# Every values file of examples/, by its path there: those of trainings, and those of servers.
+EXAMPLES = {name: values for name, values in _READ.items() if not (values.get("serve") or {}).get("enabled")}
+SERVERS = {name: values for name, values in _READ.items() if name not in EXAMPLES}
 MATRIX |= EXAMPLES
 
 

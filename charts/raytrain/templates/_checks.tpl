@@ -35,9 +35,12 @@
 {{- fail "elastic and job.queue exclude each other: Kueue admits a job of one size" -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "head" "worker" -}}
+{{- if and $values.serve.enabled (not $values.serve.models) -}}
+{{- fail "serve.models: name the runs, adapters or models to serve, by their paths on the claims of pvc" -}}
+{{- end -}}
+{{- range $component := $values.serve.enabled | ternary (list "head" "worker" "serve") (list "head" "worker") -}}
 {{- $resources := include "raytrain.resources" (dict "root" $ "component" $component) | fromYaml -}}
-{{- $key := eq $component "head" | ternary "ray.resources" "resources" -}}
+{{- $key := get (dict "head" "ray.resources" "serve" "serve.resources") $component | default "resources" -}}
 {{- $requests := $resources.requests | default dict -}}
 {{- $limits := $resources.limits | default dict -}}
 {{- range $name, $_ := merge (dict) $requests $limits -}}

@@ -5,7 +5,7 @@ Helm holds every number as a float. toYaml takes off a last newline, which a tex
 
 {{/* A group that was set to null, as by a key with nothing below it, is an empty one. */}}
 {{- define "raytrain.fill" -}}
-{{- range list "git" "package" "train" "run" "job" "head" "worker" "submitter" -}}
+{{- range list "git" "package" "train" "run" "job" "head" "worker" "submitter" "serve" -}}
 {{- if not (get $.Values .) -}}
 {{- $_ := set $.Values . dict -}}
 {{- end -}}
@@ -20,6 +20,21 @@ Helm holds every number as a float. toYaml takes off a last newline, which a tex
 {{- $name = printf "%s-%s" ($name | trunc 38 | trimSuffix "-") (sha256sum $wanted | trunc 8) -}}
 {{- end -}}
 {{- $name -}}
+{{- end -}}
+
+{{/* Name of the Deployment and its Service, which takes 63 characters of a-z, 0-9 and -. */}}
+{{- define "raytrain.serveName" -}}
+{{- $wanted := printf "serve-%s" .Release.Name -}}
+{{- $name := $wanted | lower | replace "." "-" -}}
+{{- if ne $name $wanted -}}
+{{- $name = printf "%s-%s" ($name | trunc 54 | trimSuffix "-") (sha256sum $wanted | trunc 8) -}}
+{{- end -}}
+{{- $name -}}
+{{- end -}}
+
+{{/* Whether there is a training: always, unless the release serves alone. */}}
+{{- define "raytrain.trains" -}}
+{{- if or (not .Values.serve.enabled) .Values.serve.train_too -}}yes{{- end -}}
 {{- end -}}
 
 {{- define "raytrain.labels" -}}
@@ -103,20 +118,35 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- list $command $args | compact | join " " -}}
 {{- end -}}
 
-{{/* Environment of the pods. Of two entries of one name the later counts, as in a container. */}}
-{{- define "raytrain.env" -}}
+{{/* The variables of `given` (its `key`), filled in. Of two entries of one name the later counts, as in a container. */}}
+{{- define "raytrain.variables" -}}
 {{- $entries := dict -}}
 {{- $names := list -}}
-{{- range $given := .Values.train.env -}}
+{{- range $given := .given -}}
 {{- $entry := dict "name" $given.name -}}
 {{- if $given.valueFrom -}}
 {{- $_ := set $entry "valueFrom" $given.valueFrom -}}
 {{- else -}}
-{{- $text := include "raytrain.text" (dict "key" (printf "train.env %s" $given.name) "value" $given.value) -}}
-{{- $_ := set $entry "value" (tpl $text $) -}}
+{{- $text := include "raytrain.text" (dict "key" (printf "%s %s" $.key $given.name) "value" $given.value) -}}
+{{- $_ := set $entry "value" (tpl $text $.root) -}}
 {{- end -}}
 {{- $names = append (without $names $given.name) $given.name -}}
 {{- $_ := set $entries $given.name $entry -}}
+{{- end -}}
+{{- $list := list -}}
+{{- range $names -}}
+{{- $list = append $list (get $entries .) -}}
+{{- end -}}
+{{- printf "%s\n" (toYaml $list) -}}
+{{- end -}}
+
+{{/* Environment of the training's pods. */}}
+{{- define "raytrain.env" -}}
+{{- $entries := dict -}}
+{{- $names := list -}}
+{{- range include "raytrain.variables" (dict "root" . "key" "train.env" "given" .Values.train.env) | fromYamlArray -}}
+{{- $names = append $names .name -}}
+{{- $_ := set $entries .name . -}}
 {{- end -}}
 {{- if and .Values.pvc (not (hasKey $entries "HOME")) -}}
 {{- $home := printf "%s/home/%s" ((last .Values.pvc).mount_path | trimSuffix "/") .Release.Name -}}

@@ -1,6 +1,6 @@
 {{/*
-The pods: one template for the head, the workers and the submitter.
-Each helper takes `root`, the chart's context, and `component`: head, worker or submitter.
+The pods: one template for the head, the workers, the submitter and the server.
+Each helper takes `root`, the chart's context, and `component`: head, worker, submitter or serve.
 */}}
 
 {{- define "raytrain.podTemplate" -}}
@@ -16,7 +16,9 @@ metadata:
     app.kubernetes.io/component: {{ .component }}
     sidecar.istio.io/inject: "false"
   annotations:
+    {{- if ne .component "serve" }}
     karpenter.sh/do-not-disrupt: "true"
+    {{- end }}
     sidecar.istio.io/inject: "false"
 spec:
   {{- toYaml $spec | nindent 2 }}
@@ -26,7 +28,14 @@ spec:
 {{- $values := .root.Values -}}
 {{- $storage := include "raytrain.storage" . | fromYaml -}}
 {{- $isWorker := eq .component "worker" -}}
+{{- $isServer := eq .component "serve" -}}
+{{- if $isServer }}
+# Of a service called tunesmith-…, variables would come that are read as settings.
+enableServiceLinks: false
+terminationGracePeriodSeconds: 60
+{{- else }}
 restartPolicy: Never
+{{- end }}
 {{- with $values.service_account }}
 serviceAccountName: {{ . | quote }}
 {{- end }}
@@ -46,8 +55,9 @@ securityContext:
   runAsNonRoot: true
   runAsUser: 1000
   {{- end }}
-{{- if $isWorker }}
-{{- with $values.resources.node_type }}
+{{- if or $isWorker $isServer }}
+{{- $resources := $isServer | ternary ($values.serve.resources | default dict) $values.resources }}
+{{- with $resources.node_type }}
 nodeSelector:
   node.kubernetes.io/instance-type: {{ . | quote }}
 {{- end }}
@@ -57,16 +67,20 @@ tolerations:
   - {{ include "raytrain.toleration" $toleration | nindent 4 | trim }}
   {{- end }}
 {{- end }}
-{{- with $values.spot }}
-terminationGracePeriodSeconds: {{ int64 .grace_period_seconds }}
 {{- end }}
+{{- if and $isWorker $values.spot }}
+terminationGracePeriodSeconds: {{ int64 $values.spot.grace_period_seconds }}
 {{- end }}
 containers:
-  - name: {{ get (dict "head" "ray-head" "worker" "ray-worker" "submitter" "ray-job-submitter") .component }}
+  - name: {{ get (dict "head" "ray-head" "worker" "ray-worker" "submitter" "ray-job-submitter" "serve" "vllm") .component }}
     image: {{ include "raytrain.image" .root | quote }}
     imagePullPolicy: {{ $values.image_pull_policy | default "IfNotPresent" }}
     securityContext: {{- include "raytrain.containerSecurity" .root | nindent 6 }}
+    {{- if $isServer }}
+    {{- include "raytrain.server" .root | nindent 4 }}
+    {{- else }}
     env: {{- include "raytrain.env" .root | nindent 6 }}
+    {{- end }}
     {{- if and (eq .component "head") $values.ray.ports }}
     ports:
       {{- range $values.ray.ports }}
@@ -105,12 +119,13 @@ capabilities:
       "head" .root.Values.ray.resources
       "worker" .root.Values.resources
       "submitter" (dict "requests" (dict "cpu" "100m" "memory" "256Mi") "limits" (dict "memory" "1Gi"))
+      "serve" .root.Values.serve.resources
     ) .component | default dict -}}
 {{- $efa := dict -}}
 {{- if and (eq .component "worker") .root.Values.efa -}}
 {{- $efa = dict "vpc.amazonaws.com/efa" .root.Values.efa.interfaces "hugepages-2Mi" .root.Values.efa.hugepages -}}
 {{- end -}}
-{{- $key := eq .component "head" | ternary "ray.resources" "resources" -}}
+{{- $key := get (dict "head" "ray.resources" "serve" "serve.resources") .component | default "resources" -}}
 {{- range $kind := list "requests" "limits" }}
 {{ $kind }}: {{- include "raytrain.texts" (dict "key" (printf "%s.%s" $key $kind) "value" (mergeOverwrite (get $given $kind | default dict | deepCopy) $efa)) | nindent 2 }}
 {{- end }}
@@ -121,14 +136,26 @@ capabilities:
 {{- $disks := ne .component "submitter" | ternary (include "raytrain.disks" .root | fromYamlArray) list -}}
 {{- $volumes := list -}}
 {{- $mounts := list -}}
+{{- $hasMemory := false -}}
 {{- range $disks -}}
+{{- $hasMemory = or $hasMemory (eq .name "shared-memory") -}}
+{{- end -}}
+{{- if and (eq .component "serve") (not $hasMemory) -}}
+{{- /* Where the processes of several GPUs meet; a container's own has 64 MB. */ -}}
+{{- $memory := dict "emptyDir" (dict "medium" "Memory") -}}
+{{- $disks = append $disks (dict "name" "shared-memory" "volume" $memory "mount" (dict "mountPath" "/dev/shm")) -}}
+{{- end -}}
+{{- range $disks -}}
+{{- if and (eq $.component "serve") (has .name (list "job" "framework-scripts")) -}}
+{{- continue -}}
+{{- end -}}
 {{- $volumes = append $volumes (merge (dict "name" .name) .volume) -}}
 {{- $mounts = append $mounts (merge (dict "name" .name) .mount) -}}
 {{- end -}}
 {{- toYaml (dict "volumes" $volumes "volumeMounts" $mounts) -}}
 {{- end -}}
 
-{{/* What the head and the workers mount: a list of `name`, `volume` and `mount`. */}}
+{{/* What the head, the workers and the server mount: a list of `name`, `volume` and `mount`. */}}
 {{- define "raytrain.disks" -}}
 - name: job
   volume:

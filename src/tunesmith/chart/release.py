@@ -126,6 +126,12 @@ def _check_merged(release: Release, values: dict[str, Any]) -> None:
             "`train.command` of the values says what is trained, and the training config wouldn't count",
             "leave `train.command` and `train.args` out of the values; or install the values with helm",
         )
+    serve = values.get("serve") or {}
+    if serve.get("enabled") and not serve.get("train_too"):
+        raise ConfigError(
+            "the values serve a model (`serve.enabled`) and train nothing",
+            "install them with helm; or set `serve.train_too: true` to train besides",
+        )
     if values.get("run") and release.config_path is None:
         raise ConfigError(
             "the values hold a training config of their own, `run`, which flags alone can't change",

@@ -41,6 +41,7 @@ def values_schema() -> Schema:
                 "run": _optional({key: run[key] for key in ("type", "additionalProperties", "properties")}),
                 **_scheduling(),
                 **{name: _optional(_object({"podSpec": _optional(_ANY_OBJECT)})) for name in _PODS},
+                "serve": _optional(_serving()),
             },
             required=["ray", "resources"],
         ),
@@ -81,22 +82,24 @@ _A_QUANTITY: Schema = {"type": ["number", "string"], "minimum": 0, "pattern": f"
 _SHELL_TEXT: Schema = {"anyOf": [{"type": ["string", "null"]}, _array(_SCALAR)]}
 
 
+_QUANTITIES: Schema = {
+    "type": ["object", "null"],
+    "propertyNames": {"pattern": _QUALIFIED_NAME},
+    "additionalProperties": _A_QUANTITY,
+}
+_RESOURCES = {"requests": _QUANTITIES, "limits": _QUANTITIES}
+
+
 def _pods() -> dict[str, Schema]:
-    quantities: Schema = {
-        "type": ["object", "null"],
-        "propertyNames": {"pattern": _QUALIFIED_NAME},
-        "additionalProperties": _A_QUANTITY,
-    }
-    resources = {"requests": quantities, "limits": quantities}
     port = {"name": _text(_PORT_NAME, 15), "port": _count(1, 65535)}
     ray: dict[str, Schema] = {
         "version": {"type": ["string", "number"], "pattern": r"^[0-9]+\.[0-9]+(\.[0-9]+)?([-+.a-z0-9]*)$"},
         "dashboard": _object({"host": _text(r"^[-A-Za-z0-9.:]+$")}, required=["host"]),
         "ports": _array(_object(port, required=["name", "port"])),
-        "resources": _optional(_object(resources)),
+        "resources": _optional(_object(_RESOURCES)),
         "runtime_env_yaml": {"type": ["string", "object", "null"]},
     }
-    worker = {**resources, "nnodes": _count(1), "node_type": _optional(_text(_LABEL_VALUE))}
+    worker = {**_RESOURCES, "nnodes": _count(1), "node_type": _optional(_text(_LABEL_VALUE))}
     toleration: dict[str, Schema] = {
         "key": _text(_QUALIFIED_NAME),
         "operator": {"enum": ["Exists", "Equal"]},
@@ -136,16 +139,18 @@ def _storage() -> dict[str, Schema]:
     }
 
 
+_VARIABLE = {
+    "name": _text(r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"),
+    "value": _optional(_SCALAR),
+    "valueFrom": _ANY_OBJECT,
+}
+_ENV = _array({**_object(_VARIABLE, required=["name"]), "not": {"required": ["value", "valueFrom"]}})
+
+
 def _scripts() -> dict[str, Schema]:
-    variable = {
-        "name": _text(r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"),
-        "value": _optional(_SCALAR),
-        "valueFrom": _ANY_OBJECT,
-    }
-    env = {**_object(variable, required=["name"]), "not": {"required": ["value", "valueFrom"]}}
     # Text alone: of the commit 1234e56 and the branch 1.10 YAML makes other numbers.
     git = dict.fromkeys(("repo_url", "branch", "commit"), _optional({"type": "string"}))
-    train = {"env": _array(env), "command": _SHELL_TEXT, "args": _SHELL_TEXT}
+    train = {"env": _ENV, "command": _SHELL_TEXT, "args": _SHELL_TEXT}
     return {
         "git": _optional(_object(git)),
         **dict.fromkeys(("inline_script", "pre_script", "post_script"), _SHELL_TEXT),
@@ -166,6 +171,26 @@ def _scheduling() -> dict[str, Schema]:
         "elastic": _optional(_object(nodes, required=["min_nodes", "max_nodes"])),
         "spot": _optional(_object({"grace_period_seconds": _count(30)}, required=["grace_period_seconds"])),
     }
+
+
+def _serving() -> Schema:
+    key = {"name": _text(SUBDOMAIN, 253), "key": _text(r"^[-._a-zA-Z0-9]+$", 253)}
+    words = _array(_SCALAR)
+    serve: dict[str, Schema] = {
+        "enabled": {"type": "boolean"},
+        "train_too": {"type": ["boolean", "null"]},
+        "models": _array(_text(r"^[^-\s].*$")),
+        "args": words,
+        "vllm_args": words,
+        "replicas": _count(0),
+        "port": _count(1, 65535),
+        "api_key": _optional(_object(key, required=["name", "key"])),
+        "resources": _optional(_object({**_RESOURCES, "node_type": _optional(_text(_LABEL_VALUE))})),
+        "env": _ENV,
+        "startup_seconds": _count(1, 7 * 24 * 3600),
+        "podSpec": _optional(_ANY_OBJECT),
+    }
+    return _object(serve)
 
 
 if __name__ == "__main__":
