@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from support.chat_templates import CHAT_TEMPLATES, build_chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from support.chat_templates import CHAT_TEMPLATES, build_chat_tokenizer
 from support.tokenizers import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.asking import Exchange, Questions, Said, questions_for

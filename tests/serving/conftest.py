@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from support.chat_templates import build_chat_tokenizer
+
 from support.serving import train_on_chats, train_on_rows, write_chats
 from support.tiny_models import save_model
 from tunesmith.runs.folder import RunDir

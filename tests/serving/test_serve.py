@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.chat_templates import build_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
-from support.chat_templates import build_chat_tokenizer
 from support.exports import convert, load, load_adapted, logits_of, tuned_of, write_adapter
 from support.serving import train_on_chats, train_on_rows, write_chats
 from support.tokenizers import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer

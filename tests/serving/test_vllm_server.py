@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
 from support.chat_templates import build_chat_tokenizer
+
 from support.runs import write_rows
 from support.serving import train_on_chats, write_chats
 from support.tiny_models import save_model
