@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,21 @@ def pack(examples: list[Tensor]) -> Batch:
         torch.tensor(starts, dtype=torch.int32),
         max(map(len, examples)),
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "fused"),
+    [
+        ({"new_tokens": "<|im_start|>,<|im_end|>"}, True),
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, False),
+    ],
+    ids=str,
+)
+def test_what_is_trained_of_the_head_is_planned_as_it_is(
+    settings: dict[str, Any], fused: bool, model_of: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    config = small_config(model_of("qwen3"), rows, tmp_path, **settings)
+    planned = build_planned_model(config, load_model_config(config.model), torch.float32)
+    assert fuses_loss_on_meta(planned.model) == fused
+    assert choose_ways(config, build_model(config, CPU, build_mesh(0, 1)), CPU) == fused

@@ -97,23 +97,18 @@ def _run(
 def can_fuse_loss(model: Any, batch: Batch) -> bool:
     """Return whether the model's output layer is plain, and its product left as it is: not scaled, capped or masked.
 
-    In the product's place the model is handed numbers that any change would show in. It may be on the meta device, so
-    that this is known before there are weights. Collective under FSDP.
+    A few tokens may have rows of their own. In the product's place the model is handed numbers that any change would
+    show in. It may be on the meta device, so that this is known before there are weights. Collective under FSDP.
     """
-    if not has_plain_head(model):
-        return False
     head = find_head(model)
+    if not head.is_plain:
+        return False
     device = torch.device("cpu") if batch.input_ids_BT.is_meta else batch.input_ids_BT.device
     # Whole numbers that every dtype holds.
     numbers_11V = (torch.arange(len(head.layer.weight), device=device) % 201 - 100.0).view(1, 1, -1)
     with _forward_replaced(head.module, lambda _: numbers_11V.clone()):
         found = compute_logits(model, batch)
     return found.shape == numbers_11V.shape and torch.equal(found.float(), numbers_11V)
-
-
-def has_plain_head(model: Any) -> bool:
-    """Return whether the output layer is a linear layer without an adapter; a few tokens may have rows of their own."""
-    return find_head(model).is_plain
 
 
 @contextmanager
