@@ -12,6 +12,7 @@ from typing import Any
 
 from tunesmith.config import ConvertConfig
 from tunesmith.errors import ConfigError, ExportError
+from tunesmith.runs.folder import ADAPTER_CONFIG
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
@@ -87,6 +88,12 @@ def push(folder: Path, tuned: TunedModel, target: Target, config: ConvertConfig)
     paths = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
+    if tuned.base is not None and tuned.base.folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        logger.warning(
+            "%s names the base model by its path on this machine, `%s`: who loads the adapter elsewhere has to put in another",
+            ADAPTER_CONFIG,
+            tuned.base.folder,
+        )
     api = HfApi()
     size = format_bytes(sum(path.stat().st_size for path in paths.values()))
     logger.info("pushing %d files, %s, to `%s`", len(paths), size, target.name)
