@@ -239,7 +239,7 @@ def test_a_copy_that_differs_in_one_bit_is_caught(model_of: ModelOf, tmp_path: P
     assert tuned.base is not None
     adapter = open_adapter(tuned.folder, tuned.base)
     (tmp_path / "out").mkdir()
-    write_adapter_folder(adapter, tmp_path / "out")
+    write_adapter_folder(adapter, tuned, tmp_path / "out")
     assert prove_copy(adapter, tmp_path / "out").num_weights == sum(
         tensor.numel() for tensor in load_file(adapter.weights).values()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +85,22 @@ class Part:
         return not (self.init or self.magnitude or self.tokens or self == Part())
 
 
-def read_parts(model: PreTrainedModel, settings: Settings, shapes: Mapping[str, Shape]) -> dict[str, Part]:
-    """Return what an adapter does to each parameter that it changes.
+@dataclass(frozen=True)
+class Parts:
+    """`parameters`: what an adapter does to each that it changes.
+
+    `files`: what it adds to tensors of the base's files that transformers makes a parameter of only together, as it
+    stacks experts: adapters of older versions name those one by one.
+    """
+
+    parameters: dict[str, Part]
+    files: dict[str, Factors]
+
+
+def read_parts(
+    model: PreTrainedModel, settings: Settings, shapes: Mapping[str, Shape], in_files: Collection[str]
+) -> Parts:
+    """Return what an adapter changes; `in_files` are the names of the tensors in the base's files.
 
     Raises:
         ForeignAdapterError: only PEFT can tell.
@@ -98,15 +112,22 @@ def read_parts(model: PreTrainedModel, settings: Settings, shapes: Mapping[str, 
     for name, off in _FOREIGN.items():
         if (settings.get(name) or off) != off:
             raise ForeignAdapterError(f"the adapter sets `{name}`")
-    reader = _Reader(model, settings, shapes)
+    reader = _Reader(model, settings, shapes, in_files)
     for name in shapes:
         reader.add(name)
-    return reader.parts
+    return Parts(reader.parts, reader.files)
 
 
 class _Reader:
-    def __init__(self, model: PreTrainedModel, settings: Settings, shapes: Mapping[str, Shape]) -> None:
-        self._model, self._settings, self._shapes = model, settings, shapes
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        shapes: Mapping[str, Shape],
+        in_files: Collection[str],
+    ) -> None:
+        self._model, self._settings, self._shapes, self._in_files = model, settings, shapes, in_files
+        self.files: dict[str, Factors] = {}
         self._tokens = trained_tokens(model, settings)
         self._known = model.state_dict().keys()
         self.parts: dict[str, Part] = {}
@@ -118,6 +139,8 @@ class _Reader:
             if match["factor"] == "A":
                 self._add_factors(name, match["module"], match["nesting"].count("."))
         elif match := _MAGNITUDE.fullmatch(path):
+            if f"{match['module']}.weight" not in self._known:
+                raise ForeignAdapterError(f"the adapter holds `{name}`")
             self._update(f"{match['module']}.weight", magnitude=name)
         elif match := _LORA_BIAS.fullmatch(path):
             self._add_bias(name, match["module"])
@@ -154,6 +177,10 @@ class _Reader:
         b = re.sub(r"(.*lora_(embedding_)?)A", r"\1B", name)
         if b not in self._shapes:
             raise ModelError(f"the adapter holds `{name}` without `{b}`", "get the adapter again")
+        stored = f"{path}.weight"
+        if stored in self._in_files and stored not in self._known:
+            self.files[stored] = Factors(name, b, self._scale(stored, self._shapes[name][0]))
+            return
         parameter, form = self._form(path, nesting)
         rank = self._shapes[name][0] // (form.get("num_experts") or 1)
         factors = Factors(name, b, self._scale(parameter, rank), **form)

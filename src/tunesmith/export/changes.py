@@ -23,6 +23,8 @@ class Changes(Protocol):
     replaced: frozenset[str]
     remade: frozenset[str]
     """These follow from the base's own weights and the tuning's."""
+    files: frozenset[str]
+    """Tensors of the base's files that something is added to: parts of a parameter."""
     keeps_ties: bool
     """A change of one parameter is a change of all that share its weights."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -32,6 +34,10 @@ class Changes(Protocol):
 
     def read(self, parameter: str) -> torch.Tensor:
         """Return in float32 what is added to the parameter, or what replaces it."""
+        ...
+
+    def read_file(self, name: str) -> torch.Tensor:
+        """Return in float32 what is added to a tensor of the base's files."""
         ...
 
     def remake(self, parameter: str, base: torch.Tensor) -> torch.Tensor:
@@ -53,7 +59,16 @@ def list_changed(changes: Changes) -> frozenset[str]:
     return changes.added | changes.replaced | changes.remade
 
 
-class _SameShapes:
+class WholeTensors:
+    """Nothing is added to what is a part of a parameter in the base's files."""
+
+    files: frozenset[str] = frozenset()
+
+    def read_file(self, name: str) -> torch.Tensor:
+        raise KeyError(name)
+
+
+class _SameShapes(WholeTensors):
     """Nothing is remade, and nothing has another shape than the base's."""
 
     remade: frozenset[str] = frozenset()

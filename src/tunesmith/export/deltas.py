@@ -38,11 +38,17 @@ class AdapterChanges:
         ModelError: it wasn't made from this model.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, base: str) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, base: str, in_files: Mapping[str, torch.Tensor]
+    ) -> None:
         settings = read_adapter_config(folder)
         self._file = open_adapter_file(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in self._file.tensors.items()}
-        self.parts = read_parts(model, settings, shapes)
+        parts = read_parts(model, settings, shapes, in_files)
+        self.parts, self._in_files = parts.parameters, parts.files
+        self.files = frozenset(parts.files)
+        single = {name: self._shape_of(factors) for name, factors in parts.files.items()}
+        check_state_fits(model, single, base, "adapter", {n: tuple(in_files[n].shape) for n in single})
         under = shapes_under(model, shapes, settings)
         found = {name: self._shape_of(part.factors) for name, part in self.parts.items() if part.factors}
         found |= {name: shapes[part.whole] for name, part in self.parts.items() if part.whole}
@@ -72,6 +78,9 @@ class AdapterChanges:
             result = delta if result is None else result + delta
         assert result is not None
         return result
+
+    def read_file(self, name: str) -> torch.Tensor:
+        return self._delta(self._in_files[name], torch.float32)
 
     def remake(self, parameter: str, base: torch.Tensor) -> torch.Tensor:
         part = self.parts[parameter]

@@ -71,7 +71,9 @@ class Merge:
             self._pending = self._change(group)
         change = self._pending.pop(name, None)
         stored, dtype = self.tensors[name], self.tensors[name].dtype
-        if change is None:
+        if name in self.changes.files:
+            result = self.changes.read_file(name).add_(self.read_stored(name))
+        elif change is None:
             result = self.read_stored(name)
         elif self._is_added_to(group):
             result = change.reshape(stored.shape).add_(self.read_stored(name))
@@ -159,20 +161,21 @@ def open_merge(tuned: TunedModel, files: ModelRef, dtype: torch.dtype | None) ->
             "name the model it was quantized from with --model_path, or export with --no_merge",
         )
     model = build_meta_model(files, model_config)
+    source = open_source(files)
     changes: Changes
     if tuned.kind == "adapter":
-        changes = _open_adapter(tuned.folder, model, files)
+        changes = _open_adapter(tuned.folder, model, files, source)
     elif tuned.kind == "state":
         changes = StateChanges(tuned.folder, model, str(files.source))
     else:
         changes = NoChanges()
-    return Merge(open_source(files), model, changes, dtype)
+    return Merge(source, model, changes, dtype)
 
 
-def _open_adapter(folder: Path, model: PreTrainedModel, files: ModelRef) -> Changes:
+def _open_adapter(folder: Path, model: PreTrainedModel, files: ModelRef, source: WeightSource) -> Changes:
     check_repeatable(folder)
     try:
-        return AdapterChanges(folder, model, str(files.source))
+        return AdapterChanges(folder, model, str(files.source), source.tensors)
     except ForeignAdapterError as error:
         logger.info("PEFT merges the adapter `%s`, in memory: %s", folder, error.message)
         return MergedByPeft(folder, model, files)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError, ResourceError
+from tunesmith.export.changes import WholeTensors
 from tunesmith.export.proof import check_close
 from tunesmith.machine import available_memory
 from tunesmith.model.adapters import apply_adapter
@@ -29,7 +30,7 @@ _AS_IT_IS = (
 _NUM_TRIAL_TOKENS = 16
 
 
-class MergedByPeft:
+class MergedByPeft(WholeTensors):
     """The changes of an adapter of any kind that PEFT can merge: all weights, in float32.
 
     Raises:

@@ -32,7 +32,11 @@ def prove_by_sample(merge: Merge, folder: Path, seed: int = 0) -> Proof:
         ExportError: a weight differs, or a tensor is absent or of another shape or type.
     """
     files = check_headers(merge, folder)
-    changed = [group for group in merge.groups if any(map(merge.change_of, group.parameters))]
+    changed = [
+        group
+        for group in merge.groups
+        if any(map(merge.change_of, group.parameters)) or merge.changes.files.intersection(group.files)
+    ]
     unchanged = [group for group in merge.groups if group.parameters and group not in changed]
     draw = random.Random(seed)
     chosen = draw.sample(changed, min(len(changed), _NUM_CHANGED))
@@ -80,7 +84,7 @@ def _sample_rows(
         with safe_open(files[name], framework="pt") as file:
             written[name] = file.get_tensor(name)
     found = merge.names.to_parameters(group, written)
-    base = merge.names.to_parameters(group, {name: merge.read_stored(name) for name in group.files})
+    base = merge.names.to_parameters(group, {name: _read_base(merge, name) for name in group.files})
     rows = []
     for parameter, tensor in found.items():
         if tensor.dim() == 0:
@@ -92,6 +96,12 @@ def _sample_rows(
         expected = _expected_rows(merge, parameter, base[parameter], block, chosen)
         rows.append((parameter, matrix[chosen], expected))
     return rows
+
+
+def _read_base(merge: Merge, name: str) -> torch.Tensor:
+    """Return what a parameter is made of: the base's tensor, and what is added to that before."""
+    stored = merge.read_stored(name)
+    return stored.double() + merge.changes.read_file(name) if name in merge.changes.files else stored
 
 
 def _expected_rows(

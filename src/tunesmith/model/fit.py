@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter_folder import Settings, Shape, count_rows, find_lost_rows, module_name
+from tunesmith.model.weight_names import find_older_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,8 @@ def check_adapter_fits(
         name.removesuffix(".weight"): shape
         for name, shape in shapes_under(model, shapes, settings or {}).items()
     }
-    problems = []
+    problems: list[str] = []
+    absent: list[str] = []
     for name, shape in shapes.items():
         for first, second in ((".lora_A.", ".lora_B."), (".lora_embedding_A", ".lora_embedding_B")):
             if first not in name:
@@ -49,9 +51,12 @@ def check_adapter_fits(
             if module.endswith((".experts", ".base_layer")):
                 continue  # fused experts, whose matrices are stacked
             if module not in weights:
-                problems.append(f"`{module}` is absent")
+                absent.append(module)
             elif product not in (weights[module], weights[module][::-1]):
                 problems.append(f"`{module}` is {_show(weights[module])}, the adapter's {_show(product)}")
+    # Single experts, as PEFT knew them before transformers stacked them, are known by the files' names.
+    older = find_older_names(model, [f"{module}.weight" for module in absent]) if absent else set()
+    problems += [f"`{module}` is absent" for module in absent if f"{module}.weight" not in older]
     if problems:
         raise _misfit("adapter", base, problems)
     check_rows(model, shapes, settings or {})

@@ -7,7 +7,7 @@ a parameter's change is rearranged like the parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,19 @@ def find_stacked(model: Any) -> list[torch.nn.Parameter]:
     ]
     named = [(name.replace(".base_layer", ""), parameter) for name, parameter in base.named_parameters()]
     return [parameter for name, parameter in named if any(target in name for target in targets)]
+
+
+def find_older_names(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Return those of the names that only files have: transformers makes parameters of other names of them."""
+    steps, expected = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    targets = {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, expected)[0]
+        for name in names
+        if name not in expected
+    }
+    return {name for name, target in targets.items() if target in expected}
 
 
 @dataclass(frozen=True)
