@@ -11,7 +11,14 @@ import pytest
 
 from support.tokenizers import build_tokenizer
 from tunesmith.config import HFDatasetConfig, TrainConfig
-from tunesmith.data.comparison import are_repeated, are_shared, count_repeats, hash_rows, hash_sets
+from tunesmith.data.comparison import (
+    are_repeated,
+    are_shared,
+    count_repeats,
+    find_in_rows,
+    hash_rows,
+    hash_sets,
+)
 from tunesmith.data.fates import find_fates
 from tunesmith.data.fit import choose_limits
 from tunesmith.data.formats import format_named
@@ -40,6 +47,30 @@ def test_rows_are_compared_by_what_they_say(tmp_path: Path) -> None:
     assert are_shared(hashes.equal, [other.equal]).tolist() == [True, True, False, False]
     empty = hash_rows(write(tmp_path / "none.jsonl", []), formats)
     assert len(empty) == 0 and are_shared(hashes.equal, [empty.equal]).tolist() == [False] * 4
+
+
+def test_rows_are_found_in_a_file_whole_or_by_what_they_ask(tmp_path: Path) -> None:
+    messages, texts = (
+        format_named(name, HFDatasetConfig(dataset_name="x")) for name in ("messages", "template")
+    )
+    longer = {"messages": [*chat("Hi", "You")["messages"], *chat("And?", "Me")["messages"]]}
+    written = [
+        {**longer, "dataset_id": 0},
+        {**chat("Who?", "Me"), "dataset_id": 0},
+        {"input": "2 + 2?", "output": "4", "dataset_id": 1},
+    ]
+    rows_file = write(tmp_path / "training.jsonl", written)
+    asked = {
+        0: longer,
+        1: chat(" hi ", "otherwise"),
+        2: chat("And?", "Me"),  # asked behind something else
+        3: chat("WHO?", "me", id=3),
+        4: chat("Nobody?", "No"),
+    }
+    found = find_in_rows(asked, [messages], rows_file, [messages, texts])
+    assert found == {0: "row", 1: "prompt", 3: "row"}
+    sums = {0: {"input": "2 + 2?", "output": "4"}, 1: {"input": "2 +  2?\n", "output": "5"}}
+    assert find_in_rows(sums, [texts], rows_file, [messages, texts]) == {0: "row", 1: "prompt"}
 
 
 def test_rows_of_several_data_sets_are_compared_across_them(tmp_path: Path) -> None:

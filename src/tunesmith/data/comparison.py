@@ -79,20 +79,24 @@ def find_in_rows(
 
     `row_formats` are those of the rows, `formats` those of the file's. Case and white space don't count.
     """
-    whole, asked = {}, {}
+    whole, asked, last_texts = {}, {}, set()
     for number, row in rows.items():
         row_format, row = row_formats[dataset_of(row)], without_tag(row)
         whole[number] = hash_alike(row_format.split_key(row))
         if questions := row_format.questions(row):
             asked[number] = hash_alike(questions[-1])
+            last_texts.add(_last_text(questions[-1]))
     wanted_rows, wanted = set(whole.values()), set(asked.values())
     found_rows, found = set(), set()
     with rows_file.open("rb") as stream:
         for line in stream:
             row = json.loads(line)
             row_format, row = formats[dataset_of(row)], without_tag(row)
-            found_rows |= wanted_rows & {hash_alike(row_format.split_key(row))}
-            found |= wanted & set(map(hash_alike, row_format.questions(row)))
+            # What is asked last tells most rows apart, and costs little.
+            alike = [it for it in row_format.questions(row) if _last_text(it) in last_texts]
+            if alike:
+                found |= wanted & set(map(hash_alike, alike))
+                found_rows |= wanted_rows & {hash_alike(row_format.split_key(row))}
     return {
         number: "row" if whole[number] in found_rows else "prompt"
         for number in rows
@@ -126,6 +130,12 @@ def are_repeated(hashes: np.ndarray) -> np.ndarray:
 def _hash(said: Any) -> int:
     text = json.dumps(said, sort_keys=True)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _last_text(question: Any) -> str:
+    """Return the last text of what is asked, which is a text or messages, without case and white space."""
+    last = question[-1].get("content") if isinstance(question, list) else question
+    return "".join(str(last).split()).casefold()
 
 
 def _fold(value: Any) -> Any:
