@@ -74,7 +74,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("num_samples", [6, 7, 8, 9])
+@pytest.mark.parametrize("num_samples", [6, 9])
 @pytest.mark.parametrize("kind", DRAWS)
 def test_of_six_to_nine_samples_no_more_than_5_in_100_verdicts_are_false(kind: str, num_samples: int) -> None:
     generator = np.random.default_rng(num_samples)
@@ -119,7 +119,7 @@ def test_six_right_answers_of_six_are_no_proof_of_a_seventh() -> None:
     assert nearly.low < 0
 
 
-@pytest.mark.parametrize("num_samples", [10, 12, 20])
+@pytest.mark.parametrize("num_samples", [10, 20])
 def test_of_ten_and_more_hardly_more_than_5_in_100_verdicts_are_false(num_samples: int) -> None:
     generator = np.random.default_rng(num_samples)
     num_cases = 600
