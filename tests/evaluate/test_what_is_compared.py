@@ -212,6 +212,29 @@ def test_calls_are_compared_by_name_and_arguments_and_decide(tmp_path: Path) -> 
     assert result.scores["verdict"]["metric"] == "tool_calls"
 
 
+def test_calls_in_a_form_that_isnt_known_are_told(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", build_tokenizer("chatml"))
+    (tmp_path / "calls.jinja").write_text(
+        CHATML_TEMPLATE.replace(
+            "message['content'] +",
+            "message['content'] + ('use ' + message.tool_calls[0].function.name + ' with ' + "
+            "(message.tool_calls[0].function.arguments | tojson) if message.tool_calls else '') +",
+        )
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "tool_calls": [call]}]}
+    config = settings(
+        model,
+        test_dataset=write_lines(tmp_path / "calls.jsonl", [row]),
+        home=tmp_path,
+        metrics=None,
+        chat_template=str(tmp_path / "calls.jinja"),
+    )
+    result = evaluate_answers(config, ['use add with {"a": 1}'])
+    assert "in a form that isn't known" in result.scores["left_out"]["tool_calls"]
+    assert result.scores["metrics"]["exact_match"]["tuned"]["mean"] == 1
+
+
 def test_metrics_are_chosen_by_the_samples_that_are_asked(run: RunDir, tmp_path: Path) -> None:
     """The one reference with a number is left out for its prompt's length."""
     rows = [
@@ -222,6 +245,7 @@ def test_metrics_are_chosen_by_the_samples_that_are_asked(run: RunDir, tmp_path:
     config = settings(run.path, test_dataset=write_lines(tmp_path / "rows.jsonl", rows), max_model_len=40)
     result = evaluate(config.model_copy(update={"metrics": None}))
     assert "numeric_match" not in result.scores["metrics"]
+    assert "tool_calls" not in result.scores["left_out"]
     assert result.scores["rows_left_out"] == {
         "no answer to compare with": 1,
         "a prompt that fills max_model_len": 1,

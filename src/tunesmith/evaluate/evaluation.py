@@ -66,6 +66,10 @@ def run_evaluation(config: EvaluateConfig, tuned: TunedModel, pool: Pool) -> Eva
     references = [reference.text for reference in plan.asked_references()]
     device = "cuda" if pool.use_gpu and not pool.is_elsewhere else "cpu"
     metrics, left_out = choose_metrics(config.metrics, references, config.bertscore_model, device)
+    if plan.test_set.calling and config.metrics is None and "tool_calls" not in {it.name for it in metrics}:
+        left_out["tool_calls"] = (
+            "the chat template writes calls in a form that isn't known here: they are text"
+        )
     folder = evaluation_folder(config, tuned)
     with only_writer(folder, lies_in_run=tuned.run is not None):
         requests = plan_requests(plan.test_set, plan.variants, plan.base_prompts)
