@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from support.chat_templates import CHAT_TEMPLATES, build_chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from support.own_templates import OWN_TEMPLATES
 from support.tokenizers import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import HFDatasetConfig
 from tunesmith.data.asking import Exchange, Questions, Said, questions_for
@@ -52,65 +52,45 @@ def with_system(row: dict[str, Any], text: str = "Be brief.") -> dict[str, Any]:
 
 
 PLAIN = [chat("12 plus 30?", "42"), chat("Why?", "Because it is."), chat("Who?", "Paris — 你好")]
-REASONED = [chat(*(m["content"] for m in row["messages"]), reasoning_content="Let me see.") for row in PLAIN]
 
 
-CASES = [
-    ("qwen3", "plain"),
-    ("qwen3", "reasoned"),
-    ("qwen3", "system"),
-    ("llama3", "plain"),
-    ("llama3", "system"),
-    ("gemma", "plain"),
-    ("r1", "plain"),
-    ("r1", "reasoned"),
-    ("r1", "reasoned system"),
-]
-
-
-@pytest.mark.parametrize(
-    ("family", "kind", "knows_rows"),
-    # Where nothing is known of its rows, a model whose template opens the reasoning is asked to reason.
-    [(*case, knows) for case in CASES for knows in (True, False) if knows or case != ("r1", "plain")],
-)
-def test_a_question_is_asked_as_the_rows_were_trained(family: str, kind: str, knows_rows: bool) -> None:
-    rows = REASONED if "reasoned" in kind else PLAIN
-    rows = [with_system(row) for row in rows] if "system" in kind else rows
-    tokenizer = build_chat_tokenizer(family)
-    system = None if knows_rows or "system" not in kind else "Be brief."
+@pytest.mark.parametrize("knows_rows", [True, False])
+@pytest.mark.parametrize("reasons", [True, False])
+@pytest.mark.parametrize("family", OWN_TEMPLATES)
+def test_a_conversation_is_asked_as_its_rows_were_trained(
+    family: str, reasons: bool, knows_rows: bool
+) -> None:
+    own = OWN_TEMPLATES[family]
+    if reasons > own.reasons or (family == "deepseek_r1" and not reasons and not knows_rows):
+        return  # it knows no reasoning; or where nothing is known of its rows, it is asked to reason
+    rows = [{"messages": own.talk(name)} for name in ("Ada", "Bo")]
+    for row in rows if not reasons else []:
+        row["messages"][-1].pop("reasoning_content", None)
+    tokenizer = own.build_tokenizer()
+    system = None if knows_rows or not own.takes_system else rows[0]["messages"][0]["content"]
     row_format, questions = asking(tokenizer, rows, samples=knows_rows, system_prompt=system)
     for row in rows:
-        question = row["messages"][-2]["content"]
-        assert questions.prompt({"user": question}).input_ids == trained_prompt(row_format, row)
-    token = {"qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "r1": "<|end|>"}[family]
-    assert questions.end_tokens == {tokenizer.convert_tokens_to_ids(token)}
-
-
-@pytest.mark.parametrize("family", CHAT_TEMPLATES)
-def test_earlier_turns_are_as_a_conversation_of_several_turns_is_trained(family: str) -> None:
-    rows = [
-        chat("12 plus 30?", "42", "And 5?", "47", "Why?", "Because."),
-        chat(
-            "Who?",
-            "<think>\nHm.\n</think>\n\nMe",
-            "And?",
-            "You",
-            "So?",
-            "Well",
-            reasoning_content="Let me see.",
-        ),
-    ]
-    rows = {"qwen3": rows, "r1": rows[1:]}.get(family, rows[:1])
-    row_format, questions = asking(build_chat_tokenizer(family), rows)
-    for row in rows:
-        said = [message["content"] for message in row["messages"]]
-        before = [Exchange({"user": said[i]}, said[i + 1]) for i in (0, 2)]
-        found = questions.prompt({"user": said[4]}, before).input_ids
+        *_, asked, answered, question, _ = row["messages"]
+        before = [Exchange({"user": asked["content"]}, answered["content"])]
+        found = questions.prompt({"user": question["content"]}, before).input_ids
         assert found == trained_prompt(row_format, row)
+    assert questions.end_tokens == {tokenizer.convert_tokens_to_ids(own.end)}
+
+
+def test_reasoning_that_an_answer_brought_is_taken_off_as_in_training() -> None:
+    own = OWN_TEMPLATES["qwen3"]
+    row = chat(
+        "Who?", "<think>\nHm.\n</think>\n\nMe", "And?", "You", "So?", "Well", reasoning_content="Let me see."
+    )
+    row_format, questions = asking(own.build_tokenizer(), [row])
+    said = [message["content"] for message in row["messages"]]
+    before = [Exchange({"user": said[i]}, said[i + 1]) for i in (0, 2)]
+    found = questions.prompt({"user": "So?"}, before)
+    assert found.input_ids == trained_prompt(row_format, row) and "Hm." not in found.text
 
 
 def test_a_system_prompt_of_all_rows_is_asked_with_unless_another_is_given() -> None:
-    tokenizer = build_chat_tokenizer("qwen3")
+    tokenizer = OWN_TEMPLATES["qwen3"].build_tokenizer()
     rows = [with_system(row) for row in PLAIN]
     _, questions = asking(tokenizer, rows)
     assert "Be brief." in questions.prompt({"user": "Why?"}).text
@@ -124,7 +104,9 @@ def test_a_system_prompt_of_all_rows_is_asked_with_unless_another_is_given() -> 
 
 def test_what_the_template_refuses_is_said() -> None:
     with pytest.raises(DataError, match="System role not supported"):
-        asking(build_chat_tokenizer("gemma"), PLAIN, system_prompt="x")[1].prompt({"user": "Why?"})
+        asking(OWN_TEMPLATES["gemma2"].build_tokenizer(), PLAIN, system_prompt="x")[1].prompt(
+            {"user": "Why?"}
+        )
 
 
 SUMS = [

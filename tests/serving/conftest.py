@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.chat_templates import build_chat_tokenizer
 
+from support.own_templates import OWN_TEMPLATES
 from support.serving import train_on_chats, train_on_rows, write_chats
 from support.tiny_models import save_model
 from tunesmith.runs.folder import RunDir
@@ -26,10 +26,10 @@ def of_templates(
 def of_chats(rows: Path, tmp_path_factory: pytest.TempPathFactory, alone: None) -> RunDir:
     """`talk`, trained on conversations with a system prompt; its base lies in the folder `base` beside its home."""
     folder = tmp_path_factory.mktemp("chats")
-    model = save_model(folder / "base", build_chat_tokenizer("llama3"))
+    model = save_model(folder / "base", OWN_TEMPLATES["phi4"].build_tokenizer())
     (model / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}')
     chats = write_chats(rows, folder / "chats.jsonl")
-    steps = {"save_steps": 6, "eval_steps": 6, "save_total_limit": 3}
+    steps = {"max_steps": 24, "save_steps": 12, "eval_steps": 12, "save_total_limit": 3}
     return train_on_chats(
         model, chats, folder / "home", run_name="talk", system_prompt="Add.", train_split_ratio=0.8, **steps
     )

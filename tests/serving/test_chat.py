@@ -18,7 +18,6 @@ from tunesmith.config import ChatConfig, EvaluateConfig
 from tunesmith.errors import ConfigError, DataError, RunError
 from tunesmith.evaluate.engines.base import Request
 from tunesmith.evaluate.plan import make_plan
-from tunesmith.evaluate.test_set import read_test_set
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.tuned import find_tuned
 from tunesmith.serving.chat import Chat, open_chat
@@ -46,20 +45,19 @@ def test_answers_and_prompts_are_those_of_an_evaluation(of_templates: RunDir, of
         settings = EvaluateConfig(checkpoints_dir=str(run.path), max_tokens=8, engine="transformers")
         tuned = find_tuned(settings)
         plan = make_plan(settings, tuned, use_gpu=False)
-        test_set = read_test_set(tuned, settings, plan.tokenizer)
         with open_chat(config_of(run, compare="base")) as chat:
             assert set(chat.ready.stop_token_ids) == set(plan.stop_token_ids)
-            for number, prompt in test_set.samples.items():
+            for number, prompt in plan.test_set.samples.items():
                 chat.reset()
-                question = prompt.text.rstrip() if column else prompt.text.split("<|end_header_id|>\n\n")[2]
-                question = question.partition("<|eot_id|>")[0]
+                question = prompt.text.rstrip() if column else prompt.text.split("<|im_sep|>")[2]
+                question = question.partition("<|im_end|>")[0]
                 said = {chat.ready.questions.fields[0]: question}
                 assert chat.prompt_ids(said) == prompt.input_ids
                 found = asked(chat, question)
                 for speaker, text in zip(chat.speakers, found, strict=True):
                     request = Request(number, speaker.name, prompt.input_ids)
                     ((generation,),) = speaker.engine.generate([request])
-                    assert text == plan.decode(generation)
+                    assert text == chat.ready.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
                 assert found[0] != found[1]
 
 
@@ -69,7 +67,7 @@ def test_a_conversation_goes_on_and_can_be_begun_anew(of_chats: RunDir) -> None:
         (answer,) = asked(chat, "1 plus 2?")
         second = chat.prompt_ids({"user": "And 3?"})
         text = chat.ready.tokenizer.decode(second)
-        assert "Add.<|eot_id|>" in text and f"{answer.strip()}<|eot_id|>" in text
+        assert "Add.<|im_end|>" in text and f"{answer.strip()}<|im_end|>" in text
         assert second[: len(first)] == first
         chat.reset()
         assert chat.prompt_ids({"user": "1 plus 2?"}) == first

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.chat_templates import build_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
 from support.exports import convert, load, load_adapted, logits_of, tuned_of, write_adapter
+from support.own_templates import OWN_TEMPLATES
 from support.serving import train_on_chats, train_on_rows, write_chats
 from support.tokenizers import CHATML_TEMPLATE, TOKENIZER_KINDS, build_tokenizer
 from tunesmith import cli
@@ -30,7 +30,7 @@ from tunesmith.runs.folder import RunDir
 from tunesmith.serving.flags import Flags, make_flags
 from tunesmith.serving.models import Served, find_served
 from tunesmith.serving.server import example, write_flags
-from tunesmith.serving.template import chat_template_of
+from tunesmith.serving.template import asks_as_trained, chat_template_of
 
 ModelOf = Callable[[str], Path]
 pytestmark = pytest.mark.usefixtures("alone")
@@ -64,8 +64,8 @@ def test_a_run_is_served_by_its_name_beside_its_base(of_chats: RunDir) -> None:
     assert "--enable-lora" in flags.words
     # The base's own is asked with: it is the run's.
     assert flags.chat_template is None and "--tokenizer" not in flags.words
-    tokenizer = build_chat_tokenizer("llama3")
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    tokenizer = OWN_TEMPLATES["phi4"].build_tokenizer()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert flags.generation_config == {"eos_token_id": sorted(ends), "temperature": 0.6}
     asks = example(ServeConfig(host="0.0.0.0"), served)
     assert "http://127.0.0.1:8000/v1/chat/completions" in asks
@@ -169,6 +169,23 @@ def test_a_whole_checkpoint_is_merged_into_its_run(of_whole: RunDir) -> None:
     folder = Path(value_of(flags, "--model"))
     assert folder.is_relative_to(of_whole.path / "serving")
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("family", "alike"),
+    [("phi4", True), ("gemma3", True), ("qwen3", True), ("llama3", True), ("deepseek_r1", False)],
+)
+def test_whether_a_server_asks_as_trained_is_told(family: str, alike: bool) -> None:
+    """The last one's template opens a block of reasoning, which these rows don't have."""
+    tokenizer = OWN_TEMPLATES[family].build_tokenizer()
+    rows = [{"messages": OWN_TEMPLATES[family].talk(name)} for name in ("Ada", "Bo")]
+    for row in rows:
+        row["messages"][-1].pop("reasoning_content", None)
+    row_format = choose_format(HFDatasetConfig(), rows[0], "rows").with_tokenizer(tokenizer, "2026-01-31")
+    questions = questions_for(row_format, tokenizer, [row_format.render(row, "row") for row in rows], None)
+    template = chat_template_of(questions, tokenizer)
+    assert template is not None
+    assert asks_as_trained(questions, tokenizer, template, "2026-01-31") == alike
 
 
 SUMS = [{"question": "12 plus 30?", "answer": "42"}, {"question": "Why?", "answer": "Because it is."}]

@@ -61,7 +61,7 @@ def run(of_chats: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     for name in ("model", "other"):
         shutil.copytree(of_chats.home.parent / "base", folder / name)
     run = copy_run(of_chats, folder / "home")
-    state = run.checkpoint_path(12) / "trainer_state.json"
+    state = run.checkpoint_path(24) / "trainer_state.json"
     state.write_text(state.read_text().replace('"eval_loss": ', '"eval_loss": 1'))
     return run
 

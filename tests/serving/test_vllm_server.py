@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.chat_templates import build_chat_tokenizer
 
+from support.own_templates import OWN_TEMPLATES
 from support.runs import write_rows
 from support.serving import train_on_chats, write_chats
 from support.tiny_models import save_model
@@ -39,6 +39,11 @@ MAX_TOKENS = 12
 KEY = "sesame"
 SYSTEM = "Add."
 QUESTIONS = ["(3) 12 plus 30?", "(4) 7 plus 8? please", "(5) 1 plus 99?"]
+# One that has learned to end its answers, and one that has learned next to nothing.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "sums": {"max_steps": 24, "save_steps": 24, "eval_steps": 24},
+    "others": {"lora_rank": 24, "seed": 7, "learning_rate": 1e-3},
+}
 SERVED: dict[str, tuple[str, Variant]] = {
     "sums": ("sums", "tuned"),
     "others": ("others", "tuned"),
@@ -57,15 +62,15 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Iterator[Server]:
-    """A base model with two adapters of runs, one of rank 24 whose rows begin in another order."""
+    """A base model with two adapters of runs, one of rank 24."""
     folder = tmp_path_factory.mktemp("serving")
     # Heads of a size that vLLM has kernels for.
-    tokenizer = build_chat_tokenizer("llama3")
+    tokenizer = OWN_TEMPLATES["phi4"].build_tokenizer()
     model = save_model(folder / "model", tokenizer, hidden_size=128, intermediate_size=128)
     chats = write_chats(write_rows(folder / "rows.jsonl"), folder / "chats.jsonl")
     runs = {
         name: train_on_chats(model, chats, folder / name, run_name=name, system_prompt=SYSTEM, **changes)
-        for name, changes in {"sums": {}, "others": {"lora_rank": 24, "seed": 7}}.items()
+        for name, changes in ADAPTERS.items()
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

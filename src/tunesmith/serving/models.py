@@ -20,9 +20,10 @@ from tunesmith.model.fingerprint import model_fingerprint
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.vllm_adapters import vllm_refuses
 from tunesmith.runs.folder import ORIGIN_FILE, RUN_PREFIX, read_versioned_json
+from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel, find_tuned
 from tunesmith.serving.ready import Ready, make_ready
-from tunesmith.serving.template import chat_template_of
+from tunesmith.serving.template import asks_as_trained, chat_template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,6 +92,8 @@ def find_served(config: ServeConfig, passed_on: Sequence[str] = ()) -> Served:
         model, adapters = ModelRef(whole, None, first.loaded.trust_remote_code), ()
     own_tokenizer = load_tokenizer(model)
     differs = _spelling(own_tokenizer) != _spelling(first.tokenizer)
+    if templates[0] is not None and not own:
+        _warn_of_other_prompts(names, ready, templates[0])
     template = templates[0] if templates[0] != own_tokenizer.chat_template else None
     return Served(
         model,
@@ -196,6 +199,16 @@ def _check_alike(
             raise ConfigError(
                 f"`{name}` and `{names[0]}` were trained with chat templates that differ, and a server has one",
                 "serve them by themselves, on two ports; or give the one to use: -- --chat-template FILE",
+            )
+
+
+def _warn_of_other_prompts(names: Sequence[str], ready: Sequence[Ready], template: str) -> None:
+    for name, each in zip(names, ready, strict=True):
+        if not asks_as_trained(each.questions, each.tokenizer, template, recorded_date(each.tuned.params)):
+            logger.warning(
+                "warning: the chat template doesn't end the prompts of `%s` where training did, in text or in tokens; "
+                "`tunesmith chat` asks as it was trained",
+                name,
             )
 
 

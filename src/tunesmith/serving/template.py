@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TYPE_CHECKING
 
-from tunesmith.data.asking import ConversationQuestions, Questions, TemplateQuestions
+from tunesmith.data.asking import ConversationQuestions, Message, Questions, TemplateQuestions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,6 +34,30 @@ def chat_template_of(questions: Questions, tokenizer: PreTrainedTokenizerFast) -
     shown = [repr(begin)] if begin else []
     shown += ["last.text" if name == first else repr(literal) for literal, name in pieces]
     return f"{_LAST_QUESTION}{{{{- {' ~ '.join(shown)} }}}}"
+
+
+def asks_as_trained(
+    questions: Questions, tokenizer: PreTrainedTokenizerFast, template: str, date: str
+) -> bool:
+    """Tell whether a server that applies this chat template sends a model the prompts that it was trained with.
+
+    A server tokenizes the text of a prompt by itself, where training had the answer behind it. `date` (ISO) is the day
+    that trained texts name.
+    """
+    said = dict.fromkeys(questions.fields[:1], "Why?")
+    messages: list[Message] = [{"role": "user", "content": "Why?"}]
+    if isinstance(questions, ConversationQuestions):
+        messages = questions.messages(said, ())
+    text = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=False,
+        strftime_now=datetime.datetime.fromisoformat(date).strftime,
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    asked = list(questions.prompt(said).input_ids)
+    return bool(ids[: len(asked)] == asked and not tokenizer.decode(ids[len(asked) :]).strip())
 
 
 def _added_text(tokenizer: PreTrainedTokenizerFast) -> str:
