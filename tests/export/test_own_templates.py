@@ -18,7 +18,7 @@ from support.exports import convert, load, tuned_of
 from support.own_templates import ANSWER, FIRST, NAME, OWN_TEMPLATES, SECOND, OwnTemplate
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
-from tunesmith.config import EvaluateConfig, ModelRef, TrainConfig
+from tunesmith.config import ChatConfig, EvaluateConfig, ModelRef, TrainConfig
 from tunesmith.data.prepare import open_prepared
 from tunesmith.evaluate.engines.base import Request
 from tunesmith.evaluate.engines.choose import make_engine
@@ -26,6 +26,7 @@ from tunesmith.evaluate.passes import Served, make_spec
 from tunesmith.evaluate.plan import Plan, make_plan
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.tuned import find_tuned
+from tunesmith.serving.chat import Answer, open_chat
 from tunesmith.train.worker import TrainJob
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
@@ -113,14 +114,11 @@ def test_an_export_has_the_run_s_template_and_stops(tuned: Tuned, tmp_path: Path
 
 
 def test_a_chat_asks_as_was_trained_and_is_answered_so(tuned: Tuned) -> None:
-    chats = pytest.importorskip("tunesmith.serving.chat")
-    from tunesmith.config import ChatConfig
-
-    with chats.open_chat(ChatConfig(checkpoints_dir=str(tuned.run.path), max_tokens=32)) as chat:
+    with open_chat(ChatConfig(checkpoints_dir=str(tuned.run.path), max_tokens=32)) as chat:
         for row, (prompt_ids, _) in tuned.trained.items():
             chat.reset()
             first, second = ({"user": text.replace(NAME, NAMES[row])} for text in (FIRST, SECOND))
-            chat.remember(first, chats.Answer(ANSWER, "stop"))
+            chat.remember(first, Answer(ANSWER, "stop"))
             assert list(chat.prompt_ids(second)) == prompt_ids
             pieces: list[str] = []
             answer = chat.ask(chat.prompt_ids(second), chat.speakers[0], pieces.append)
