@@ -13,6 +13,7 @@ from tunesmith.chart.places import refuse_relative_paths
 from tunesmith.config import ConvertConfig, EvaluateConfig, Settings, TrainConfig
 from tunesmith.config.flags import parse_flags
 from tunesmith.config.layers import dump_settings, dump_yaml, load_settings, settings_from_dump
+from tunesmith.config.serve import ServeConfig
 from tunesmith.errors import ConfigError
 from tunesmith.paths import expand, expand_variables
 from tunesmith.runs.identity import default_run_name
@@ -26,7 +27,9 @@ PLACES = [
     (TrainConfig, "test_dataset"),
     (TrainConfig, "data_dir"),
     (TrainConfig, "chat_template"),
+    (TrainConfig, "adapter_path"),
     (EvaluateConfig, "checkpoints_dir"),
+    (EvaluateConfig, "chat_template"),
     (EvaluateConfig, "base_model"),
     (EvaluateConfig, "model_path"),
     (EvaluateConfig, "home"),
@@ -86,6 +89,14 @@ def test_it_is_expanded_in_a_list_of_data_sets(scratch: Path, tmp_path: Path) ->
         _load(TrainConfig, "flag", "datasets", listed.replace("SCRATCH", "NOT_SET"), tmp_path)
 
 
+def test_it_is_expanded_in_a_list_of_what_is_served(scratch: Path, tmp_path: Path) -> None:
+    for way in ("flag", "variable", "yaml"):
+        config = _load(ServeConfig, way, "more", "first=$SCRATCH/a,${SCRATCH}/b", tmp_path)
+        assert config.more == [f"first={scratch}/a", f"{scratch}/b"]
+    with pytest.raises(ConfigError, match="`NOT_SET` isn't set"):
+        _load(ServeConfig, "flag", "more", "first=$NOT_SET/a", tmp_path)
+
+
 def test_addresses_of_object_stores_are_expanded_and_web_addresses_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -136,6 +147,8 @@ def test_a_job_s_variables_are_those_of_its_machine(scratch: Path, tmp_path: Pat
         load_settings(TrainConfig, tmp_path / "job.yaml", {}, {})
     with pytest.raises(ConfigError, match="relative to a folder of this machine"):
         refuse_relative_paths(config.model_copy(update={"home": Path("runs/$NOT_SET")}), own_home=False)
+    with pytest.raises(ConfigError, match="`adapter_path` is `runs/first`: relative"):
+        refuse_relative_paths(config.model_copy(update={"adapter_path": Path("runs/first")}), own_home=False)
 
 
 def test_sets_that_follow_from_a_job_s_settings_keep_its_variables() -> None:

@@ -85,7 +85,7 @@ def _paths_of(config: TrainConfig) -> dict[str, Path]:
     is_folder = config.model.folder is not None or _begins_with_variable(config.hf_model_id)
     if config.model_path is None and is_folder:
         paths["hf_model_id"] = Path(config.hf_model_id)
-    paths |= {"home": config.home, "data_dir": config.data_dir}
+    paths |= {"home": config.home, "data_dir": config.data_dir, "adapter_path": config.adapter_path}
     if (template := config.chat_template) is not None and Path(template).suffix in (".jinja", ".json"):
         paths["chat_template"] = Path(template)
     return {name: path for name, path in paths.items() if path is not None}

@@ -222,6 +222,11 @@ Names = Annotated[
     BeforeValidator(_parse_list),
     BeforeValidator(parse_auto),
 ]
+Places = Annotated[
+    Annotated[list[Annotated[str, BeforeValidator(_expand)]], Field(min_length=1)] | None,
+    BeforeValidator(_parse_list),
+    BeforeValidator(parse_auto),
+]
 Trackers = Annotated[list[str], BeforeValidator(_none_is_empty), BeforeValidator(_parse_list)]
 AutoBool = Annotated[bool | None, BeforeValidator(parse_auto)]
 AutoInt = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(parse_auto)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from tunesmith.config.data import HFDatasetConfig, check_keys, check_roles
-from tunesmith.config.declare import Mapping, OptionalStr, Settings, parse_none, setting
+from tunesmith.config.declare import Mapping, OptionalStr, PathOrTemplate, Settings, parse_none, setting
 
 _AS_RUN = "unset: as the run was told, else as training does by default."
 # What training calls otherwise than evaluate, where both have it.
@@ -68,7 +68,7 @@ class ReadingConfig(Settings):
         scope="run",
         escapes=True,
     )
-    chat_template: OptionalStr = setting(
+    chat_template: PathOrTemplate = setting(
         None,
         "Jinja file, or name among the tokenizer's chat templates, in place of its own; unset: the tuned model's.",
         group="data",

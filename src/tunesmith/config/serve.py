@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tunesmith.config.declare import AutoBool, AutoInt, Names, setting
+from tunesmith.config.declare import AutoBool, AutoInt, Places, setting
 from tunesmith.config.tuned import TunedModelConfig
 
 
 class ServeConfig(TunedModelConfig):
     """Everything `tunesmith serve` can be told; what stands behind `--` goes to vLLM as it is."""
 
-    more: Names = setting(
+    more: Places = setting(
         None,
         "Further adapters of the same base model to serve beside the first; the words after the first mean the same. "
         "NAME=PATH gives a name of its own.",
