@@ -185,4 +185,5 @@ def answers(plan: Plan, base: Path) -> dict[int, str]:
     made = [generation for together in engine.generate(requests) for generation in together]
     engine.close()
     assert {generation.finish_reason for generation in made} == {"stop"}
-    return {generation.sample: plan.tokenizer.decode(generation.token_ids) for generation in made}
+    tokenizer = AutoTokenizer.from_pretrained(plan.tuned.folder)
+    return {generation.sample: tokenizer.decode(generation.token_ids) for generation in made}
