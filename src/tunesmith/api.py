@@ -23,10 +23,10 @@ from tunesmith.data.split import check_sources
 from tunesmith.errors import ExportError, RunError, TrainingError
 from tunesmith.failures import Work
 from tunesmith.logs import log_to_file
-from tunesmith.model.fetched import with_model_here
+from tunesmith.model.adapters.new_tokens import load_run_tokenizer, tell_known_tokens
+from tunesmith.model.adapters.prior import with_prior_settings
+from tunesmith.model.files.fetched import with_model_here
 from tunesmith.model.load import check_weights
-from tunesmith.model.new_tokens import load_run_tokenizer, tell_known_tokens
-from tunesmith.model.prior import with_prior_settings
 from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.folder import RunDir

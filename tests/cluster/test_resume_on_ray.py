@@ -19,7 +19,7 @@ from support.tokenizers import build_tokenizer
 from tunesmith.api import fine_tune
 from tunesmith.config import TrainConfig
 from tunesmith.errors import RunError
-from tunesmith.model.adapters import ADAPTER_WEIGHTS
+from tunesmith.model.adapters.lora import ADAPTER_WEIGHTS
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import iterate_metrics, newest_attempt
 

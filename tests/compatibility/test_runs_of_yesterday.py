@@ -27,8 +27,8 @@ from support.tokenizers import build_tokenizer
 from tunesmith.config import ConvertConfig, EvaluateConfig, TrainConfig
 from tunesmith.evaluate.plan import make_plan
 from tunesmith.export.convert import export
-from tunesmith.model.adapters import ADAPTER_WEIGHTS
-from tunesmith.model.state import read_weights
+from tunesmith.model.adapters.lora import ADAPTER_WEIGHTS
+from tunesmith.model.files.state import read_weights
 from tunesmith.runs.folder import RunDir, open_run
 from tunesmith.runs.identity import locate_run
 from tunesmith.runs.templates import with_recorded_templates

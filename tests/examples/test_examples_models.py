@@ -19,7 +19,7 @@ from support.tiny_models import build_config
 from support.values import EXAMPLES, read_run
 from tunesmith.config import TrainConfig
 from tunesmith.data.formats import choose_format
-from tunesmith.model.adapters import add_adapters, choose_targets
+from tunesmith.model.adapters.lora import add_adapters, choose_targets
 from tunesmith.model.load import build_meta_model
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.planning.host import estimate_host

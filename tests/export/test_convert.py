@@ -30,7 +30,7 @@ from tunesmith.config import ConvertConfig
 from tunesmith.errors import ConfigError
 from tunesmith.export.convert import export
 from tunesmith.export.final import write_final
-from tunesmith.model.state import read_weights
+from tunesmith.model.files.state import read_weights
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.tuned import find_tuned
 

@@ -22,7 +22,7 @@ from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.errors import ExportError, ModelError, ResourceError, RunError
 from tunesmith.export.folder import new_folder
-from tunesmith.model.tensor_files import TensorFile, write_tensors
+from tunesmith.model.files.tensor_files import TensorFile, write_tensors
 from tunesmith.runs.tuned import TunedModel
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from support.exports import load, write_adapter
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
-from tunesmith.model.state import STATE_FOLDER
+from tunesmith.model.files.state import STATE_FOLDER
 
 pytestmark = [
     pytest.mark.slow,

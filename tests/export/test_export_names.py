@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from support.exports import load, load_weights
-from tunesmith.model.weight_names import NameMap
+from tunesmith.model.files.weight_names import NameMap
 
 pytestmark = pytest.mark.slow
 

@@ -151,7 +151,7 @@ COPY = """
 import json, sys
 from pathlib import Path
 from tunesmith.config import ModelRef
-from tunesmith.model.side_files import CODE, PROCESSORS, TERMS, TOKENIZER, copy_files
+from tunesmith.model.files.side_files import CODE, PROCESSORS, TERMS, TOKENIZER, copy_files
 print(json.dumps(sorted(copy_files(ModelRef("org/base"), (*TOKENIZER, *PROCESSORS, *CODE, *TERMS), Path(sys.argv[1])))))
 """
 

@@ -30,10 +30,10 @@ from support.tiny_models import FAMILIES
 from support.tokenizers import build_tokenizer
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.export.final import write_final
-from tunesmith.model.adapters import choose_targets
+from tunesmith.model.adapters.lora import choose_targets
+from tunesmith.model.files.state import read_weights
 from tunesmith.model.load import build_meta_model
 from tunesmith.model.probe import keeps_examples_apart
-from tunesmith.model.state import read_weights
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
 from tunesmith.train.build import build_model

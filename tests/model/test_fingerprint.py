@@ -13,7 +13,7 @@ from support.exports import convert, write_adapter
 from support.tiny_models import save_model
 from support.tokenizers import build_tokenizer
 from tunesmith.config import ModelRef
-from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.files.fingerprint import model_fingerprint
 
 WEIGHTS = "model.safetensors"
 AS_RECORDED_AT_FIRST = "0" * 16

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwe
 
 from support.tiny_models import build_config
 from tunesmith.errors import ModelError
-from tunesmith.model.adapter_folder import read_adapter_shapes
+from tunesmith.model.adapters.folder import read_adapter_shapes
 from tunesmith.model.fit import check_adapter_fits
 
 SMALL: dict[str, Any] = {

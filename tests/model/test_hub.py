@@ -29,7 +29,7 @@ LOAD_FROM_HUB = """
 import json
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.files.fingerprint import model_fingerprint
 from tunesmith.model.load import load_model_config, load_tokenizer
 loaded = {}
 for revision in (None, "v2", "2" * 40, "v3"):

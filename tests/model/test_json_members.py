@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import ModelError
-from tunesmith.model.json_members import set_member, write_member
+from tunesmith.model.files.json_members import set_member, write_member
 
 TEXTS = (
     '{"a": 1, "x": [1, 2], "b": {"x": 3}}',

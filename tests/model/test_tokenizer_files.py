@@ -14,8 +14,13 @@ from transformers import AutoTokenizer
 from support.tiny_models import save_model
 from support.tokenizers import TOKENIZER_KINDS, build_tokenizer
 from tunesmith.config import ModelRef
+from tunesmith.model.files.tokenizer_files import (
+    copy_tokenizer,
+    pack_tokenizer,
+    unpack_tokenizer,
+    write_tokenizer,
+)
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.tokenizer_files import copy_tokenizer, pack_tokenizer, unpack_tokenizer, write_tokenizer
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 OLD, NEW = "{{ 'old' }}", "{# new #}{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}\n"

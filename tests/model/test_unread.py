@@ -17,11 +17,11 @@ from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.state import read_weights
+from tunesmith.model.files.state import read_weights
+from tunesmith.model.files.weight_names import NameMap
+from tunesmith.model.files.weight_parts import WeightParts
+from tunesmith.model.files.weight_source import open_source
 from tunesmith.model.unread import UnreadWeights, load_unread
-from tunesmith.model.weight_names import NameMap
-from tunesmith.model.weight_parts import WeightParts
-from tunesmith.model.weight_source import open_source
 from tunesmith.parallel.fsdp import numel_of_slice
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.train import build

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from support.exports import load, write_adapter
-from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
+from tunesmith.model.adapters.vllm import lora_arguments, vllm_refuses
 
 ModelOf = Callable[[str], Path]
 Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"]}

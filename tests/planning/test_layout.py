@@ -21,8 +21,8 @@ from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
+from tunesmith.model.files.state import read_weights
 from tunesmith.model.load import load_model_config
-from tunesmith.model.state import read_weights
 from tunesmith.parallel.activation_checkpointing import count_recomputed, recompute_first
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning import layout

@@ -27,7 +27,7 @@ from tunesmith.data.prepare import prepare_run
 from tunesmith.data.sources import describe_source, read_rows, source_fingerprint
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.export.card import write_card
-from tunesmith.model.fetched import with_model_here
+from tunesmith.model.files.fetched import with_model_here
 from tunesmith.model.load import load_tokenizer
 from tunesmith.remote.copies import copies_in
 from tunesmith.runs.folder import RunDir

@@ -19,7 +19,7 @@ from support.runs import losses, small_config, start, train_here, train_on_rank
 from support.workers import WorkerGroup
 from tunesmith.data.batches import Batch, BatchPlan, Counts, GlobalBatch, Sequences
 from tunesmith.data.prepare import open_prepared
-from tunesmith.model.adapters import add_adapters
+from tunesmith.model.adapters.lora import add_adapters
 from tunesmith.model.load import load_model
 from tunesmith.objectives.base import LOSS, LossOutput, TokenLogProbs
 from tunesmith.train.worker import TrainJob

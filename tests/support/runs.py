@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import prepare_run
-from tunesmith.model.new_tokens import load_run_tokenizer
-from tunesmith.model.prior import with_prior_settings
+from tunesmith.model.adapters.new_tokens import load_run_tokenizer
+from tunesmith.model.adapters.prior import with_prior_settings
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import locate_run
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics

@@ -21,7 +21,7 @@ from tunesmith.api import fine_tune
 from tunesmith.config import TrainConfig
 from tunesmith.errors import CheckpointError, RunError
 from tunesmith.export.final import write_final
-from tunesmith.model.adapters import ADAPTER_WEIGHTS
+from tunesmith.model.adapters.lora import ADAPTER_WEIGHTS
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.identity import is_finished
 from tunesmith.runs.metrics_log import find_ending, iterate_metrics, newest_attempt
@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: TrainCon
 
 
 def trained_weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
-    from tunesmith.model.state import read_weights
+    from tunesmith.model.files.state import read_weights
 
     return read_weights(run.checkpoint_path(step))
 

@@ -21,9 +21,9 @@ from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import open_prepared
+from tunesmith.model.files.state import read_weights
 from tunesmith.model.kernels.install import CPU
 from tunesmith.model.load import attention_of, narrowest_window
-from tunesmith.model.state import read_weights
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
 from tunesmith.train import build

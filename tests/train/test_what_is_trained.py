@@ -24,11 +24,11 @@ from tunesmith.config import TrainConfig
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.export.final import write_final
-from tunesmith.model.adapters import apply_adapter
+from tunesmith.model.adapters.lora import apply_adapter
+from tunesmith.model.adapters.new_tokens import find_new_tokens, load_run_tokenizer
+from tunesmith.model.adapters.prior import with_prior_settings
+from tunesmith.model.files.state import read_weights
 from tunesmith.model.load import load_model_config
-from tunesmith.model.new_tokens import find_new_tokens, load_run_tokenizer
-from tunesmith.model.prior import with_prior_settings
-from tunesmith.model.state import read_weights
 from tunesmith.planning.fitting import make_plan
 from tunesmith.planning.memory import Memory, build_planned_model
 from tunesmith.planning.workers import Workers
@@ -244,7 +244,7 @@ def test_a_padded_vocabulary_has_room_for_new_tokens(rows: Path, tmp_path: Path)
 def test_tokens_that_the_tokenizer_has_are_named_and_passed_over(
     model_of: ModelOf, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tunesmith.model.new_tokens import tell_known_tokens
+    from tunesmith.model.adapters.new_tokens import tell_known_tokens
 
     config = small_config(model_of(TIED), rows, tmp_path, new_tokens=["<|endoftext|>", "<|end|>"])
     tell_known_tokens(config)

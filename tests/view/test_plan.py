@@ -23,7 +23,7 @@ from tunesmith.cli import main
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import Batch
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapters import add_adapters
+from tunesmith.model.adapters.lora import add_adapters
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import CPU, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
 from tunesmith.evaluate.test_set import TestSet
-from tunesmith.model.adapter_folder import count_rows, leaves_base, read_adapter_shapes
+from tunesmith.model.adapters.folder import count_rows, leaves_base, read_adapter_shapes
+from tunesmith.model.files.state import list_weights
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.state import list_weights
 from tunesmith.model.vocabulary import count_known_tokens
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.tuned import TunedModel

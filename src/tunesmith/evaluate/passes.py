@@ -17,8 +17,8 @@ from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
 from tunesmith.evaluate.test_set import TestSet
 from tunesmith.export.convert import export
 from tunesmith.export.whole import find_whole
+from tunesmith.model.adapters.vllm import vllm_refuses
 from tunesmith.model.load import load_model_config
-from tunesmith.model.vllm_adapters import vllm_refuses
 from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)

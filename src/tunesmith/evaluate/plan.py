@@ -20,8 +20,10 @@ from tunesmith.evaluate.engines.base import Generation, Variant
 from tunesmith.evaluate.engines.choose import choose_engine
 from tunesmith.evaluate.test_set import TestSet, read_test_set
 from tunesmith.export.whole import weights_digest
-from tunesmith.model.adapter_folder import check_repeatable, read_adapter_shapes
-from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.adapters.folder import check_repeatable, read_adapter_shapes
+from tunesmith.model.files.fingerprint import model_fingerprint
+from tunesmith.model.files.state import list_weights
+from tunesmith.model.files.tokenizer_files import holds_tokenizer
 from tunesmith.model.fit import check_adapter_fits, check_state_fits
 from tunesmith.model.load import (
     build_meta_model,
@@ -33,8 +35,6 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.positions import check_length, find_position_limit, named_positions
 from tunesmith.model.quantized import check_quantization
-from tunesmith.model.state import list_weights
-from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.model.vocabulary import check_prompt_tokens
 from tunesmith.paths import expand_user, longest_name, shorten_name
 from tunesmith.runs.base_model import read_adapter_config

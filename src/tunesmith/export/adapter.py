@@ -14,10 +14,10 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export.generation import write_generation_config
 from tunesmith.export.proof import Proof
-from tunesmith.model.adapter_folder import count_rows, find_adapter_weights, read_adapter_shapes
+from tunesmith.model.adapters.folder import count_rows, find_adapter_weights, read_adapter_shapes
+from tunesmith.model.files.tokenizer_files import copy_tokenizer
 from tunesmith.model.fit import check_adapter_fits
 from tunesmith.model.load import build_meta_model, load_model_config
-from tunesmith.model.tokenizer_files import copy_tokenizer
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
 from tunesmith.runs.tuned import TunedModel

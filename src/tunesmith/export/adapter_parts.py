@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapter_folder import (
+from tunesmith.model.adapters.folder import (
     RECOMPUTED,
     Settings,
     Shape,

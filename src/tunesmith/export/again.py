@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.config import ConvertConfig, ModelRef
 from tunesmith.config.size import parse_size
-from tunesmith.model.fingerprint import model_fingerprint, sample_weights
+from tunesmith.model.files.fingerprint import model_fingerprint, sample_weights
 from tunesmith.runs.folder import ADAPTER_CONFIG, ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.tuned import TunedModel
 

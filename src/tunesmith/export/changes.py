@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tunesmith.model.adapter_folder import count_rows
+from tunesmith.model.adapters.folder import count_rows
+from tunesmith.model.files.state import list_weights, read_weights
 from tunesmith.model.fit import check_state_fits
-from tunesmith.model.state import list_weights, read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,10 +22,10 @@ from tunesmith.export.origin import write_origin
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import count_bytes, write_shards
 from tunesmith.export.verify import prove
-from tunesmith.model.adapter_folder import find_adapter_weights
+from tunesmith.model.adapters.folder import find_adapter_weights
+from tunesmith.model.files.tensor_files import TensorFile
+from tunesmith.model.files.tokenizer_files import holds_tokenizer
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.tensor_files import TensorFile
-from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.paths import expand_user
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes

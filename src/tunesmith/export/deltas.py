@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from tunesmith.export.adapter_parts import Factors, Part, read_parts
-from tunesmith.model.adapter_folder import Shape, count_rows, find_adapter_weights
+from tunesmith.model.adapters.folder import Shape, count_rows, find_adapter_weights
+from tunesmith.model.files.tensor_files import TensorFile
+from tunesmith.model.files.weight_source import PickledFile
 from tunesmith.model.fit import check_rows, check_state_fits, shapes_under
-from tunesmith.model.tensor_files import TensorFile
-from tunesmith.model.weight_source import PickledFile
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from tunesmith.export.merge import open_merge
 from tunesmith.export.model_files import write_model_files
 from tunesmith.export.origin import write_origin
 from tunesmith.export.shards import write_shards
-from tunesmith.model.folder_files import GENERATION_CONFIG
-from tunesmith.model.state import STATE_FOLDER
+from tunesmith.model.files.checks import GENERATION_CONFIG
+from tunesmith.model.files.state import STATE_FOLDER
 from tunesmith.runs.base_model import recorded_settings
 from tunesmith.runs.folder import STATE_FILE, Checkpoint, RunDir
 from tunesmith.runs.tuned import Kind, TunedModel

@@ -9,11 +9,11 @@ from typing import Any
 
 from tunesmith.config import ModelRef
 from tunesmith.data.end_tokens import find_end_tokens
-from tunesmith.model.folder_files import GENERATION_CONFIG, read_object
-from tunesmith.model.json_members import set_member
+from tunesmith.model.files.checks import GENERATION_CONFIG, read_object
+from tunesmith.model.files.json_members import set_member
+from tunesmith.model.files.tokenizer_files import holds_tokenizer
+from tunesmith.model.files.weight_files import locate_file
 from tunesmith.model.load import load_model_config, load_tokenizer
-from tunesmith.model.tokenizer_files import holds_tokenizer
-from tunesmith.model.weight_files import locate_file
 from tunesmith.runs.tuned import TunedModel
 
 logger = logging.getLogger(__name__)

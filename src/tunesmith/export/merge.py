@@ -14,10 +14,10 @@ from tunesmith.export.adapter_parts import ForeignAdapterError
 from tunesmith.export.changes import Changes, NoChanges, StateChanges, apply_changes, list_changed
 from tunesmith.export.deltas import AdapterChanges
 from tunesmith.export.reference import MergedByPeft
-from tunesmith.model.adapter_folder import check_repeatable
+from tunesmith.model.adapters.folder import check_repeatable
+from tunesmith.model.files.weight_names import Group, NameMap
+from tunesmith.model.files.weight_source import WeightSource, open_source
 from tunesmith.model.load import build_meta_model, load_model_config
-from tunesmith.model.weight_names import Group, NameMap
-from tunesmith.model.weight_source import WeightSource, open_source
 from tunesmith.runs.tuned import TunedModel
 
 if TYPE_CHECKING:

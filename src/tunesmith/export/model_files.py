@@ -12,8 +12,8 @@ import torch
 from tunesmith.config import ModelRef
 from tunesmith.export.generation import write_generation_config
 from tunesmith.export.merge import Merge
-from tunesmith.model.side_files import CODE, PROCESSORS, TERMS, copy_files
-from tunesmith.model.tokenizer_files import copy_tokenizer
+from tunesmith.model.files.side_files import CODE, PROCESSORS, TERMS, copy_files
+from tunesmith.model.files.tokenizer_files import copy_tokenizer
 from tunesmith.runs.tuned import TunedModel
 
 

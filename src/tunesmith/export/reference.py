@@ -15,7 +15,7 @@ from tunesmith.errors import ModelError, ResourceError
 from tunesmith.export.changes import WholeTensors
 from tunesmith.export.proof import check_close
 from tunesmith.machine import available_memory
-from tunesmith.model.adapters import apply_adapter
+from tunesmith.model.adapters.lora import apply_adapter
 from tunesmith.view.units import format_bytes
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from tunesmith.export.deltas import AdapterChanges
 from tunesmith.export.merge import Merge
 from tunesmith.export.proof import Proof
 from tunesmith.export.shards import INDEX_FILE
-from tunesmith.model.weight_names import Group
+from tunesmith.model.files.weight_names import Group
 
 _NUM_CHANGED, _NUM_UNCHANGED = 48, 16
 _NUM_ROWS = 64

@@ -9,7 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from tunesmith.config.size import parse_size
 from tunesmith.export.merge import Merge
-from tunesmith.model.tensor_files import write_tensors
+from tunesmith.model.files.tensor_files import write_tensors
 from tunesmith.view.bar import track_progress
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -20,9 +20,9 @@ from tunesmith.export.proof import Proof
 from tunesmith.export.reference import compute_logits, load, load_merged, memory_of
 from tunesmith.export.sample import check_headers, prove_by_sample
 from tunesmith.machine import available_memory
-from tunesmith.model.adapter_folder import count_rows
-from tunesmith.model.embeddings import grow_embeddings
-from tunesmith.model.state import read_weights
+from tunesmith.model.adapters.embeddings import grow_embeddings
+from tunesmith.model.adapters.folder import count_rows
+from tunesmith.model.files.state import read_weights
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.config import ConvertConfig
 from tunesmith.export.convert import export
-from tunesmith.model.fingerprint import model_fingerprint, sample_weights
+from tunesmith.model.files.fingerprint import model_fingerprint, sample_weights
 from tunesmith.paths import expand_user
 from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.tuned import TunedModel

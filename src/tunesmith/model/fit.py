@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapter_folder import Settings, Shape, count_rows, find_lost_rows, module_name
-from tunesmith.model.weight_names import find_older_names
+from tunesmith.model.adapters.folder import Settings, Shape, count_rows, find_lost_rows, module_name
+from tunesmith.model.files.weight_names import find_older_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

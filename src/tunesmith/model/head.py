@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tunesmith.model.adapters import TokenRows, find_token_rows
+from tunesmith.model.adapters.lora import TokenRows, find_token_rows
 
 
 class Head(NamedTuple):

@@ -20,8 +20,7 @@ from tunesmith.config import ModelRef
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
 from tunesmith.model.attention_choice import WINDOWS, choose_attention
 from tunesmith.model.chat_template import use_chat_template
-from tunesmith.model.config_errors import explain_config
-from tunesmith.model.folder_files import (
+from tunesmith.model.files.checks import (
     CONFIG,
     GENERATION_CONFIG,
     check_files,
@@ -30,9 +29,10 @@ from tunesmith.model.folder_files import (
     refuse_adapter,
     refuse_torn_pickle,
 )
+from tunesmith.model.files.config_errors import explain_config
+from tunesmith.model.files.tokenizer import open_tokenizer
+from tunesmith.model.files.weight_files import list_weight_files
 from tunesmith.model.quantized import check_quantization, dequantize_while_loading
-from tunesmith.model.tokenizer import open_tokenizer
-from tunesmith.model.weight_files import list_weight_files
 from tunesmith.paths import is_dir, is_file
 from tunesmith.runs.folder import ADAPTER_CONFIG
 

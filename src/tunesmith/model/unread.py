@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from tunesmith.compat import locate_slice
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
+from tunesmith.model.files.weight_names import NameMap
+from tunesmith.model.files.weight_parts import WeightParts
+from tunesmith.model.files.weight_source import open_source
 from tunesmith.model.load import load_model, load_model_config
 from tunesmith.model.quantized import is_quantized
-from tunesmith.model.weight_names import NameMap
-from tunesmith.model.weight_parts import WeightParts
-from tunesmith.model.weight_source import open_source
 from tunesmith.parallel.casting import Fill
 
 if TYPE_CHECKING:

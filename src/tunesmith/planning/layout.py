@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
 from tunesmith.machine import available_memory
-from tunesmith.model.weight_names import find_stacked
+from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks
 from tunesmith.planning.memory import (
     Layout,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.adapted import adapt_model
+from tunesmith.model.adapters.adapted import adapt_model
 from tunesmith.model.attention_choice import EAGER
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.head import find_head

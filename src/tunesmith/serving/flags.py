@@ -12,8 +12,8 @@ from tunesmith.config import ServeConfig
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.engines.vllm import cache_bytes
 from tunesmith.evaluate.plan import choose_dtype
+from tunesmith.model.adapters.vllm import lora_arguments
 from tunesmith.model.load import build_meta_model, read_generation_config
-from tunesmith.model.vllm_adapters import lora_arguments
 from tunesmith.serving.models import Served
 
 # vLLM's CPU kernels copy the adapters' weights for every token of a step: large steps are slow and take gigabytes.

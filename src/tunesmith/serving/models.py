@@ -16,9 +16,9 @@ from tunesmith.data.asking import ConversationQuestions
 from tunesmith.data.encode import tokenizer_content
 from tunesmith.errors import ConfigError
 from tunesmith.export.whole import keep_whole
-from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.adapters.vllm import vllm_refuses
+from tunesmith.model.files.fingerprint import model_fingerprint
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.vllm_adapters import vllm_refuses
 from tunesmith.runs.folder import ORIGIN_FILE, RUN_PREFIX, read_versioned_json
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel, find_tuned

@@ -18,6 +18,7 @@ from tunesmith.data.formats.text import TextFormat
 from tunesmith.data.mixture import dataset_of, recorded_formats, without_tag
 from tunesmith.evaluate.base_side import examine_adapter
 from tunesmith.evaluate.plan import check_fit, is_recorded
+from tunesmith.model.files.tokenizer_files import holds_tokenizer
 from tunesmith.model.load import (
     build_meta_model,
     check_weights,
@@ -26,7 +27,6 @@ from tunesmith.model.load import (
     load_tokenizer,
 )
 from tunesmith.model.positions import find_position_limit, named_positions
-from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.runs.folder import ORIGIN_FILE, read_versioned_json
 from tunesmith.runs.identity import recorded_date
 from tunesmith.runs.tuned import TunedModel

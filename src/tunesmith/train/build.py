@@ -10,8 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
-from tunesmith.model.adapted import adapt_model
+from tunesmith.model.adapters.adapted import adapt_model
 from tunesmith.model.attention_choice import may_use_varlen, warn_of_other_attention
+from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
@@ -24,7 +25,6 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.probe import attend_eagerly, attends_rightly, fuses_loss, use_varlen_attention
 from tunesmith.model.unread import UnreadWeights, load_unread
-from tunesmith.model.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import (
     count_recomputed,
     describe_recomputation,

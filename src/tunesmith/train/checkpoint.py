@@ -28,10 +28,10 @@ from torch.optim import Optimizer
 
 from tunesmith.atomic_files import remove_folder, sync_files, write_json
 from tunesmith.errors import CheckpointError
-from tunesmith.model.adapters import is_kept, write_adapter
-from tunesmith.model.prior import find_adapter
-from tunesmith.model.state import STATE_FOLDER, read_weights
-from tunesmith.model.tokenizer_files import pack_tokenizer, unpack_tokenizer
+from tunesmith.model.adapters.lora import is_kept, write_adapter
+from tunesmith.model.adapters.prior import find_adapter
+from tunesmith.model.files.state import STATE_FOLDER, read_weights
+from tunesmith.model.files.tokenizer_files import pack_tokenizer, unpack_tokenizer
 from tunesmith.parallel.collectives import broadcast_objects
 from tunesmith.runs.folder import FORMAT_VERSION, STATE_FILE, Checkpoint, read_versioned_json
 from tunesmith.runs.lease import holds

@@ -11,13 +11,13 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.prepare import open_prepared
 from tunesmith.machine import keep_freed_memory
+from tunesmith.model.adapters.new_tokens import load_run_tokenizer
+from tunesmith.model.adapters.prior import with_kept_adapter
 from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.frozen_weights import Dense
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of
-from tunesmith.model.new_tokens import load_run_tokenizer
 from tunesmith.model.policy import Policy
-from tunesmith.model.prior import with_kept_adapter
 from tunesmith.parallel.collectives import broadcast_objects
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning.memory import sequences_per_forward

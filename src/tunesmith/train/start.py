@@ -11,12 +11,12 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import Prepared, rendering_version_of
 from tunesmith.data.shares import measure_shares
 from tunesmith.data.sources import sources_fingerprint
+from tunesmith.model.adapters.prior import digest_adapter, find_adapter, is_result_of, keep_adapter
 from tunesmith.model.attention_choice import check_attention
-from tunesmith.model.fetched import with_model_here
-from tunesmith.model.fingerprint import model_fingerprint
+from tunesmith.model.files.fetched import with_model_here
+from tunesmith.model.files.fingerprint import model_fingerprint
 from tunesmith.model.load import build_meta_model, load_model_config
 from tunesmith.model.positions import check_length
-from tunesmith.model.prior import digest_adapter, find_adapter, is_result_of, keep_adapter
 from tunesmith.model.quantized import check_quantization
 from tunesmith.model.vocabulary import count_known_tokens
 from tunesmith.runs.base_model import read_adapter_config
@@ -56,12 +56,12 @@ def check_model(config: TrainConfig) -> int:
     if config.adapts_more:
         import torch
 
-        from tunesmith.model.adapted import adapt_model
+        from tunesmith.model.adapters.adapted import adapt_model
 
         with torch.device("meta"):
             adapt_model(model, config, torch.float32)
     elif not config.full_ft:
-        from tunesmith.model.targets import choose_targets
+        from tunesmith.model.adapters.targets import choose_targets
 
         choose_targets(model, config)
     return count_known_tokens(model)
@@ -73,7 +73,7 @@ def _check_prior_fits(model: PreTrainedModel, config: TrainConfig) -> None:
     Raises:
         ModelError: it names modules that are absent, or whose shapes differ.
     """
-    from tunesmith.model.adapter_folder import read_adapter_shapes
+    from tunesmith.model.adapters.folder import read_adapter_shapes
     from tunesmith.model.fit import check_adapter_fits
 
     assert config.adapter_path is not None

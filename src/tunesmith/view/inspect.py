@@ -20,10 +20,10 @@ from tunesmith.data.split import SETS, check_sources
 from tunesmith.data.summary import percent
 from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import ModelError
-from tunesmith.model.fetched import with_model_here
+from tunesmith.model.adapters.new_tokens import count_rows_asked, load_run_tokenizer
+from tunesmith.model.adapters.prior import with_prior_settings
+from tunesmith.model.files.fetched import with_model_here
 from tunesmith.model.load import load_model_config
-from tunesmith.model.new_tokens import count_rows_asked, load_run_tokenizer
-from tunesmith.model.prior import with_prior_settings
 from tunesmith.model.vocabulary import check_data_tokens
 from tunesmith.paths import exists, expand_user
 from tunesmith.remote.copies import copies_in

@@ -11,13 +11,13 @@ from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.shares import measure_shares
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.model.adapters.new_tokens import load_run_tokenizer
+from tunesmith.model.adapters.prior import with_prior_settings
 from tunesmith.model.attention_choice import check_attention
-from tunesmith.model.fetched import with_model_here
+from tunesmith.model.files.fetched import with_model_here
+from tunesmith.model.files.tokenizer_files import holds_tokenizer
 from tunesmith.model.load import build_meta_model, load_model_config
-from tunesmith.model.new_tokens import load_run_tokenizer
 from tunesmith.model.positions import check_length
-from tunesmith.model.prior import with_prior_settings
-from tunesmith.model.tokenizer_files import holds_tokenizer
 from tunesmith.model.vocabulary import check_data_tokens, count_known_tokens
 from tunesmith.parallel.activation_checkpointing import describe_recomputation
 from tunesmith.paths import expand_user, is_dir

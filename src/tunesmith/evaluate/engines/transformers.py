@@ -21,8 +21,8 @@ class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
         import torch
 
-        from tunesmith.model.adapter_folder import leaves_base, stands_before_prompt
-        from tunesmith.model.adapters import apply_adapter
+        from tunesmith.model.adapters.folder import leaves_base, stands_before_prompt
+        from tunesmith.model.adapters.lora import apply_adapter
 
         self._spec = spec
         if spec.num_threads is not None:

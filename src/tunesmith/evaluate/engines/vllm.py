@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.evaluate.engines.base import AdapterRefusedError, EngineSpec, Generation, Request
 from tunesmith.evaluate.engines.sampling import sample_seed
 from tunesmith.machine import available_memory, socket_folder
-from tunesmith.model.vllm_adapters import lora_arguments, vllm_refuses
+from tunesmith.model.adapters.vllm import lora_arguments, vllm_refuses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

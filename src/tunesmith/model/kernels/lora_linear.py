@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.adapters import find_plain_adapter, find_token_rows
+from tunesmith.model.adapters.lora import find_plain_adapter, find_token_rows
 from tunesmith.model.frozen_weights import FrozenWeight, weight_of
 from tunesmith.model.kernels.recompute import CheapResults, Recipe
 

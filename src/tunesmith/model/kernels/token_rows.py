@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.model.adapters import TokenRows, find_token_rows
+from tunesmith.model.adapters.lora import TokenRows, find_token_rows
 
 
 def install_token_rows(model: nn.Module) -> None:

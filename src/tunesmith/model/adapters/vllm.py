@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.model.adapter_folder import read_adapter_shapes
+from tunesmith.model.adapters.folder import read_adapter_shapes
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
-from tunesmith.model.folder_files import refuse_pointer
+from tunesmith.model.files.checks import refuse_pointer
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:

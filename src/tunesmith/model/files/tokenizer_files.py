@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.folder_files import read_object
-from tunesmith.model.json_members import write_member
+from tunesmith.model.files.checks import read_object
+from tunesmith.model.files.json_members import write_member
+from tunesmith.model.files.side_files import CODE, TOKENIZER, VOCABULARIES, copy_files, find_files, list_files
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.side_files import CODE, TOKENIZER, VOCABULARIES, copy_files, find_files, list_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from tunesmith.config import TrainConfig
-from tunesmith.model.adapters import add_adapters, merge_into_base
-from tunesmith.model.embeddings import begin_as_mean, grow_embeddings
-from tunesmith.model.new_tokens import find_new_tokens
-from tunesmith.model.prior import count_rows_needed, find_adapter
+from tunesmith.model.adapters.embeddings import begin_as_mean, grow_embeddings
+from tunesmith.model.adapters.lora import add_adapters, merge_into_base
+from tunesmith.model.adapters.new_tokens import find_new_tokens
+from tunesmith.model.adapters.prior import count_rows_needed, find_adapter
 from tunesmith.runs.base_model import read_adapter_config
 
 if TYPE_CHECKING:

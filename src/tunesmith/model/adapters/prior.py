@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.atomic_files import replace_folder
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError, RunError
-from tunesmith.model.fingerprint import sample_weights
+from tunesmith.model.files.fingerprint import sample_weights
 from tunesmith.paths import expand_user, is_file
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG, ORIGIN_FILE, RunDir, open_run, read_versioned_json

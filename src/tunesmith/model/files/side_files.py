@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import ModelRef
-from tunesmith.model.weight_files import locate_file, refuse_without
+from tunesmith.model.files.weight_files import locate_file, refuse_without
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.model.folder_files import read_object
+from tunesmith.model.files.checks import read_object
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"

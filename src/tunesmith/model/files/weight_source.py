@@ -12,8 +12,8 @@ import torch
 
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError
-from tunesmith.model.tensor_files import TensorFile
-from tunesmith.model.weight_files import list_weight_files, locate_file, refuse_without
+from tunesmith.model.files.tensor_files import TensorFile
+from tunesmith.model.files.weight_files import list_weight_files, locate_file, refuse_without
 
 
 class _File(Protocol):

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
+from tunesmith.model.adapters.new_tokens import NewTokens
 from tunesmith.model.frozen_weights import ROUTERS
-from tunesmith.model.new_tokens import NewTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,8 @@ from torch import nn
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapter_folder import (
+from tunesmith.model.adapters.embeddings import grow_embeddings
+from tunesmith.model.adapters.folder import (
     ADAPTER_WEIGHTS,
     check_repeatable,
     count_rows,
@@ -22,13 +23,12 @@ from tunesmith.model.adapter_folder import (
     plain_name,
     read_adapter_shapes,
 )
-from tunesmith.model.embeddings import grow_embeddings
+from tunesmith.model.adapters.new_tokens import NewTokens
+from tunesmith.model.adapters.offsets import OFFSET, begin_off_base
+from tunesmith.model.adapters.prior import count_rows_needed, find_adapter
+from tunesmith.model.adapters.stacked import AdapterFile, name_in_file, read_adapter_file, stack_adapters
+from tunesmith.model.adapters.targets import choose_rows, choose_saved, choose_targets
 from tunesmith.model.frozen_weights import FrozenLinear
-from tunesmith.model.new_tokens import NewTokens
-from tunesmith.model.offsets import OFFSET, begin_off_base
-from tunesmith.model.prior import count_rows_needed, find_adapter
-from tunesmith.model.stacked_adapters import AdapterFile, name_in_file, read_adapter_file, stack_adapters
-from tunesmith.model.targets import choose_rows, choose_saved, choose_targets
 from tunesmith.runs.base_model import read_adapter_config
 from tunesmith.runs.folder import ADAPTER_CONFIG
 
@@ -87,7 +87,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Wrap `model` in the adapter that lies in `folder`, for inference; its embeddings grow with the adapter's.
 
     Some kinds change the model's own weights: it isn't the base model any more, with the adapter turned off either
-    (`adapter_folder.leaves_base`).
+    (`folder.leaves_base`).
 
     Raises:
         ModelError: the adapter doesn't fit the model, or can't be put on one as it was.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MISSING_PACKAGE_HINT, ModelError
-from tunesmith.model.folder_files import AGAIN, read_object
+from tunesmith.model.files.checks import AGAIN, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

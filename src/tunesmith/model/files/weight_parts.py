@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.model.weight_names import Group, NameMap
-from tunesmith.model.weight_source import WeightSource
+from tunesmith.model.files.weight_names import Group, NameMap
+from tunesmith.model.files.weight_source import WeightSource
 
 
 class WeightParts:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config import TrainConfig
+from tunesmith.model.adapters.prior import count_rows_needed, find_adapter
 from tunesmith.model.load import load_tokenizer
-from tunesmith.model.prior import count_rows_needed, find_adapter
 from tunesmith.paths import is_file
 from tunesmith.runs.base_model import read_adapter_config
 
