@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tunesmith.compat import compute_buffers
 from tunesmith.config import ModelRef
 from tunesmith.errors import ModelError, ResourceError
 from tunesmith.export.changes import WholeTensors
@@ -142,7 +143,22 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def load(ref: ModelRef, dtype: torch.dtype | str) -> PreTrainedModel:
+def widen(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
+    """Return `model`, loaded from `ref` in its stored type, in float32, as if it had been loaded so.
+
+    A cast would keep what the stored type has rounded of the buffers that no file holds, as Gemma's scale.
+    """
+    wide = load(ref, torch.float32, device_map="meta")
+    compute_buffers(wide)
+    model = model.float()
+    for name, buffer in wide.named_buffers():
+        if not buffer.is_meta:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, buffer)
+    return model
+
+
+def load(ref: ModelRef, dtype: torch.dtype | str, device_map: str | None = None) -> PreTrainedModel:
     """Return a model whose files lie in place, as transformers loads it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -153,6 +169,7 @@ def load(ref: ModelRef, dtype: torch.dtype | str) -> PreTrainedModel:
         dtype=dtype,
         revision=ref.revision or "main",
         trust_remote_code=ref.trust_remote_code,
+        device_map=device_map,
     )
     return model.eval()
 

@@ -17,7 +17,7 @@ from tunesmith.export.compare import count_inexact
 from tunesmith.export.merge import Merge
 from tunesmith.export.prompts import choose_prompts
 from tunesmith.export.proof import Proof
-from tunesmith.export.reference import compute_logits, load, load_merged, memory_of
+from tunesmith.export.reference import compute_logits, load, load_merged, memory_of, widen
 from tunesmith.export.sample import check_headers, prove_by_sample
 from tunesmith.machine import available_memory
 from tunesmith.model.adapters.embeddings import grow_embeddings
@@ -128,7 +128,7 @@ def _load_reference(
         grow_embeddings(model, count_rows(model, {name: tuple(it.shape) for name, it in weights.items()}, {}))
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
-        model = model.float()
+        model = widen(model, files)
         return model, compute_logits(model, prompts)
     if tuned.kind == "adapter":
         return load_merged(tuned.folder, files, prompts)
