@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from peft import (
     TrainableTokensConfig,
 )
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from support.exports import convert, load, load_weights, logits_of, write_any_adapter
 from support.tiny_models import save_model
@@ -197,6 +199,18 @@ def test_the_card_of_an_adapter_by_itself_puts_it_on_its_base(
     found: dict[str, Any] = {}
     exec(code, found)
     torch.testing.assert_close(logits_of(found["model"].eval(), rows), peft_logits(base, tuned, rows))
+
+
+def test_a_tokenizer_with_tokens_that_the_adapter_holds_no_rows_for_is_told(
+    padded: ModelOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = write_any_adapter(padded(TIED), tmp_path / "adapter", lora())
+    tokenizer = AutoTokenizer.from_pretrained(padded(TIED))
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{n}|>" for n in range(8)]})
+    tokenizer.save_pretrained(tuned.folder)
+    with caplog.at_level(logging.WARNING, "tunesmith"):
+        convert(tuned, tmp_path / "out", verify=True)
+    assert "has 514 tokens and the tuned model rows for 512" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from tunesmith.machine import available_memory
 from tunesmith.model.adapters.embeddings import grow_embeddings
 from tunesmith.model.adapters.folder import count_rows
 from tunesmith.model.files.state import read_weights
+from tunesmith.model.load import load_tokenizer
+from tunesmith.model.vocabulary import count_known_tokens, has_unknown
 from tunesmith.runs.tuned import TunedModel
 from tunesmith.view.units import format_bytes
 
@@ -48,6 +50,7 @@ def prove(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) -> Pro
     Raises:
         ExportError: it differs.
     """
+    _warn_of_tokens(merge, tuned, folder)
     needed, available = memory_of(merge.model), available_memory()
     if needed > available:
         logger.info(
@@ -105,9 +108,27 @@ def prove_whole(merge: Merge, tuned: TunedModel, files: ModelRef, folder: Path) 
     )
 
 
+def _warn_of_tokens(merge: Merge, tuned: TunedModel, folder: Path) -> None:
+    """Warn where tokens were added beside an adapter, and their rows weren't saved in it."""
+    if tuned.kind != "adapter":
+        return
+    trusts = tuned.base is not None and tuned.base.trust_remote_code
+    tokenizer, rows = load_tokenizer(ModelRef(folder, None, trusts)), _count_rows(merge)
+    if has_unknown(tokenizer, rows):
+        logger.warning(
+            "the tokenizer has %d tokens and the tuned model rows for %d: if tokens were added for the training, save "
+            "the adapter again with PEFT's `save_embedding_layers=True`",
+            len(tokenizer),
+            rows,
+        )
+
+
+def _count_rows(merge: Merge) -> int:
+    return merge.changes.vocab_size or count_known_tokens(merge.model)
+
+
 def _check_tokens(prompts: Sequence[torch.Tensor], merge: Merge) -> None:
-    highest = max(int(ids_BT.max()) for ids_BT in prompts)
-    rows = merge.changes.vocab_size or merge.model.get_input_embeddings().weight.shape[0]
+    highest, rows = max(int(ids_BT.max()) for ids_BT in prompts), _count_rows(merge)
     if highest >= rows:
         raise ModelError(
             f"the tokenizer beside the model makes token {highest:,} of its texts, and the tuned model's embeddings "
