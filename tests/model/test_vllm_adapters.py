@@ -31,6 +31,7 @@ def test_an_adapter_on_linear_layers_is_served(model_of: ModelOf, tmp_path: Path
         ({**Q_PROJ, "lora_bias": True}, "`lora_bias`"),
         ({**Q_PROJ, "modules_to_save": ["norm"]}, "`modules_to_save`"),
         ({**Q_PROJ, "init_lora_weights": "olora"}, "olora"),
+        ({**Q_PROJ, "init_lora_weights": "lora_ga"}, "lora_ga"),
         ({**Q_PROJ, "r": 600}, "rank is 600"),
         ({**Q_PROJ, "rank_pattern": {"layers.1.*": 600}}, "rank is 600"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "`embed_tokens`"),

@@ -25,7 +25,7 @@ _REFUSED_SETTINGS = (
     "use_qalora",
 )
 # The others change the base model's weights.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 # What vLLM calls as Hugging Face does in every family; it renames some others.
 _COMMON_MODULES = frozenset(
