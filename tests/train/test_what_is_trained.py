@@ -24,9 +24,8 @@ from tunesmith.config import TrainConfig
 from tunesmith.config.layers import load_settings
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.export.final import write_final
-from tunesmith.model.adapters.lora import apply_adapter
 from tunesmith.model.adapters.new_tokens import find_new_tokens, load_run_tokenizer
-from tunesmith.model.adapters.prior import with_prior_settings
+from tunesmith.model.adapters.prior import find_adapter, with_prior_settings
 from tunesmith.model.files.state import read_weights
 from tunesmith.model.load import load_model_config
 from tunesmith.planning.fitting import make_plan
@@ -261,11 +260,10 @@ def test_new_tokens_shape_the_prepared_data(model_of: ModelOf, rows: Path, tmp_p
     assert prepared[0] != prepared[1] == prepared[2]
 
 
-@pytest.mark.parametrize("family", [TIED, UNTIED])
 def test_full_fine_tuning_grows_the_embeddings_and_its_export_holds_them(
-    family: str, model_of: ModelOf, rows: Path, tmp_path: Path
+    model_of: ModelOf, rows: Path, tmp_path: Path
 ) -> None:
-    config = small_config(model_of(family), rows, tmp_path, full_ft=True, **{**FAR, **CHAT})
+    config = small_config(model_of(UNTIED), rows, tmp_path, full_ft=True, **{**FAR, **CHAT})
     run = train_here(start(config))
     best = write_final(run, config.model)
     final = load(run.final_path)
@@ -288,22 +286,6 @@ def test_a_run_with_all_of_it_is_exported_and_proven(
     data = Path(run.read_params()["data"]["data_dir"]) / "validation.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert mean_loss(exported, tokenizer, data) == pytest.approx(tuned.eval_loss, rel=0, abs=2e-5)
-
-
-def test_our_engine_s_base_is_the_base_and_its_tuned_model_the_tuned_one(
-    model_of: ModelOf, rows: Path, tmp_path: Path
-) -> None:
-    config = small_config(model_of(TIED), rows, tmp_path, **{**FAR, **CHAT})
-    run = train_here(start(config))
-    write_final(run, config.model)
-    adapted = apply_adapter(load(model_of(TIED)), run.final_path)
-    data = Path(run.read_params()["data"]["data_dir"]) / "validation.jsonl"
-    best = min(losses(run, "eval_loss").values())
-    assert mean_loss(adapted, load_run_tokenizer(config), data) == pytest.approx(best, rel=0, abs=2e-5)
-    ids_BT = torch.arange(40).view(2, 20)
-    with torch.no_grad(), adapted.disable_adapter():
-        found = adapted(input_ids=ids_BT).logits[..., :506]
-        torch.testing.assert_close(found, load(model_of(TIED))(input_ids=ids_BT).logits)
 
 
 def test_an_adapter_s_own_settings_are_taken_over(
@@ -335,12 +317,12 @@ def test_a_run_goes_on_from_a_run_a_checkpoint_or_final(
     config = small_config(model_of(TIED), rows, tmp_path / "first", **FAR)
     first = train_here(start(config))
     best = write_final(first, config.model)
-    begun = []
-    for place in (first.path, best.path, first.final_path):
+    assert find_adapter(first.path) == find_adapter(first.home) == find_adapter(best.path) == best.path
+    for place in (first.path, first.final_path):
         home = tmp_path / f"from_{place.name}"
         further = settings_for(model_of(TIED), rows, home, max_steps=1, adapter_path=place)
-        begun.append(losses(train_here(start(further)), "eval_loss")[0])
-    assert begun == [pytest.approx(best.eval_loss, rel=0, abs=1e-6)] * 3
+        begun = losses(train_here(start(further)), "eval_loss")[0]
+        assert begun == pytest.approx(best.eval_loss, rel=0, abs=1e-6)
 
 
 def test_a_changed_adapter_is_refused_and_the_run_s_own_copy_stays(
