@@ -53,6 +53,7 @@ from tunesmith.evaluate.metrics.score import choose_metrics
         ("9" * 5000, None),
         ("#### 72 apples", None),
         ("5 of them\n#### 72", 72),
+        ("#### Steps\n1. Add.\n\nIt comes to 72.", 72),
     ],
 )
 def test_a_text_comes_to_its_marked_number_or_its_last(text: str, number: float | None) -> None:
@@ -82,7 +83,17 @@ def test_a_number_with_its_unit_is_numeric(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["In 1969 he landed on it.", "1. Paris", "2024-05-01", "12:30", "Paris has 2 airports", "v2", "", "yes"],
+    [
+        "In 1969 he landed on it.",
+        "1. Paris",
+        "2024-05-01",
+        "12:30",
+        "Paris has 2 airports",
+        "v2",
+        "",
+        "yes",
+        "1/0",
+    ],
 )
 def test_prose_with_a_number_in_it_is_not(text: str) -> None:
     assert not is_numeric(text)
@@ -107,5 +118,6 @@ def test_who_asks_for_numbers_has_any_texts_last_one() -> None:
 
 def test_an_answer_is_read_to_its_own_marker_or_box_where_it_has_one() -> None:
     metrics, _ = choose_metrics(["numeric_match"], ["72"], None, "cpu")
-    answers = ["#### 72\nQuestion: 5 and 6?", r"\boxed{72} and not 71", "72, or rather 71", "71", "no"]
-    assert metrics[0].score(answers, ["72"] * 5) == [1, 1, 0, 0, 0]
+    right = ["#### 72\nQuestion: 5 and 6?", r"\boxed{72} and not 71", "#### 1. Add\nIt is 72."]
+    answers = [*right, "72, or rather 71", "71", "no"]
+    assert metrics[0].score(answers, ["72"] * 6) == [1, 1, 1, 0, 0, 0]

@@ -36,25 +36,32 @@ _CONCLUDES = re.compile(
 
 def is_numeric(reference: str) -> bool:
     """Tell whether a reference is one by its form: a marker or a box with a number, a number alone, or "the answer is 72"."""
-    if _MARKER in reference or _BOX.search(reference):
+    if _marked_line(reference) is not None or _BOX.search(reference):
         return find_marked(reference) is not None
     text = _without_latex(reference).strip()
-    return bool(_ALONE.fullmatch(text) or (len(text) < 2000 and _CONCLUDES.fullmatch(text)))
+    has_form = _ALONE.fullmatch(text) or _CONCLUDES.fullmatch(text[-2000:])
+    return has_form is not None and reference_number(reference) is not None
 
 
 def find_marked(reference: str) -> Fraction | None:
     """Return the number that a reference marks as its answer: behind the last `####`, where nothing follows it, or in the last box."""
+    answer = _marked_line(reference)
+    if answer is None:
+        return _boxed(reference)
+    match = _AFTER_MARKER.match(answer)
+    is_whole = match is not None and answer[match.end() :].strip() in ("", ".")
+    return _value(match, signed=True) if match is not None and is_whole else None
+
+
+def _marked_line(reference: str) -> str | None:
+    """Return what stands behind the last `####`; None without one, or where that is a heading of Markdown."""
     _, marker, answer = reference.rpartition(_MARKER)
-    if marker:
-        match = _AFTER_MARKER.match(_without_latex(answer))
-        rest = answer if match is None else _without_latex(answer)[match.end() :]
-        return None if match is None or rest.strip() not in ("", ".") else _value(match, signed=True)
-    return _boxed(reference)
+    return _without_latex(answer) if marker and "\n" not in answer.strip() else None
 
 
 def reference_number(reference: str) -> Fraction | None:
     """Return the number to compare with: the marked one, or else the last; None if there is none."""
-    if _MARKER in reference:
+    if _marked_line(reference) is not None:
         return find_marked(reference)
     boxed = _boxed(reference)
     return boxed if boxed is not None else _last_number(reference)
@@ -65,21 +72,26 @@ def match_numbers(predictions: Sequence[str], references: Sequence[str]) -> list
     scores: list[float | None] = []
     for text, reference in zip(predictions, references, strict=True):
         number = reference_number(reference)
-        said = _behind_marker(text) if _MARKER in reference else _answer_number(text)
+        is_marked = _marked_line(reference) is not None
+        said = _behind_marker(text) if is_marked else _answer_number(text)
         scores.append(None if number is None else float(said == number))
     return scores
 
 
-def _behind_marker(text: str) -> Fraction | None:
+def _behind_marker(text: str, alone: bool = False) -> Fraction | None:
     # The first: a model that runs on asks and answers questions of its own. What follows the number doesn't
     # count against it: "#### 72 dollars" says 72.
     _, marker, answer = text.partition(_MARKER)
-    match = _AFTER_MARKER.match(_without_latex(answer)) if marker else None
-    return None if match is None else _value(match, signed=True)
+    answer = _without_latex(answer)
+    match = _AFTER_MARKER.match(answer) if marker else None
+    if match is None or (alone and answer[match.end() :].partition("\n")[0].strip() not in ("", ".")):
+        return None
+    return _value(match, signed=True)
 
 
 def _answer_number(text: str) -> Fraction | None:
-    for found in (_behind_marker(text), _boxed(text)):
+    # Where no marker is asked for, one may begin a heading: "#### 1. Add".
+    for found in (_behind_marker(text, alone=True), _boxed(text)):
         if found is not None:
             return found
     return _last_number(text)
