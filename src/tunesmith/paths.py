@@ -54,7 +54,7 @@ def expand(path: Path | str) -> Path:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"`{path}`: {error}", "or write the whole path") from None
+        raise ConfigError(f"`{path}`: {error}", "write the whole path") from None
 
 
 def expand_user(path: Path | str) -> Path:
