@@ -15,11 +15,12 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from support.exports import convert, load, tuned_of
-from support.own_templates import ANSWER, FIRST, NAME, OWN_TEMPLATES, SECOND, OwnTemplate
+from support.own_templates import ANSWER, FIRST, LAST, NAME, OWN_TEMPLATES, SECOND, THOUGHT, OwnTemplate
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
 from tunesmith.config import ChatConfig, EvaluateConfig, ModelRef, TrainConfig
 from tunesmith.data.prepare import open_prepared
+from tunesmith.evaluate.answers import Answer as ReadAnswer
 from tunesmith.evaluate.engines.base import Request
 from tunesmith.evaluate.engines.choose import make_engine
 from tunesmith.evaluate.passes import Served, make_spec
@@ -91,7 +92,11 @@ def test_an_evaluation_asks_as_was_trained_and_is_answered_so(tuned: Tuned) -> N
     assert tuned.end in plan.stop_token_ids
     for row, (prompt_ids, _) in tuned.trained.items():
         assert list(plan.test_set.samples[row].input_ids) == prompt_ids
-    assert answers(plan, tuned.base) == dict.fromkeys(range(len(NAMES)), tuned.said)
+    # A think block is taken off what is compared, on both sides.
+    assert {reference.text for reference in plan.test_set.references.values()} == {LAST}
+    for answer in answers(plan, tuned.base):
+        assert (answer.text.strip(), answer.ended) == (LAST, True)
+        assert answer.reasoning == (THOUGHT if tuned.own.reasons else "")
 
 
 def test_an_export_has_the_run_s_template_and_stops(tuned: Tuned, tmp_path: Path) -> None:
@@ -170,7 +175,7 @@ def plan_evaluation(run: RunDir, rows: Path) -> Plan:
     return make_plan(config, find_tuned(config), use_gpu=False)
 
 
-def answers(plan: Plan, base: Path) -> dict[int, str]:
+def answers(plan: Plan, base: Path) -> list[ReadAnswer]:
     """Return what the tuned model answers, each ended by itself."""
     config = EvaluateConfig(max_tokens=32)
     spec = make_spec(
@@ -185,5 +190,5 @@ def answers(plan: Plan, base: Path) -> dict[int, str]:
     made = [generation for together in engine.generate(requests) for generation in together]
     engine.close()
     assert {generation.finish_reason for generation in made} == {"stop"}
-    tokenizer = AutoTokenizer.from_pretrained(plan.tuned.folder)
-    return {generation.sample: tokenizer.decode(generation.token_ids) for generation in made}
+    assert {generation.sample for generation in made} == set(range(len(NAMES)))
+    return [plan.read(generation) for generation in made]
