@@ -13,7 +13,6 @@ import torch
 from peft import (
     IA3Config,
     LoHaConfig,
-    LoKrConfig,
     LoraConfig,
     OFTConfig,
     PeftConfig,
@@ -93,12 +92,10 @@ def assert_exported(
         (TIED, lora(modules_to_save=["embed_tokens", "lm_head"]), False),
         (TIED, lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), True),
         (TIED, lora("embed_tokens", ensure_weight_tying=True), True),
-        (UNTIED, lora("embed_tokens", ensure_weight_tying=True), False),
         (TIED, lora(modules_to_save=["layers.1.mlp", "norm"], target_modules=["q_proj"]), True),
         (TIED, lora(**tokens(3, 505)), True),
         (UNTIED, lora(**tokens(3, 505)), False),
         (TIED, lora(**tokens(3, 5, lm_head=[7])), False),
-        (UNTIED, lora(**tokens(3, 5, lm_head=[7])), False),
         (TIED, lora(**tokens(3, 5, lm_head=[3, 5])), True),
     ],
 )
@@ -156,10 +153,8 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
         (UNTIED, lora(), 506, False),  # cut to the tokenizer's length
         (TIED, lora(modules_to_save=["embed_tokens", "lm_head"]), 514, False),
         (TIED, lora(modules_to_save=["embed_tokens"]), 506, False),
-        (UNTIED, lora(modules_to_save=["embed_tokens"]), 514, False),
         (TIED, lora("embed_tokens", "lm_head", use_dora=True), 514, False),
         (TIED, lora(**tokens(512, 513, lm_head=[512, 513])), 514, True),
-        (UNTIED, lora(**tokens(512, 513, lm_head=[512, 513])), 514, False),
     ],
 )
 def test_embeddings_that_were_grown_or_cut(
@@ -239,7 +234,6 @@ def test_new_rows_that_the_adapter_lacks_are_named(
     [
         (UNTIED, IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])),
         (TIED, LoHaConfig(target_modules=["q_proj"], r=4, alpha=6, modules_to_save=["embed_tokens"])),
-        (UNTIED, LoKrConfig(target_modules=["q_proj"], r=4, alpha=6)),
         (TIED, OFTConfig(target_modules=["q_proj"], oft_block_size=8)),
         (TIED, TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 5])),
         (TIED, lora("lm_head", init_lora_weights="pissa")),
