@@ -104,3 +104,26 @@ def test_a_rank_knows_its_slice() -> None:
     whole = torch.arange(6.0).view(3, 2)
     sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
     assert compat.locate_slice(sharded) == ((3, 2), (0, 0))
+
+
+def test_peft_takes_names_for_those_of_experts() -> None:
+    assert compat.names_of_experts(build("mixtral")) == {"gate", "w1", "w2", "w3"}
+    assert not compat.names_of_experts(build("llama"))
+
+
+def test_what_is_reshaped_may_be_changed_in_place() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, values: torch.Tensor) -> torch.Tensor:
+            return compat.reshape_own(values.flatten() * 2, (2, 3))
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * 2
+
+    values = torch.ones(2, 3, requires_grad=True)
+    outputs = Doubled.apply(values)
+    outputs.add_(values)
+    outputs.sum().backward()
+    assert values.grad is not None
+    assert torch.equal(values.grad, torch.full((2, 3), 3.0))

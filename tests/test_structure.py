@@ -64,7 +64,7 @@ CALLERS = {"cluster": {"api", "verbs"}}
 
 ONLY_IN = {
     "ray": {"cluster", "compat.py"},
-    "peft": {"model/adapters/lora.py"},
+    "peft": {"model/adapters/lora.py", "compat.py"},
     "vllm": {"evaluate/engines/vllm.py"},
     "bert_score": {"evaluate/metrics/bertscore.py"},
     "rouge_score": {"evaluate/metrics/score.py"},

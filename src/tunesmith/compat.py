@@ -1,4 +1,4 @@
-"""What is private in Ray, torch, transformers and Liger and yet needed: a function each, with the versions it is known in.
+"""What is private in Ray, torch, transformers, PEFT and Liger and yet needed: a function each, with the versions it is known in.
 
 Nothing else in the package touches these. `tests/test_compat.py` says for each whether the installed version still has
 it. The libraries are imported where they are used.
@@ -91,6 +91,19 @@ def apply_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def names_of_experts(model: Any) -> frozenset[str]:
+    """Return the names of layers that PEFT takes for those of a model's stacked experts, whatever else is called so.
+
+    `_MODEL_TO_CONVERSION_PATTERN`, `_MOE_FUSED_TARGETS`, `_MOE_TARGET_MODULE_MAPPING`: peft 0.21.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    return frozenset(
+        conversion._MOE_TARGET_MODULE_MAPPING[kind] if kind in conversion._MOE_FUSED_TARGETS else ()
+    )
+
+
 def softmax_gradient(gradient: Tensor, probabilities: Tensor) -> Tensor:
     """Return the gradient of a softmax's input over the last dimension, in one pass.
 
@@ -99,6 +112,17 @@ def softmax_gradient(gradient: Tensor, probabilities: Tensor) -> Tensor:
     import torch
 
     return torch._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)
+
+
+def reshape_own(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that nothing else holds in another shape, not as a view: whoever gets it may change it in place.
+
+    `aten._unsafe_view`: torch 2.13.
+    """
+    import torch
+
+    reshaped: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return reshaped
 
 
 def has_bfloat16_instructions() -> bool:

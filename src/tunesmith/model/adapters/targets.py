@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.compat import names_of_experts
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapters.new_tokens import NewTokens
@@ -14,6 +16,12 @@ from tunesmith.model.frozen_weights import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Whose layers PEFT (0.21) refuses by name: peft.tuners.tuners_utils._check_lora_target_modules_mamba.
+_STATE_SPACES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_OF_STATE_SPACES = frozenset({"out_proj", "conv1d"})
 
 
 def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -38,12 +46,13 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
             if isinstance(module, layers) and module is not head and id(module) in inside
             if name.rsplit(".", 1)[-1] not in ROUTERS
         ]
+        chosen = _without_refused(model, chosen, config.lora_dropout > 0)
         if not chosen:
             raise ConfigError(
                 f"`{config.model.source}` has no linear layer to adapt outside its head and routers",
                 "name modules with --lora_target_modules, or train every weight with --full_ft",
             )
-        return _shorten(chosen, named), []
+        return _shorten(chosen, [name for name, _ in model.named_modules()]), []
     modules, parameters = [], []
     for target in config.lora_target_modules:
         if any(_names(target, name) for name in named):
@@ -70,6 +79,19 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> tuple[list[st
             "set --lora_dropout 0",
         )
     return modules, parameters
+
+
+def _without_refused(model: PreTrainedModel, chosen: list[str], has_dropout: bool) -> list[str]:
+    """Return the layers that PEFT adapts: it takes some names for what can't be, or can't be with dropout."""
+    refused = names_of_experts(model) if has_dropout else frozenset()
+    if model.config.model_type in _STATE_SPACES:
+        refused |= _OF_STATE_SPACES
+    left_out = {last for name in chosen if (last := name.rsplit(".", 1)[-1]) in refused}
+    if left_out:
+        listed = ", ".join(f"`{name}`" for name in sorted(left_out))
+        why = "PEFT takes layers of these names for experts, which can't have dropout, or can't adapt them"
+        logger.info("%s of a `%s` model aren't adapted: %s", listed, model.config.model_type, why)
+    return [name for name in chosen if name.rsplit(".", 1)[-1] not in left_out]
 
 
 def choose_saved(model: PreTrainedModel, config: TrainConfig) -> list[str] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.compat import reshape_own
 from tunesmith.model.adapters.lora import find_plain_adapter, find_token_rows
 from tunesmith.model.frozen_weights import FrozenWeight, weight_of
 from tunesmith.model.kernels.recompute import CheapResults, Recipe
@@ -115,7 +116,8 @@ class _LoraLinear(torch.autograd.Function):
             scaling,
             a_RD.dtype,
         )
-        return outputs_NO.view(*inputs.shape[:-1], len(b))
+        # No view: models add to what their layers return.
+        return reshape_own(outputs_NO, (*inputs.shape[:-1], len(b)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
