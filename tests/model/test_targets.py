@@ -33,6 +33,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "llama": (COMMON, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     "deepseek_v3": ({**COMMON, **EXPERTS, **LATENT}, {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
     "glm4_moe": ({**COMMON, **EXPERTS, "num_key_value_heads": 1, "head_dim": 8}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "llama4_text": (
+        {**COMMON, "intermediate_size_mlp": 24, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
     "mamba": ({"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, {"in_proj", "x_proj", "dt_proj"}),
     "ctrl": ({"vocab_size": 64, "n_positions": 16, "n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2}, {"Wq", "Wk", "Wv", "dense", "0", "2"}),
 }  # fmt: skip
