@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 import tunesmith
 from support.helm import CHART, chart_for, container_of, pods_of, rayjob_of, render, render_job, run_helm
 from support.paths import REPOSITORY
-from tunesmith.chart.package import package_zip, requirements
+from tunesmith.chart.package import package_zip, requirements, sources_zip
 
 ZIP = "/etc/tunesmith-package/tunesmith.zip"
 MIB = 1 << 20
@@ -67,7 +67,7 @@ print(*(len(page._read("tunesmith.evaluate", f"report.{suffix}")) for suffix in 
 
 
 def test_the_zip_holds_the_package_and_nothing_else() -> None:
-    archive = ZipFile(io.BytesIO(package_zip()))
+    archive = ZipFile(io.BytesIO(sources_zip()))
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "src/tunesmith"],
         cwd=REPOSITORY,
@@ -98,7 +98,7 @@ def test_the_same_sources_make_the_same_zip_in_another_folder(tmp_path: Path) ->
 
 def test_what_runs_is_in_it_line_by_line_and_no_more() -> None:
     """A traceback in a pod names the lines of the source."""
-    with ZipFile(io.BytesIO(package_zip())) as archive:
+    with ZipFile(io.BytesIO(sources_zip())) as archive:
         packed = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
     for name, text in packed.items():
         source = (REPOSITORY / "src" / name).read_text()
@@ -222,7 +222,9 @@ def test_the_command_runs_from_the_zip(zipped: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_module_and_its_files_are_read_from_the_zip(zipped: Path, tmp_path: Path) -> None:
-    num_modules = len([name for name in ZipFile(zipped).namelist() if name.endswith(".py")])
+    num_modules = len(
+        [name for name in ZipFile(io.BytesIO(sources_zip())).namelist() if name.endswith(".py")]
+    )
     assert int(run_zipped(zipped, "-c", IMPORT_ALL, cwd=tmp_path)) == num_modules - 1
     assert all(int(size) > 100 for size in run_zipped(zipped, "-c", REPORT, cwd=tmp_path).split())
 

@@ -76,7 +76,7 @@ def settings_of(step: str) -> Settings:
 
 def test_every_example_is_at_hand() -> None:
     assert set(STEPS) <= {Path(name).stem for name in EXAMPLES if name.startswith("qwen3-14b-sft")}
-    assert len([name for name in EXAMPLES if name.startswith("models/")]) == 7
+    assert len([name for name in EXAMPLES if name.startswith("models/")]) == 8
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import lzma
 import re
 import tokenize
 from itertools import pairwise
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZipFile, ZipInfo
 
 import yaml
 
@@ -23,17 +24,27 @@ _EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip's dates
 
 
 def package_zip() -> bytes:
-    """Return the zip that PYTHONPATH takes: sources and what they read, without the chart. Same files, same bytes."""
+    """Return the zip that PYTHONPATH takes: the sources as xz, and what unpacks them. Same files, same bytes."""
+    start = Path(__file__).with_name("packed.py").read_bytes()
+    return _zip({"tunesmith/__init__.py": start, "tunesmith/sources.xz": lzma.compress(sources_zip())})
+
+
+def sources_zip() -> bytes:
+    """Return a zip of the sources and what they read, without the chart, uncompressed."""
     root = Path(tunesmith.__file__).parent
     # The chart's folder holds scripts, and is no package.
     folders = [path.parent for path in root.rglob("__init__.py")]
     paths = [path for folder in folders for path in folder.iterdir() if path.suffix in _SUFFIXES]
+    return _zip({path.relative_to(root.parent).as_posix(): _code_of(path).encode() for path in sorted(paths)})
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with ZipFile(buffer, "w") as archive:
-        for path in sorted(paths):
-            entry = ZipInfo(path.relative_to(root.parent).as_posix(), _EARLIEST)
+        for name, content in files.items():
+            entry = ZipInfo(name, _EARLIEST)
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, _code_of(path), ZIP_DEFLATED, compresslevel=9)
+            archive.writestr(entry, content)
     return buffer.getvalue()
 
 

@@ -41,9 +41,9 @@ def values_schema() -> Schema:
                 "run": _optional({key: run[key] for key in ("type", "additionalProperties", "properties")}),
                 **_scheduling(),
                 **{name: _optional(_object({"podSpec": _optional(_ANY_OBJECT)})) for name in _PODS},
-                "serve": _optional(_serving()),
+                "serve": _serving(),
             },
-            required=["ray", "resources"],
+            required=["ray", "resources", "serve"],
         ),
     }
 
