@@ -71,5 +71,12 @@ def word_for_base(
         len(beyond),
         len(test_set.samples),
     )
-    texts = {number: tokenizer.decode(ids, skip_special_tokens=False) for number, ids in beyond.items()}
-    return {n: tuple(own(text, add_special_tokens=False)["input_ids"]) for n, text in texts.items()}
+    return {number: reword(ids, tokenizer, own) for number, ids in beyond.items()}
+
+
+def reword(
+    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    """Return the tokens that `other` makes of the text which `ids` are by `tokenizer`."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    return tuple(other(text, add_special_tokens=False)["input_ids"])

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters.folder import (
+    FOREIGN_FEATURES,
     RECOMPUTED,
     Settings,
     Shape,
@@ -31,18 +32,6 @@ _FACTOR = re.compile(
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.weight)?")
 _LORA_BIAS = re.compile(r"(?P<module>.+?)\.lora_B\.bias")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-# Features of LoRA whose sum is another one than ours; the value that leaves them off.
-_FOREIGN = {
-    "use_qalora": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "kasa_config": None,
-}
 
 
 class ForeignAdapterError(ModelError):
@@ -109,7 +98,7 @@ def read_parts(
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ForeignAdapterError(f"the adapter's type is {kind}")
-    for name, off in _FOREIGN.items():
+    for name, off in FOREIGN_FEATURES.items():
         if (settings.get(name) or off) != off:
             raise ForeignAdapterError(f"the adapter sets `{name}`")
     reader = _Reader(model, settings, shapes, in_files)

@@ -13,6 +13,7 @@ import torch
 from tunesmith.config import ChatConfig, ModelRef
 from tunesmith.data.asking import Exchange, Said
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.evaluate.base_side import reword
 from tunesmith.evaluate.engines.base import EngineSpec, Request, Variant
 from tunesmith.evaluate.engines.transformers import TransformersEngine
 from tunesmith.evaluate.plan import choose_dtype
@@ -48,8 +49,7 @@ class Speaker:
         """Return a prompt as this model reads it: in its own tokens, where there are some that it lacks."""
         if self.own is None or max(prompt_ids) < self.known:
             return prompt_ids
-        text = tokenizer.decode(prompt_ids, skip_special_tokens=False)
-        return tuple(self.own(text, add_special_tokens=False)["input_ids"])
+        return reword(prompt_ids, tokenizer, self.own)
 
 
 @dataclass(frozen=True)

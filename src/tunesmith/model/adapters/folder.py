@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PICKLED_WEIGHTS = "adapter_model.bin"
+ADAPTER_WEIGHT_FILES = (ADAPTER_WEIGHTS, "adapter_model.bin")
 
 Shape = tuple[int, ...]
 Settings = Mapping[str, Any]
@@ -52,14 +51,27 @@ _CHANGES_MODEL = (
 )
 
 
+# Kinds of LoRA whose sum is another one than the plain kind's; the value that leaves them off.
+FOREIGN_FEATURES = {
+    "use_qalora": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "kasa_config": None,
+}
+
+
 def find_adapter_weights(folder: Path) -> Path:
     """Return the file of an adapter's weights; PEFT too takes safetensors first.
 
     Raises:
         ModelError: there is none, or a pointer of Git's in its place.
     """
-    names = (ADAPTER_WEIGHTS, _PICKLED_WEIGHTS)
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in ADAPTER_WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise ModelError(f"`{folder}` holds no {ADAPTER_WEIGHTS}", "get the adapter again")
     refuse_pointer(found)
@@ -72,6 +84,8 @@ def read_adapter_shapes(folder: Path) -> dict[str, Shape]:
     Raises:
         ModelError: there is no such file, or it is torn.
     """
+    import torch
+
     path = find_adapter_weights(folder)
     try:
         if path.suffix == ".bin":

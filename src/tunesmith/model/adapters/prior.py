@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.atomic_files import replace_folder
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.model.adapters.folder import ADAPTER_WEIGHT_FILES, FOREIGN_FEATURES, find_adapter_weights
 from tunesmith.model.files.fingerprint import sample_weights
 from tunesmith.paths import expand_user, is_file
 from tunesmith.runs.base_model import read_adapter_config
@@ -20,7 +21,6 @@ from tunesmith.runs.folder import ADAPTER_CONFIG, ORIGIN_FILE, RunDir, open_run,
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = (
     "token*",
     "special_tokens_map.json",
@@ -31,21 +31,8 @@ _TOKENIZER_FILES = (
 )
 _WHOLE_FILE_BYTES = 1 << 30
 
-# What PEFT's other kinds of LoRA set; the value that leaves them off.
-_UNKNOWN_FEATURES = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "ensure_weight_tying": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "kasa_config": None,
-}
+# What a further training leaves out, or can't go on with; the value that leaves it off.
+_UNKNOWN_FEATURES = {"bias": "none", "lora_bias": False, "ensure_weight_tying": False, **FOREIGN_FEATURES}
 # Begun as a part of the base weights, which PEFT takes away from them again as it loads them.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What a merged adapter may hold besides: the run's own would have to carry it along.
@@ -128,7 +115,7 @@ def digest_adapter(path: Path) -> str:
         name: it for name, it in settings.items() if name not in ("base_model_name_or_path", "revision")
     }
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8)
-    weights = _find_weights(folder)
+    weights = find_adapter_weights(folder)
     is_small = weights.stat().st_size <= _WHOLE_FILE_BYTES
     digest.update(weights.read_bytes() if is_small else sample_weights(weights))
     return digest.hexdigest()
@@ -140,7 +127,7 @@ def keep_adapter(config: TrainConfig, run: RunDir) -> None:
         return
     source = find_adapter(config.adapter_path)
     with replace_folder(run.prior_path) as folder:
-        for pattern in (ADAPTER_CONFIG, *_WEIGHT_FILES, *_TOKENIZER_FILES):
+        for pattern in (ADAPTER_CONFIG, *ADAPTER_WEIGHT_FILES, *_TOKENIZER_FILES):
             for path in source.glob(pattern):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
@@ -178,14 +165,7 @@ def _refuse_unknown(folder: Path, found: dict[str, Any], merges: bool) -> None:
             f"the adapter `{folder}` can't be {asked}: {reason}",
             "export it with `tunesmith convert`, and begin from the export with --model_path",
         )
-    _find_weights(folder)
-
-
-def _find_weights(folder: Path) -> Path:
-    found = next((folder / name for name in _WEIGHT_FILES if is_file(folder / name)), None)
-    if found is None:
-        raise ModelError(f"`{folder}` holds no weights of an adapter", "get the adapter again")
-    return found
+    find_adapter_weights(folder)
 
 
 def _targets_of(found: dict[str, Any]) -> list[str] | None:
