@@ -18,15 +18,16 @@ from transformers import (
     Gemma3TextConfig,
     MptConfig,
     PretrainedConfig,
+    Qwen2MoeConfig,
 )
 
-from support.families import family_config, family_model
+from support.families import WINDOWED, family_config, family_model
 from support.runs import losses, small_config, start, train_here
 from support.tiny_models import FAMILIES, build_config
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.compat import attention_name, eager_attention
-from tunesmith.config import ModelRef
+from tunesmith.config import ModelRef, TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.engines.base import EngineSpec
 from tunesmith.evaluate.engines.transformers import TransformersEngine
@@ -35,7 +36,10 @@ from tunesmith.model.attention_choice import choose_attention, name_left_out
 from tunesmith.model.load import attention_of
 from tunesmith.model.probe import attends_rightly
 from tunesmith.parallel.mesh import build_mesh
+from tunesmith.planning.attention import find_attention, own_attention
+from tunesmith.planning.memory import build_planned_model
 from tunesmith.train.build import build_model, choose_ways
+from tunesmith.train.choices import keep_recorded
 from tunesmith.train.start import check_model
 
 pytestmark = [pytest.mark.usefixtures("alone")]
@@ -204,6 +208,42 @@ def test_a_run_that_was_begun_without_its_cap_goes_on_so_and_says_so(
     assert run.read_params()["resolved"]["attn_implementation"] == "sdpa"
     assert "attention `sdpa` leaves out a cap" in caplog.text
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_run_whose_windows_were_masked_goes_on_so(attention: str) -> None:
+    config = TrainConfig()
+    recorded = {
+        "dtype": "float32",
+        "attn_implementation": attention,
+        "fsdp": "no_shard",
+        "num_workers": 1,
+        "use_gpu": False,
+    }
+    assert keep_recorded(config, recorded, 1, use_gpu=False).attn_implementation == attention
+    assert keep_recorded(config, recorded, 1, use_gpu=True).attn_implementation == "auto"
+    recorded["attn_implementation"] = "varlen"
+    assert keep_recorded(config, recorded, 1, use_gpu=False).attn_implementation == "auto"
+
+
+def test_windows_that_a_model_only_masks_are_left_to_the_mask_with_a_warning(
+    rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model_config = Qwen2MoeConfig(
+        **WINDOWED, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4
+    )
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path / "model")
+    for length, attention in ((8, "varlen"), (9, "sdpa")):
+        config = small_config(tmp_path / "model", rows, tmp_path, max_seq_length=length)
+        model = build_model(config, CPU, build_mesh(0, 1))
+        with caplog.at_level(logging.WARNING, "tunesmith"):
+            choose_ways(config, model, CPU)
+        assert attention_of(model) == attention
+        planned = build_planned_model(config, model_config, torch.float32)
+        own = own_attention(planned.model, planned.built_with, config, "cpu", torch.float32)
+        assert find_attention(planned.model, own, config, "cpu", torch.float32) == attention
+    assert caplog.text.count("attention `varlen` gives way to `sdpa`") == 1
+    assert "a layer attends otherwise" in caplog.text
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": None,
 }
 _GATED = {**_SHAPE, "intermediate_size": 64, "num_key_value_heads": 2}
+WINDOWED = {**_GATED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 _OF_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "eos_token_id": 0, "bos_token_id": 0}
 
 _OTHERS: dict[str, Callable[..., PretrainedConfig]] = {
@@ -84,7 +85,7 @@ _OTHERS: dict[str, Callable[..., PretrainedConfig]] = {
         max_position_embeddings=512, eos_token_id=0, bos_token_id=0,
     ),
     "phi": partial(PhiConfig, **_SHAPE, intermediate_size=64),
-    "qwen2": partial(Qwen2Config, **_GATED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen2": partial(Qwen2Config, **WINDOWED),
     "stablelm": partial(StableLmConfig, **_GATED),
     "vaultgemma": partial(
         VaultGemmaConfig, **_GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,

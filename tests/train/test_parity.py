@@ -23,7 +23,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model.files.state import read_weights
 from tunesmith.model.kernels.install import CPU
-from tunesmith.model.load import attention_of, narrowest_window
+from tunesmith.model.load import attention_of
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
 from tunesmith.train import build
@@ -121,15 +121,14 @@ def test_the_fast_ways_train_as_the_plain_ones(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_cut_into_their_examples_where_no_window_is_narrower(
+def test_rows_are_cut_into_their_examples_within_windows_and_beyond(
     family: str, model_of: ModelOf, rows: Path, tmp_path: Path
 ) -> None:
     for length in (16, 17):
         config = small_config(model_of(family), rows, tmp_path, max_seq_length=length)
         model = build.build_model(config, torch.device("cpu"), build_mesh(0, 1))
         assert build.choose_ways(config, model, torch.device("cpu"))
-        window = narrowest_window(model)
-        assert (attention_of(model) == "varlen") == (length <= window)
+        assert attention_of(model) == "varlen"
 
 
 @pytest.mark.parametrize("full_ft", [False, True])

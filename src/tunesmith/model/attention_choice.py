@@ -87,11 +87,9 @@ def choose_attention(
     return EAGER if name_left_out(SDPA, model_config) else None
 
 
-def may_use_varlen(attn_implementation: str, own: str, max_seq_length: int, window: float) -> bool:
+def may_use_varlen(attn_implementation: str, own: str) -> bool:
     """Return whether the settings leave room for `varlen` in the place of the model's `own` backend."""
-    if attn_implementation != "auto":
-        return attn_implementation == "varlen"
-    return not own.startswith("flash") and max_seq_length <= window
+    return attn_implementation == "varlen" or (attn_implementation == "auto" and not own.startswith("flash"))
 
 
 def check_attention(attn_implementation: str, model: Any, source: str) -> None:

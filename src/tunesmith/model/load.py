@@ -212,7 +212,7 @@ def narrowest_window(model: nn.Module) -> float:
     """Return the tokens that the narrowest attention of the model's layers reaches back; infinity: all."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     windows = [getattr(config, name, None) for name in WINDOWS]
-    return min((window for window in windows if window is not None), default=math.inf)
+    return min((window for window in windows if window), default=math.inf)  # 0: Qwen2-MoE's for none
 
 
 def attention_of(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ from tunesmith.model.attention_choice import BACKENDS_THAT_KNOW_ALL, EAGER
 from tunesmith.model.attention_probe import attends_as_eager
 from tunesmith.model.kernels.attention import VARLEN, VARLEN_ON_TRIAL, Trial, compute_logits
 from tunesmith.model.kernels.loss import can_fuse_loss
-from tunesmith.model.load import attention_of
+from tunesmith.model.load import attention_of, narrowest_window
 from tunesmith.parallel.collectives import holds_on_all_ranks
 from tunesmith.parallel.fsdp import release_gathered
 
@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 _LENGTHS = (7, 11, 9)
 
 
-def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Let the model attend with `varlen`; keep its own backend if that gives other logits, or mixes examples."""
+def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype, max_seq_length: int) -> bool:
+    """Let the model attend with `varlen`; keep its own backend if that gives other logits, or mixes examples.
+
+    Its windows are tried where examples of `max_seq_length` tokens reach beyond them.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not can_set_attention(base):
         return False
@@ -41,7 +44,8 @@ def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -
         (expected,) = _packed_logits(model, [example], device)
         base.set_attn_implementation(VARLEN_ON_TRIAL)
         (found,) = _packed_logits(model, [example], device, trial)
-        if not attends_as_eager(model, _pack([example]).to(device), VARLEN, narrow_windows=False):
+        narrow = max_seq_length > narrowest_window(model)
+        if not attends_as_eager(model, _pack([example]).to(device), VARLEN, narrow):
             trial.problems.append("a layer attends otherwise")
         model.train()  # there it may have dropout, which `varlen` lacks
         (trained,) = _packed_logits(model, [example], device, trial)
@@ -51,7 +55,8 @@ def use_varlen_attention(model: Any, device: torch.device, dtype: torch.dtype) -
             trial.problems.append("packed examples see one another")
         fits = holds_on_all_ranks(not trial.problems, device)
         if not fits:
-            logger.debug("no `%s` attention: %s", VARLEN, trial.problems)
+            reason = next(iter(trial.problems), "another worker can't")
+            logger.warning("attention `%s` gives way to `%s`, which is slower: %s", VARLEN, own, reason)
         base.set_attn_implementation(VARLEN if fits else own)
     return fits
 

@@ -41,11 +41,11 @@ def find_attention(model: Any, own: str, config: TrainConfig, device_type: str, 
     """
     # The kernel for GPUs computes in nothing longer.
     computes = device_type == "cpu" or dtype.itemsize == 2
-    may = may_use_varlen(config.attn_implementation, own, config.max_seq_length, narrowest_window(model))
-    return VARLEN if may and computes and _allows_varlen(model) else own
+    may = may_use_varlen(config.attn_implementation, own) and computes
+    return VARLEN if may and _allows_varlen(model, config.max_seq_length) else own
 
 
-def _allows_varlen(model: Any) -> bool:
+def _allows_varlen(model: Any, max_seq_length: int) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not can_set_attention(base):
         return False
@@ -56,4 +56,6 @@ def _allows_varlen(model: Any) -> bool:
             compute_logits(model, make_batch(_FEW_TOKENS, _FEW_TOKENS, is_flat=True), trial)
         finally:
             attend_with(model, built_with)
-    return not trial.problems
+    window = narrowest_window(model)
+    # Some models mask what lies before a window, and don't hand on how wide it is.
+    return not trial.problems and (max_seq_length <= window or window in trial.windows)

@@ -12,11 +12,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tunesmith.model.attention_choice import SDPA
-from tunesmith.model.kernels.attention import VARLEN, attend_within_examples
+from tunesmith.model.kernels.attention import VARLEN
 
 # What begins with `varlen` is told where examples begin.
 _STAND_INS = {
-    (VARLEN, "cpu"): f"{VARLEN}_planned_on_cpu",
     (VARLEN, "cuda"): f"{VARLEN}_planned_on_gpu",
     (SDPA, "cpu"): f"{SDPA}_planned_on_cpu",
     (SDPA, "cuda"): f"{SDPA}_planned_on_gpu",
@@ -28,14 +27,6 @@ def name_stand_in(attention: str, device_type: str) -> str:
     if attention.startswith(("flash", "flex")):
         attention = VARLEN  # which keeps as much
     return _STAND_INS.get((attention, device_type), attention)
-
-
-def _attend_as_a_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-) -> tuple[Tensor, None]:
-    return attend_within_examples(
-        module, query, key, value, attention_mask, **{**options, "sliding_window": None}
-    )
 
 
 def _attend_as_a_gpu(
@@ -110,7 +101,6 @@ class _FusedKernel(torch.autograd.Function):
 
 
 _ATTEND: dict[tuple[str, str], Any] = {
-    (VARLEN, "cpu"): _attend_as_a_cpu,
     (VARLEN, "cuda"): _attend_as_a_gpu,
     (SDPA, "cpu"): partial(_attend_with_sdpa, "cpu"),
     (SDPA, "cuda"): partial(_attend_with_sdpa, "cuda"),

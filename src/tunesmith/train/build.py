@@ -16,13 +16,7 @@ from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
-from tunesmith.model.load import (
-    attention_of,
-    load_model,
-    load_model_config,
-    narrowest_window,
-    resolve_dtype,
-)
+from tunesmith.model.load import attention_of, load_model, load_model_config, resolve_dtype
 from tunesmith.model.probe import attend_eagerly, attends_rightly, fuses_loss, use_varlen_attention
 from tunesmith.model.unread import UnreadWeights, load_unread
 from tunesmith.parallel.activation_checkpointing import (
@@ -91,9 +85,8 @@ def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> 
         ModelError: the model doesn't allow the attention that the settings name.
     """
     dtype = resolve_dtype(config.dtype, device)
-    window = narrowest_window(model)
-    if may_use_varlen(config.attn_implementation, attention_of(model), config.max_seq_length, window):
-        uses_varlen = use_varlen_attention(model, device, dtype)
+    if may_use_varlen(config.attn_implementation, attention_of(model)):
+        uses_varlen = use_varlen_attention(model, device, dtype, config.max_seq_length)
         if not uses_varlen and config.attn_implementation == VARLEN:
             raise ModelError(
                 f"`attn_implementation` is `{VARLEN}`, which doesn't compute the attention of `{config.model.source}`",

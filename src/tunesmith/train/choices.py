@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
-from tunesmith.model.attention_choice import SDPA
+from tunesmith.model.attention_choice import EAGER, SDPA
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
@@ -41,7 +41,8 @@ def keep_recorded(
     """Return the settings with the dtype that the run was started in, where they leave it open.
 
     And with where the weights lay, if the number of workers is the same: how gradients are added up follows. And with
-    SDPA, if the run attends with it on such devices: before there was a choice, models that cap their scores did.
+    SDPA or eager attention, if the run attends so on such devices: before there was a choice, models that cap their
+    scores attended with SDPA, and before `varlen` knew windows, models with those attended with either.
     `recorded` are the choices of the attempt before, None at a run's first.
     """
     if recorded is None:
@@ -49,8 +50,8 @@ def keep_recorded(
     kept = {"dtype": recorded["dtype"]}
     if recorded["num_workers"] == num_workers:
         kept["fsdp"] = recorded["fsdp"]
-    if recorded["attn_implementation"] == SDPA and recorded["use_gpu"] == use_gpu:
-        kept["attn_implementation"] = SDPA
+    if recorded["attn_implementation"] in (SDPA, EAGER) and recorded["use_gpu"] == use_gpu:
+        kept["attn_implementation"] = recorded["attn_implementation"]
     return config.model_copy(update={name: c for name, c in kept.items() if getattr(config, name) == "auto"})
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tunesmith.model.kernels import attention
 from tunesmith.model.kernels.attention import (
@@ -44,13 +45,17 @@ def attend(
     return output
 
 
-def attend_under_mask(states: list[Tensor], lengths: list[int], scale: float) -> Tensor:
+def attend_under_mask(
+    states: list[Tensor], lengths: list[int], scale: float, window: int | None = None
+) -> Tensor:
     """Return the same from the definition: a square of scores, and a mask."""
     query, key, value = states
     groups = query.shape[1] // key.shape[1]
     key, value = (kept.repeat_interleave(groups, 1) for kept in (key, value))
     example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (example[:, None] == example) & torch.ones(len(example), len(example), dtype=torch.bool).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
@@ -60,16 +65,17 @@ def attend_under_mask(states: list[Tensor], lengths: list[int], scale: float) ->
     lengths=st.lists(st.integers(1, 12) | st.integers(100, 300), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]),
     scaling=st.sampled_from([None, 0.3]),
+    window=st.sampled_from([None, 1, 5, 64, 200]),
 )
 @settings(max_examples=60, deadline=None)
 def test_it_equals_attention_under_a_mask(
-    longest_kept: int, lengths: list[int], heads: tuple[int, int], scaling: float | None
+    longest_kept: int, lengths: list[int], heads: tuple[int, int], scaling: float | None, window: int | None
 ) -> None:
     ours, theirs = random_states(*heads, sum(lengths)), random_states(*heads, sum(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LONGEST_KEPT", longest_kept)
-        output = attend(ours, lengths, scaling=scaling)
-    expected = attend_under_mask(theirs, lengths, WIDTH**-0.5 if scaling is None else scaling)
+        output = attend(ours, lengths, scaling=scaling, sliding_window=window)
+    expected = attend_under_mask(theirs, lengths, WIDTH**-0.5 if scaling is None else scaling, window)
     # The scores are computed in float32.
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
@@ -96,7 +102,6 @@ def test_in_bfloat16_scores_are_as_exact_as_in_float32() -> None:
         {"softcap": 30.0},
         {"s_aux": torch.zeros(4)},
         {"is_causal": False},
-        {"sliding_window": 3},
     ],
     ids=str,
 )
@@ -121,6 +126,24 @@ def test_on_trial_it_computes_the_same() -> None:
     assert not trial.problems
 
 
+def test_on_trial_windows_are_noted() -> None:
+    states, trial = random_states(4, 2, 9), Trial()
+    with on_trial(trial):
+        for window in (None, 3, 7):
+            attend(states, [5, 4], attend_on_trial, sliding_window=window)
+    assert trial.windows == {3, 7}
+
+
 def test_a_window_that_reaches_over_every_example_changes_nothing() -> None:
     states = random_states(4, 2, 9)
-    torch.testing.assert_close(attend(states, [5, 4], sliding_window=5), attend(states, [5, 4]))
+    assert torch.equal(attend(states, [5, 4], sliding_window=5), attend(states, [5, 4]))
+
+
+def test_tiles_reach_no_further_than_the_window() -> None:
+    """Scores that a window hides aren't computed: of 1,024 tokens and a window of 128, three of eight tiles."""
+    states = random_states(1, 1, 1024)
+    with FlopCounterMode(display=False) as whole:
+        attend(states, [1024])
+    with FlopCounterMode(display=False) as windowed:
+        attend(states, [1024], sliding_window=128)
+    assert windowed.get_total_flops() < 0.5 * whole.get_total_flops()

@@ -8,6 +8,7 @@ Shapes: H heads, K of them for keys and values, T tokens of the row, D head widt
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,15 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 @dataclass
 class Trial:
-    """Why `varlen_on_trial` could not compute what a model asked it for."""
+    """What `varlen_on_trial` was asked for.
+
+    Attributes:
+        problems: why it could not compute that.
+        windows: the layers' `sliding_window`, of those that have one.
+    """
 
     problems: list[str] = field(default_factory=list)
+    windows: set[int] = field(default_factory=set)
 
 
 # The trial that runs, or none: not every model hands on what it is told.
@@ -90,7 +97,8 @@ def attend_within_examples(
 ) -> tuple[Tensor, None]:
     """Return causal attention of shape (1, T, H, D), each example of the row for itself.
 
-    `cu_seq_lens_q` holds where the examples begin, and T: int32, on the query's device.
+    `cu_seq_lens_q` holds where the examples begin, and T: int32, on the query's device. Of a `sliding_window` of w
+    tokens, each sees itself and the w - 1 before it.
 
     Raises:
         NotImplementedError: the model's attention has a part that these kernels lack.
@@ -101,13 +109,12 @@ def attend_within_examples(
         raise NotImplementedError("the model doesn't say where examples begin")
     if extras or dropout or not causal:
         raise NotImplementedError(f"{type(module).__name__} asks for {extras}, dropout {dropout}, {causal=}")
-    if sliding_window is not None and sliding_window < max_length_q:
-        raise NotImplementedError(f"an example of {max_length_q} tokens, and a window of {sliding_window}")
     if query_1HTD.shape[-1] != value_1KTD.shape[-1] or (query_1HTD.is_cuda and query_1HTD.itemsize != 2):
         raise NotImplementedError(f"heads of {query_1HTD.shape} and {value_1KTD.shape}, {query_1HTD.dtype}")
     attend = _attend_on_gpu if query_1HTD.is_cuda else _attend_on_cpu
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query_1HTD, key_1KTD, value_1KTD, scale, cu_seq_lens_q, max_length_q), None
+    window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
+    return attend(query_1HTD, key_1KTD, value_1KTD, scale, cu_seq_lens_q, max_length_q, window), None
 
 
 def attend_on_trial(
@@ -122,36 +129,66 @@ def attend_on_trial(
 
     An error would leave FSDP in the middle of a forward.
     """
+    trial = _trial_at_work.get()
+    if trial and (window := options.get("sliding_window")):
+        trial.windows.add(window)
     try:
         return attend_within_examples(module, query_1HTD, key_1KTD, value_1KTD, attention_mask, **options)
     except (NotImplementedError, TypeError, RuntimeError) as error:
-        if trial := _trial_at_work.get():
+        if trial:
             trial.problems.append(str(error))
         shape = 1, *query_1HTD.shape[2:0:-1], value_1KTD.shape[-1]
         return query_1HTD.new_full(shape, torch.nan), None
 
 
 def _attend_on_gpu(
-    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, scale: float, starts: Tensor, longest: int
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    scale: float,
+    starts: Tensor,
+    longest: int,
+    window: int | None,
 ) -> Tensor:
     import torch.nn.attention.varlen
 
     # Its arguments differ between torch's versions; a type checker knows one of them.
     varlen_attn: Any = torch.nn.attention.varlen.varlen_attn
-    states = [states_1HTD[0].transpose(0, 1) for states_1HTD in (query_1HTD, key_1KTD, value_1KTD)]
-    grouped = {"enable_gqa": True} if query_1HTD.shape[1] != key_1KTD.shape[1] else {}
+    # Not `[0]`, whose gradient is copied into zeros.
+    states = [states_1HTD.squeeze(0).transpose(0, 1) for states_1HTD in (query_1HTD, key_1KTD, value_1KTD)]
+    is_grouped = query_1HTD.shape[1] != key_1KTD.shape[1]
+    grouped = {"enable_gqa": True} if is_grouped and _asks_about_groups() else {}
+    tokens_before = -1 if window is None else window - 1
     output_THD: Tensor = varlen_attn(
-        *states, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **grouped
+        *states, starts, starts, longest, longest, scale=scale, window_size=(tokens_before, 0), **grouped
     )
     return output_THD.unsqueeze(0)
+
+
+# A graph holds the answer: no compiler looks at signatures.
+@torch.compiler.assume_constant_result
+def _asks_about_groups() -> bool:
+    """Return whether torch's kernel wants to be told that heads share keys: from 2.13 on; before, it saw for itself."""
+    import torch.nn.attention.varlen
+
+    return "enable_gqa" in inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
 
 
 # It cuts rows into examples one by one, which no graph can hold.
 @torch.compiler.disable
 def _attend_on_cpu(
-    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, scale: float, starts: Tensor, longest: int
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    scale: float,
+    starts: Tensor,
+    longest: int,
+    window: int | None,
 ) -> Tensor:
-    attended: Tensor = _TiledAttention.apply(query_1HTD, key_1KTD, value_1KTD, starts.diff().tolist(), scale)
+    tiles = _cut_into_tiles(tuple(starts.diff().tolist()), window)
+    attended: Tensor = _TiledAttention.apply(
+        query_1HTD, key_1KTD, value_1KTD, tiles, longest <= LONGEST_KEPT, scale
+    )
     return attended
 
 
@@ -164,15 +201,20 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, lengths: list[int], scale: float
+        ctx: Any,
+        query_1HTD: Tensor,
+        key_1KTD: Tensor,
+        value_1KTD: Tensor,
+        tiles: list[_Tile],
+        keeps_probabilities: bool,
+        scale: float,
     ) -> Tensor:
         num_heads, num_tokens, width = query_1HTD.shape[1:]
         output_THD = query_1HTD.new_empty(num_tokens, num_heads, width)
-        tiles = _cut_into_tiles(tuple(lengths))
         kept: list[Tensor] = []
         for tile in tiles:
             probabilities_KSt = _attend_from(tile, query_1HTD, key_1KTD, scale)
-            if max(lengths) <= LONGEST_KEPT:
+            if keeps_probabilities:
                 kept.append(probabilities_KSt)
             output_KSD = torch.bmm(probabilities_KSt, value_1KTD[0, :, tile.keys])
             output_THD[tile.queries] = output_KSD.view(num_heads, -1, width).transpose(0, 1)
@@ -197,7 +239,7 @@ class _TiledAttention(torch.autograd.Function):
             of_query_HTD[:, tile.queries] = of_query_KSD.view(num_heads, -1, width)
             of_key_KTD[:, tile.keys].baddbmm_(of_scores_KSt.transpose(1, 2), query_KSD, alpha=ctx.scale)
             of_value_KTD[:, tile.keys].baddbmm_(probabilities_KSt.transpose(1, 2), of_output_KSD)
-        return of_query_HTD.unsqueeze(0), of_key_KTD.unsqueeze(0), of_value_KTD.unsqueeze(0), None, None
+        return of_query_HTD.unsqueeze(0), of_key_KTD.unsqueeze(0), of_value_KTD.unsqueeze(0), None, None, None
 
 
 def _attend_from(tile: _Tile, query_1HTD: Tensor, key_1KTD: Tensor, scale: float) -> Tensor:
@@ -221,9 +263,9 @@ class _Tile:
     hidden_st: Tensor
 
 
-# One row's: the layers follow one another.
-@lru_cache(maxsize=2)
-def _cut_into_tiles(lengths: tuple[int, ...]) -> list[_Tile]:
+# One row's, and of few windows: the layers follow one another.
+@lru_cache(maxsize=4)
+def _cut_into_tiles(lengths: tuple[int, ...], window: int | None) -> list[_Tile]:
     ends = itertools.accumulate(lengths)
     starts = [end - length for end, length in zip(ends, lengths, strict=True) for _ in range(length)]
     starts_T = torch.tensor(starts)
@@ -232,9 +274,12 @@ def _cut_into_tiles(lengths: tuple[int, ...]) -> list[_Tile]:
     for first in range(0, len(starts), _TILE):
         queries = slice(first, min(first + _TILE, len(starts)))
         # Of a few sizes only: allocators and kernels meet them again.
-        keys = slice(starts[first] // _KEYS_MULTIPLE * _KEYS_MULTIPLE, queries.stop)
+        first_seen = starts[first] if window is None else max(starts[first], first - window + 1)
+        keys = slice(first_seen // _KEYS_MULTIPLE * _KEYS_MULTIPLE, queries.stop)
         sees_st = positions_T[keys] <= positions_T[queries, None]
         sees_st &= positions_T[keys] >= starts_T[queries, None]
+        if window is not None:
+            sees_st &= positions_T[keys] > positions_T[queries, None] - window
         tiles.append(_Tile(queries, keys, torch.zeros(sees_st.shape).masked_fill_(~sees_st, -torch.inf)))
     return tiles
 
