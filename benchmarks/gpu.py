@@ -68,7 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PARITY_TOLERANCE = 0.02
 _PARITY_STEPS = 3
-_LIBRARIES = ("torch", "transformers", "peft", "liger-kernel", "flash-attn")
+_LIBRARIES = ("torch", "transformers", "peft", "flash-attn")
 
 
 def main() -> None:

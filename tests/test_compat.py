@@ -33,13 +33,6 @@ def test_models_name_their_blocks_and_take_attention_by_name(family: str) -> Non
         assert compat.attention_name(model) == name
 
 
-def test_liger_replaces_parts_of_a_model() -> None:
-    pytest.importorskip("liger_kernel")
-    from liger_kernel import transformers
-
-    assert callable(transformers._apply_liger_kernel_to_instance)
-
-
 def test_the_softmax_s_gradient_is_autograd_s() -> None:
     scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     probabilities, gradient = scores.softmax(-1), torch.arange(15.0).view(3, 5)

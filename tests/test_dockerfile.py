@@ -28,7 +28,7 @@ from support.helm import CHART, container_of, pods_of, render_job
 from support.paths import REPOSITORY
 
 PINS = REPOSITORY / "requirements-image.txt"
-EXTRAS = ("cluster", "gpu", "s3", "vllm", "wandb")
+EXTRAS = ("cluster", "s3", "vllm", "wandb")
 
 
 def read_dockerfile() -> list[tuple[str, str]]:

@@ -75,7 +75,6 @@ ONLY_IN = {
     "matplotlib": {"view/figures.py"},
     "datasets": {"data/hub.py"},
     "fsspec": {"remote/backend.py"},
-    "liger_kernel": {"compat.py"},
 }
 
 

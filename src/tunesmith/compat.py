@@ -1,4 +1,4 @@
-"""What is private in Ray, torch, transformers, PEFT and Liger and yet needed: a function each, with the versions it is known in.
+"""What is private in Ray, torch, transformers and PEFT and yet needed: a function each, with the versions it is known in.
 
 Nothing else in the package touches these. `tests/test_compat.py` says for each whether the installed version still has
 it. The libraries are imported where they are used.
@@ -79,16 +79,6 @@ def compute_buffers(model: Any) -> None:
         setattr(module, last, torch.empty_like(buffer, device="cpu"))
         module._is_hf_initialized = False
     model.initialize_weights()
-
-
-def apply_liger(model: Any) -> None:
-    """Let Liger's kernels replace what they know of `model`, but for the loss.
-
-    `_apply_liger_kernel_to_instance`: liger-kernel 0.8.
-    """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def names_of_experts(model: Any) -> frozenset[str]:

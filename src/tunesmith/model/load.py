@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.compat import (
-    apply_liger,
     attention_name,
     compute_buffers,
     has_bfloat16_instructions,
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -162,9 +157,6 @@ def load_model(
         )
     if not reads_weights:
         compute_buffers(model)
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        apply_liger(model)
-        logger.info("Liger kernels replace what they know of the model's norms, rotations and activations")
     return model
 
 
