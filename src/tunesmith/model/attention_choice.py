@@ -6,7 +6,6 @@ out without one. What fields don't tell is found by trying: `attention_probe`.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -80,16 +79,20 @@ def choose_attention(
     if attn_implementation not in ("auto", "varlen"):
         return attn_implementation
     # What was asked for as `varlen` takes the place of the model's own once that is built.
-    has_flash = device_type == "cuda" and is_half and importlib.util.find_spec("flash_attn") is not None
-    may_flash = attn_implementation == "auto" and has_flash and not name_left_out(_FLASH, model_config)
-    if may_flash and supports_flash():
+    may_flash = attn_implementation == "auto" and device_type == "cuda" and is_half
+    if may_flash and not name_left_out(_FLASH, model_config) and _is_flash_2_installed() and supports_flash():
         return _FLASH
     return EAGER if name_left_out(SDPA, model_config) else None
 
 
+def is_flash(attention: str) -> bool:
+    """Return whether a backend is a FlashAttention, `flash_attention_3` or `kernels-community/flash-attn2`."""
+    return "flash" in attention
+
+
 def may_use_varlen(attn_implementation: str, own: str) -> bool:
     """Return whether the settings leave room for `varlen` in the place of the model's `own` backend."""
-    return attn_implementation == "varlen" or (attn_implementation == "auto" and not own.startswith("flash"))
+    return attn_implementation == "varlen" or (attn_implementation == "auto" and not is_flash(own))
 
 
 def check_attention(attn_implementation: str, model: Any, source: str) -> None:
@@ -118,6 +121,13 @@ def warn_of_other_attention(attention: str, model_config: PretrainedConfig, sour
         source,
         EAGER,
     )
+
+
+def _is_flash_2_installed() -> bool:
+    # FlashAttention 4 is a package `flash_attn` too.
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
 
 
 def _list_fields(model_config: PretrainedConfig) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from tunesmith.compat import attention_name, can_set_attention, eager_attention
 from tunesmith.data.batches import Batch
-from tunesmith.model.attention_choice import EAGER, WINDOWS
+from tunesmith.model.attention_choice import EAGER, WINDOWS, is_flash
 from tunesmith.model.kernels.attention import VARLEN, compute_logits
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def _record(model: Any, base: Any, batch: Batch, backend: str) -> _Record:
     """Run the model, and return what its layers' attention computes with this backend."""
     attend = None if backend == EAGER else AttentionInterface()[backend]
     on_gpu = batch.input_ids_BT.is_cuda
-    record = _Record(attend, computes_in_half=backend.startswith("flash") or (on_gpu and backend == VARLEN))
+    record = _Record(attend, computes_in_half=is_flash(backend) or (on_gpu and backend == VARLEN))
     own = attention_name(base)
     masks = AttentionMaskInterface()
     if backend in masks:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tunesmith.model.attention_choice import SDPA
+from tunesmith.model.attention_choice import SDPA, is_flash
 from tunesmith.model.kernels.attention import VARLEN
 
 # What begins with `varlen` is told where examples begin.
@@ -24,7 +24,7 @@ _STAND_INS = {
 
 def name_stand_in(attention: str, device_type: str) -> str:
     """Return the name of what stands for a backend on devices of this type: itself where it can be run without data."""
-    if attention.startswith(("flash", "flex")):
+    if is_flash(attention) or attention.startswith("flex"):
         attention = VARLEN  # which keeps as much
     return _STAND_INS.get((attention, device_type), attention)
 

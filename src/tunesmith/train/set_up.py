@@ -13,6 +13,7 @@ from tunesmith.data.prepare import open_prepared
 from tunesmith.machine import keep_freed_memory
 from tunesmith.model.adapters.new_tokens import load_run_tokenizer
 from tunesmith.model.adapters.prior import with_kept_adapter
+from tunesmith.model.attention_choice import is_flash
 from tunesmith.model.compilation import check_compiler, compile_blocks
 from tunesmith.model.frozen_weights import Dense
 from tunesmith.model.kernels.attention import VARLEN
@@ -52,7 +53,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     if config.torch_compile:
         compile_blocks(model)
     attention = attention_of(model)
-    flatten = attention == VARLEN or (packing and attention.startswith("flash"))
+    flatten = attention == VARLEN or (packing and is_flash(attention))
     pad_token_id = int(tokenizer.eos_token_id)
     epochs = plan_epochs(prepared.train, config, packing)
     sequences = Sequences(prepared.train, packing, pad_token_id, flatten, epochs)

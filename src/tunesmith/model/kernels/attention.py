@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 
 from tunesmith.compat import attention_name, softmax_gradient
 from tunesmith.data.batches import Batch
+from tunesmith.model.attention_choice import is_flash
 
 VARLEN = "varlen"
 VARLEN_ON_TRIAL = "varlen_on_trial"
@@ -67,7 +68,7 @@ def on_trial(trial: Trial | None) -> Iterator[None]:
 def compute_logits(model: Any, batch: Batch, trial: Trial | None = None) -> Tensor:
     """Return the model's logits, with its attention backend told of the batch's examples; `trial` is noted in."""
     told: dict[str, Any] = {}
-    if attention_name(model).startswith(VARLEN):
+    if attention_name(model).startswith(VARLEN) or _is_flash_to_be_told(model, batch):
         told = {
             "cu_seq_lens_q": batch.starts,
             "cu_seq_lens_k": batch.starts,
@@ -79,6 +80,15 @@ def compute_logits(model: Any, batch: Batch, trial: Trial | None = None) -> Tens
             input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False, **told
         ).logits
     return logits
+
+
+def _is_flash_to_be_told(model: Any, batch: Batch) -> bool:
+    """Return whether transformers' FlashAttention would look in each layer for where the row's examples begin."""
+    if not is_flash(attention_name(model)) or len(batch.input_ids_BT) > 1:
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(type(base).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
 
 
 def attend_within_examples(
