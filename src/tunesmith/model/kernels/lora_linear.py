@@ -1,6 +1,6 @@
 """A linear layer and its LoRA adapter as one product, of which the frozen weight costs nothing but its product.
 
-Shapes: N positions, D inputs, O outputs, R rank; E a mask's bytes, one for 8 elements.
+Shapes: N positions, D inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from tunesmith.compat import reshape_own
 from tunesmith.model.adapters.lora import find_plain_adapter, find_token_rows
 from tunesmith.model.frozen_weights import FrozenWeight, weight_of
+from tunesmith.model.kernels.dropout import Dropout, add_dropped, drop, find_dropout
 from tunesmith.model.kernels.recompute import CheapResults, Recipe
-
-# As wide as the numbers whose bits they multiply.
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fuse_adapters(model: nn.Module, results: CheapResults, packs_masks: bool) -> None:
     """Let every adapted linear layer of `model` compute with its adapter at once, in the dtype of its input.
 
-    `packs_masks`: which inputs dropout keeps is kept as bits, else as bools.
+    What their dropout drops follows from their number among them. `packs_masks`: masks that don't are kept as bits,
+    else as bools.
     """
-    for module in model.modules():
-        adapter = find_plain_adapter(module)
-        if adapter is not None:
-            # Bound methods survive a copy of the model, and compiled code can be shared by layers.
-            module.forward = _AdaptedLinear(module, adapter, results, packs_masks).forward
+    adapters = ((module, find_plain_adapter(module)) for module in model.modules())
+    adapted = ((module, adapter) for module, adapter in adapters if adapter is not None)
+    for i, (module, adapter) in enumerate(adapted):
+        number = torch.tensor(i, device="cpu")
+        # Bound methods survive a copy of the model, and compiled code can be shared by layers.
+        module.forward = _AdaptedLinear(module, adapter, number, results, packs_masks).forward
 
 
 def trains_plain_adapters_alone(model: nn.Module) -> bool:
@@ -55,6 +55,7 @@ class _AdaptedLinear:
 
     layer: Any
     adapter: str
+    number: Tensor
     results: CheapResults
     packs_masks: bool
 
@@ -63,9 +64,9 @@ class _AdaptedLinear:
         if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
             output: Tensor = type(layer).forward(layer, inputs, *args, **kwargs)
             return output
-        dropout = layer.lora_dropout[name]
-        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        kept = _draw_kept(inputs, share, self.packs_masks) if share else None
+        module = layer.lora_dropout[name]
+        share = module.p if layer.training and isinstance(module, nn.Dropout) else 0.0
+        dropout = find_dropout(inputs, share, self.number, self.packs_masks) if share else None
         recipe, sources = self.results.find(inputs)
         outputs: Tensor = _LoraLinear.apply(
             inputs,
@@ -76,7 +77,7 @@ class _AdaptedLinear:
             layer.lora_A[name].weight,
             layer.lora_B[name].weight,
             layer.scaling[name],
-            kept,
+            dropout,
             share,
         )
         return outputs
@@ -96,19 +97,19 @@ class _LoraLinear(torch.autograd.Function):
         a_RD: Tensor,
         b_OR: Tensor,
         scaling: float,
-        kept: Tensor | None,
+        dropout: Dropout | None,
         share: float,
     ) -> Tensor:
         inputs_ND = inputs.flatten(0, -2)
         a, b = a_RD.to(inputs.dtype), b_OR.to(inputs.dtype)
         outputs_NO = weight.linear(inputs_ND, bias_O)
         # Positions last: products along them are faster on CPUs.
-        inner_RN = a @ _drop(inputs_ND, kept).T
+        inner_RN = a @ drop(inputs_ND, dropout.draw(inputs_ND, share) if dropout else None).T
         # What dropout divides by is divided by here, where it costs nothing.
         scaling /= 1 - share
         outputs_NO.addmm_(inner_RN.T, b.T, alpha=scaling)
-        stored = [*weight]
-        ctx.save_for_backward(a, b, inner_RN, kept, *stored, *sources)
+        stored, drawn = [*weight], [*(dropout or ())]
+        ctx.save_for_backward(a, b, inner_RN, *stored, *drawn, *sources)
         ctx.kind, ctx.num_stored, ctx.recipe, ctx.scaling, ctx.dtype = (
             type(weight),
             len(stored),
@@ -116,17 +117,21 @@ class _LoraLinear(torch.autograd.Function):
             scaling,
             a_RD.dtype,
         )
+        ctx.dropout, ctx.num_drawn, ctx.share = type(dropout), len(drawn), share
         # No view: models add to what their layers return.
         return reshape_own(outputs_NO, (*inputs.shape[:-1], len(b)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, inner_RN, kept, *tensors = ctx.saved_tensors
-        weight, sources = ctx.kind(*tensors[: ctx.num_stored]), tensors[ctx.num_stored :]
+        a, b, inner_RN, *tensors = ctx.saved_tensors
+        weight, tensors = ctx.kind(*tensors[: ctx.num_stored]), tensors[ctx.num_stored :]
+        drawn, sources = tensors[: ctx.num_drawn], tensors[ctx.num_drawn :]
         inputs = ctx.recipe.compute(*sources) if ctx.recipe else sources[0]
+        inputs_ND = inputs.flatten(0, -2)
+        kept = ctx.dropout(*drawn).draw(inputs_ND, ctx.share) if drawn else None
         gradient_NO = gradient.flatten(0, -2)
         gradient_RN = (b.T @ gradient_NO.T).mul_(ctx.scaling)
-        gradient_a = gradient_RN @ _drop(inputs.flatten(0, -2), kept)
+        gradient_a = gradient_RN @ drop(inputs_ND, kept)
         gradient_b = (inner_RN @ gradient_NO).mul_(ctx.scaling).T
         gradient_inputs = None
         if ctx.needs_input_grad[0]:
@@ -134,7 +139,7 @@ class _LoraLinear(torch.autograd.Function):
             if kept is None:
                 gradient_ND.addmm_(gradient_RN.T, a)
             else:
-                _add_dropped(gradient_ND, gradient_RN.T @ a, kept)
+                add_dropped(gradient_ND, gradient_RN.T @ a, kept)
             gradient_inputs = gradient_ND.view_as(inputs)
         return (
             gradient_inputs,
@@ -148,41 +153,3 @@ class _LoraLinear(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _draw_kept(values: Tensor, share: float, packs: bool) -> Tensor:
-    """Return which of `values` a dropout of this share keeps: bool, in the values' shape.
-
-    With `packs`, for CPUs, which draw numbers slowly, their bits, (E,) int8: each number drawn is for four of them,
-    and the share is rounded to a multiple of 2⁻¹⁶.
-    """
-    if not packs or torch.compiler.is_compiling():
-        return torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - share)
-    num_bytes = -(-values.numel() // 8)
-    words = torch.empty(2 * num_bytes, dtype=torch.int64, device=values.device).random_(-(2**63), None)
-    drawn_8E = words.view(torch.int16).view(8, num_bytes)
-    kept_8E = torch.empty_like(drawn_8E, dtype=torch.int8)
-    torch.ge(drawn_8E, round(share * 2**16) - 2**15, out=kept_8E)
-    return (kept_8E << _bits(values)).sum(0, dtype=torch.int8)
-
-
-def _drop(values: Tensor, kept: Tensor | None) -> Tensor:
-    if kept is None:
-        return values
-    if kept.dtype is torch.bool:
-        return values * kept.view_as(values)
-    kept_8E = (kept >> _bits(values)).bitwise_and_(1)
-    kept_ND = kept_8E.flatten()[: values.numel()].view_as(values)
-    # Integers of mixed widths multiply much faster than a number and a bool.
-    return (values.view(_INTEGERS[values.itemsize]) * kept_ND).view(values.dtype)
-
-
-def _add_dropped(total: Tensor, values: Tensor, kept: Tensor) -> None:
-    if kept.dtype is torch.bool:
-        total.addcmul_(values, kept.view_as(values))
-    else:
-        total += _drop(values, kept)
-
-
-def _bits(values: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.int8, device=values.device).unsqueeze(1)

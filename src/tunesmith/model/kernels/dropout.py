@@ -1,0 +1,145 @@
+"""Dropout by token: what of a token is dropped follows from its key and the layer alone, so nothing of it is kept.
+
+Neither its neighbours in the batch nor the device change it. The backward pass draws again.
+
+Shapes: B sequences, T tokens, N = B·T, or fewer where a layer takes fewer; D inputs, W words that each hold four
+draws; E a mask's bytes, one for 8 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# As wide as the numbers whose bits they multiply.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# A token has so many words for each layer.
+_WORDS_PER_LAYER = 2**20
+
+# SplitMix64's finalizer (Stafford's mix 13): a shift, and what the bits are multiplied with after it.
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_LAST_SHIFT = 31
+
+
+class _Microbatch:
+    """What is trained on now. A context variable isn't seen by the threads that compute blocks again on GPUs."""
+
+    keys_BT: Tensor | None = None
+
+
+_microbatch = _Microbatch()
+
+
+@contextmanager
+def drawing_from(keys_BT: Tensor | None) -> Iterator[None]:
+    """Let dropout follow from the tokens' keys, until the backward pass is done; None: from torch's generator."""
+    before, _microbatch.keys_BT = _microbatch.keys_BT, keys_BT
+    try:
+        yield
+    finally:
+        _microbatch.keys_BT = before
+
+
+@contextmanager
+def drawing_at(positions_N: Tensor) -> Iterator[None]:
+    """Let a layer that takes the tokens at these of the flattened positions, as (1, N, D), draw as these tokens do."""
+    keys_BT = _microbatch.keys_BT
+    with drawing_from(None if keys_BT is None else keys_BT.flatten()[positions_N].unsqueeze(0)):
+        yield
+
+
+class TokenDropout(NamedTuple):
+    """Follows from the keys of tokens, and the number of the layer, a scalar: as one, blocks can share compiled code.
+
+    The share is rounded to a multiple of 2⁻¹⁶.
+    """
+
+    keys_BT: Tensor
+    layer: Tensor
+
+    def draw(self, values_ND: Tensor, share: float) -> Tensor:
+        """Return which of the values are kept: bool, (N, D)."""
+        num_columns, device = values_ND.shape[1], values_ND.device
+        num_words, threshold = -(-num_columns // 4), round(share * 2**16)
+        first_N = self.keys_BT.flatten() + self.layer * _WORDS_PER_LAYER
+        words_NW = first_N.unsqueeze(1) + torch.arange(num_words, device=device)
+        for shift, factor in _ROUNDS:
+            words_NW.bitwise_xor_(_shift(words_NW, shift)).mul_(factor)
+        words_NW.bitwise_xor_(_shift(words_NW, _LAST_SHIFT))
+        if not torch.compiler.is_compiling():
+            return words_NW.view(torch.int16)[:, :num_columns] >= threshold - 2**15
+        # The same numbers, each by itself: a compiler makes one pass of it all.
+        columns_D = torch.arange(num_columns, device=device)
+        drawn_ND = (words_NW[:, columns_D // 4] >> (16 * (columns_D % 4))) & 0xFFFF
+        return (drawn_ND ^ 0x8000) >= threshold
+
+
+class KeptDropout(NamedTuple):
+    """A mask that was drawn from torch's generator: bool, or the bits of `_draw_packed`."""
+
+    mask: Tensor
+
+    def draw(self, values_ND: Tensor, share: float) -> Tensor:
+        """Return which of the values are kept: bool or int8, (N, D)."""
+        if self.mask.dtype is torch.bool:
+            return self.mask.view_as(values_ND)
+        kept_8E = (self.mask >> _bits(self.mask)).bitwise_and_(1)
+        return kept_8E.flatten()[: values_ND.numel()].view_as(values_ND)
+
+
+Dropout = TokenDropout | KeptDropout
+
+
+def find_dropout(values: Tensor, share: float, layer: Tensor, packs: bool) -> Dropout:
+    """Return what drops `share` of `values` in the layer of this number: by token, where they are a row for each token.
+
+    Else a mask is drawn, with `packs` as bits.
+    """
+    keys_BT = _microbatch.keys_BT
+    if keys_BT is not None and values.shape[:-1] in (keys_BT.shape, (keys_BT.numel(),)):
+        return TokenDropout(keys_BT, layer)
+    if packs and not torch.compiler.is_compiling():
+        return KeptDropout(_draw_packed(values, share))
+    return KeptDropout(torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - share))
+
+
+def drop(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Return `values`, zero where they aren't `kept` (None: all are)."""
+    if kept is None:
+        return values
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Integers of mixed widths multiply much faster than a number and a bool.
+        return (values.view(_INTEGERS[values.itemsize]) * kept.view(torch.int8)).view(values.dtype)
+    return torch.where(kept.bool(), values, 0)
+
+
+def add_dropped(total: Tensor, values: Tensor, kept: Tensor) -> None:
+    """Add to `total` those of `values` that are `kept`."""
+    total += drop(values, kept)
+
+
+def _draw_packed(values: Tensor, share: float) -> Tensor:
+    """Return the bits of a mask, (E,) int8, for CPUs, which draw numbers slowly: each one is for four elements.
+
+    The share is rounded to a multiple of 2⁻¹⁶.
+    """
+    num_bytes = -(-values.numel() // 8)
+    words = torch.empty(2 * num_bytes, dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    drawn_8E = words.view(torch.int16).view(8, num_bytes)
+    kept_8E = torch.empty_like(drawn_8E, dtype=torch.int8)
+    torch.ge(drawn_8E, round(share * 2**16) - 2**15, out=kept_8E)
+    return (kept_8E << _bits(values)).sum(0, dtype=torch.int8)
+
+
+def _shift(words: Tensor, num_bits: int) -> Tensor:
+    """Shift to the right without the sign, which torch would let follow."""
+    return (words >> num_bits).bitwise_and_(2 ** (64 - num_bits) - 1)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.int8, device=values.device).unsqueeze(1)
