@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tunesmith.data.draws import Draws
     from tunesmith.data.epochs import Epochs
     from tunesmith.data.token_set import Packs, TokenSet
 
@@ -44,6 +45,8 @@ class Batch:
     """Tokens of the longest segment."""
     num_trained: tuple[int, ...] = ()
     """Trained positions of each segment, in order; padding is none."""
+    draw_keys_BT: Tensor | None = None
+    """What the dropout of each token follows from; None where nothing is dropped, or torch's generator draws."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the host doesn't wait for a GPU's copy."""
@@ -55,6 +58,7 @@ class Batch:
             _send(self.starts, device),
             self.longest,
             self.num_trained,
+            None if self.draw_keys_BT is None else _send(self.draw_keys_BT, device),
         )
 
 
@@ -201,14 +205,15 @@ class Sequences:
             len(examples),
         )
 
-    def collate(self, sequences: np.ndarray) -> Batch:
-        """Return the microbatch of these sequences, padded to the longest."""
+    def collate(self, sequences: np.ndarray, draws: Draws | None = None) -> Batch:
+        """Return the microbatch of these sequences, padded to the longest; `draws` give the keys of its dropout."""
         rows = [self._segments(sequences[i : i + 1]) for i in range(len(sequences))]
         if self._flatten:
-            return collate(self.tokens, [list(itertools.chain(*rows))], self.pad_token_id, FLAT_MULTIPLE)
+            row = list(itertools.chain(*rows))
+            return collate(self.tokens, [row], self.pad_token_id, FLAT_MULTIPLE, draws)
         if not self.packing:  # each by itself: the model may not keep apart what shares a row
             rows = [[segment] for row in rows for segment in row]
-        return collate(self.tokens, rows, self.pad_token_id)
+        return collate(self.tokens, rows, self.pad_token_id, draws=draws)
 
     def _segments(self, sequences: np.ndarray) -> list[int]:
         each = self.tokens.num_segments
@@ -219,7 +224,13 @@ class Sequences:
         ]
 
 
-def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1) -> Batch:
+def collate(
+    tokens: TokenSet,
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    multiple: int = 1,
+    draws: Draws | None = None,
+) -> Batch:
     """Put each row's segments behind one another, positions restarting, and pad to the longest row.
 
     Its length is rounded up to a `multiple`; one row's padding is a segment of its own, of which nothing is trained.
@@ -229,6 +240,7 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, 
     num_tokens = math.ceil(num_tokens / multiple) * multiple
     input_ids_BT = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
     position_ids_BT = np.zeros((len(rows), num_tokens), dtype=np.int64)
+    segments_BT = np.full((len(rows), num_tokens), -1)
     positions, targets, starts = [], [], [0]
     for b, row in enumerate(rows):
         end = 0
@@ -237,6 +249,7 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, 
             start, end = end, end + len(ids_T)
             input_ids_BT[b, start:end] = ids_T
             position_ids_BT[b, start:end] = np.arange(end - start)
+            segments_BT[b, start:end] = segment
             # Position t predicts token t + 1 of the same segment; a first token has no predecessor.
             predictors = np.flatnonzero(trained_T[1:])
             positions.append(predictors + start + b * num_tokens)
@@ -255,16 +268,17 @@ def collate(tokens: TokenSet, rows: Sequence[Sequence[int]], pad_token_id: int, 
         torch.tensor(starts, dtype=torch.int32),
         int(np.diff(starts).max()),
         tuple(map(len, targets)),
+        None if draws is None else torch.from_numpy(draws.token_keys(segments_BT, position_ids_BT)),
     )
 
 
 def empty_batch(pad_token_id: int) -> Batch:
     """Return a batch without a trained token: what a rank runs when the others have one more than it."""
     ids_12 = torch.full((1, 2), pad_token_id)
+    places_12 = torch.arange(2).unsqueeze(0)
     none_0 = torch.empty(0, dtype=torch.int64)
-    return Batch(
-        ids_12, torch.arange(2).unsqueeze(0), none_0, none_0, torch.tensor([0, 2], dtype=torch.int32), 2
-    )
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    return Batch(ids_12, places_12, none_0, none_0, starts, 2, draw_keys_BT=places_12)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -284,7 +298,7 @@ def microbatches_for_rank(num_microbatches: int, rank: int, world_size: int) -> 
 
 
 def microbatch_seed(seed: int, step: int, number: int) -> int:
-    """Return the random seed of a microbatch: from the step and its number in the global batch, not the rank."""
+    """Return the random seed of a microbatch of older runs: from the step and its number in the global batch."""
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0])
 
 

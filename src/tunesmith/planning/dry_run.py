@@ -18,6 +18,7 @@ from tunesmith.compat import can_set_attention
 from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
 from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks, recompute_all, recompute_none
@@ -93,9 +94,12 @@ def planned_kernels(device_type: str, attention: str = VARLEN) -> Kernels:
     )
 
 
-def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels: Kernels) -> Microbatch:
+def measure_microbatch(
+    model: Any, num_tokens: int, example_tokens: int, kernels: Kernels, drops_by_token: bool = True
+) -> Microbatch:
     """Return what one microbatch of the meta model holds: `num_tokens` in examples of `example_tokens`.
 
+    What isn't dropped `drops_by_token` keeps masks.
     One block of each kind is run; the others hold as much. A model whose blocks aren't known is one, and whole.
 
     Raises:
@@ -103,11 +107,12 @@ def measure_microbatch(model: Any, num_tokens: int, example_tokens: int, kernels
     """
     with told_beforehand(model), one_block_of_each_kind(model) as others:
         fused = fuses_loss_on_meta(model)
-        runs = [run_microbatch(model, num_tokens, example_tokens, kernels, fused)]
+        wanted = model, num_tokens, example_tokens, kernels, fused, drops_by_token
+        runs = [run_microbatch(*wanted)]
         can_recompute = model.supports_gradient_checkpointing
         if can_recompute:
             recompute_all(model)
-        runs.append(run_microbatch(model, num_tokens, example_tokens, kernels, fused))
+        runs.append(run_microbatch(*wanted))
         recompute_none(model)
     if others is None:
         (kept, _), (recomputed, _) = runs
@@ -128,11 +133,12 @@ def run_microbatch(
     example_tokens: int,
     kernels: Kernels,
     fused: bool | None = None,
+    drops_by_token: bool = True,
 ) -> tuple[LiveBytes, list[int]]:
     """Run one microbatch through all blocks of the meta model, recomputing those that are flagged for it.
 
-    `kernels` take the place of those that the model had; `fused` says whether its loss is (None: look). Returns what
-    lives, and what of the activations each block adds.
+    `kernels` take the place of those that the model had; `fused` says whether its loss is (None: look). What isn't
+    dropped `drops_by_token` keeps masks. Returns what lives, and what of the activations each block adds.
     """
     if fused is None:
         fused = fuses_loss_on_meta(model)
@@ -140,6 +146,7 @@ def run_microbatch(
     attend_with(model, kernels.attention)
     head = model.get_output_embeddings()
     batch = make_batch(num_tokens, example_tokens, is_flat=kernels.attention.startswith(VARLEN))
+    keys_BT = batch.input_ids_BT if drops_by_token else None
     live = LiveCounter([*model.parameters(), *model.buffers()])
     before_loss: list[int] = []
     blocks = find_decoder_blocks(model)
@@ -153,7 +160,7 @@ def run_microbatch(
             # Gradients are counted apart.
             handles.append(parameter.register_post_accumulate_grad_hook(_forget_gradient))
     try:
-        with live:
+        with live, drawing_from(keys_BT):
             loss = sum_cross_entropy(model, batch, fused=fused, at_a_time=kernels.logits)
             borders, loss_peak, live.peak = [*live.noted], live.peak, live.now
             loss.backward()

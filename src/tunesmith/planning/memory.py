@@ -87,6 +87,7 @@ class PlannedModel:
     Attributes:
         fused: whether its adapters are computed with their layers, so that its weights needn't be sharded.
         built_with: the attention backend that transformers gives it where none is asked for.
+        drops_by_token: whether its dropout keeps no masks; that of older runs does.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class PlannedModel:
     stored_dtype: torch.dtype
     fused: bool
     built_with: str
+    drops_by_token: bool = True
 
 
 def build_planned_model(
@@ -152,7 +154,7 @@ def estimate_microbatch(planned: PlannedModel, config: TrainConfig, device_type:
     own = own_attention(model, planned.built_with, config, device_type, planned.dtype)
     attention = find_attention(model, own, config, device_type, planned.dtype)
     kernels = planned_kernels(device_type, attention)
-    found = measure_microbatch(model, num_tokens, length, kernels)
+    found = measure_microbatch(model, num_tokens, length, kernels, planned.drops_by_token)
     return found.times(planned.dtype.itemsize // find_head(model).layer.weight.dtype.itemsize)
 
 

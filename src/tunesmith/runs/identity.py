@@ -29,6 +29,9 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "tokenizers", "ray", "numpy")
 
+# By token; runs that record none draw from torch's generator alone, seeded for each microbatch.
+_DROPOUT_VERSION = 2
+
 # What the names of the first runs were made from; never to be changed.
 _FIRST_SETTINGS = frozenset(
     [
@@ -128,6 +131,11 @@ def recorded_date(params: Mapping[str, Any] | None) -> str:
     """Return the day (ISO) on which a run's conversations are held: the recorded one, or else today."""
     recorded = params["data"].get("date") if params else None
     return recorded or datetime.date.today().isoformat()
+
+
+def drops_by_token(params: Mapping[str, Any]) -> bool:
+    """Return whether a run's dropout follows from each token's row and place: that of older ones doesn't."""
+    return bool(params.get("dropout_version", 1) == _DROPOUT_VERSION)
 
 
 def locate_run(config: TrainConfig) -> RunDir:
@@ -307,6 +315,7 @@ def write_identity(
             "microbatches": config.gradient_accumulation_steps * num_workers,
             "sequences_per_microbatch": config.per_device_train_batch_size,
         },
+        "dropout_version": _DROPOUT_VERSION,
         "packing": None,
         "resolved": None,
     }
@@ -314,7 +323,7 @@ def write_identity(
         recorded = run.read_params()
         check_unchanged("data set", data.source, recorded["data"]["fingerprint"], data.fingerprint)
         check_unchanged("model", model.source, recorded["model"]["fingerprint"], model.fingerprint)
-        params = {name: recorded[name] for name in params}
+        params = {name: recorded[name] for name in params if name in recorded}
     run.write_params(
         {
             **params,

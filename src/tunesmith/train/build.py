@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -40,13 +41,16 @@ def build_model(
     mesh: Mesh,
     frozen_weight: type[FrozenWeight] = Dense,
     kernels: Kernels | None = None,
+    drops_by_token: bool = True,
 ) -> nn.Module:
     """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective.
 
-    Frozen weights are stored as `frozen_weight` does. Without `kernels` the model computes as its device likes.
+    Frozen weights are stored as `frozen_weight` does. Without `kernels` the model computes as its device likes. What
+    isn't dropped `drops_by_token` keeps masks, for which there must be room.
     """
     dtype = resolve_dtype(config.dtype, device)
     planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
+    planned = replace(planned, drops_by_token=drops_by_token)
     layout = choose_layout(planned, config, device.type, mesh.size, find_room(device, mesh.size))
     # A CPU's workers share the pages of what is as the files have it.
     stays_mapped = layout.replicated and device.type == "cpu" and not find_stacked(planned.model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batches import Batch, Counts, Sequences, empty_batch, microbatches_for_rank
+from tunesmith.data.draws import Draws
 from tunesmith.model.policy import Policy
 from tunesmith.objectives.base import LossOutput, Objective
 from tunesmith.parallel.mesh import Mesh
@@ -28,9 +29,12 @@ class Learner:
         """Return the numbers of the microbatches that this rank runs; None where it runs an empty one."""
         return microbatches_for_rank(num_microbatches, self.mesh.data_rank, self.mesh.data_size)
 
-    def collate(self, sequences: Sequences, rows: np.ndarray | None) -> Batch:
-        """Return this rank's part of the batch of these rows, or a batch without a trained token, on the device."""
-        batch = empty_batch(sequences.pad_token_id) if rows is None else sequences.collate(rows)
+    def collate(self, sequences: Sequences, rows: np.ndarray | None, draws: Draws | None = None) -> Batch:
+        """Return this rank's part of the batch of these rows, or a batch without a trained token, on the device.
+
+        `draws` give the keys of its dropout.
+        """
+        batch = empty_batch(sequences.pad_token_id) if rows is None else sequences.collate(rows, draws)
         return self.mesh.shard_sequence(batch).to(self.device)
 
     def loss(self, batch: Batch, counts: Counts) -> LossOutput:

@@ -22,6 +22,7 @@ from tunesmith.model.policy import Policy
 from tunesmith.parallel.collectives import broadcast_objects
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning.memory import sequences_per_forward
+from tunesmith.runs.identity import drops_by_token
 from tunesmith.train.build import build_model, choose_ways
 from tunesmith.train.checkpoint import Checkpointer
 from tunesmith.train.choices import choose_packing, find_choices, keep_recorded, record_choices
@@ -45,7 +46,8 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         check_compiler(device)
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_run_tokenizer(config)
-    model = build_model(config, device, mesh, job.frozen_weight or Dense)
+    by_token = drops_by_token(params)
+    model = build_model(config, device, mesh, job.frozen_weight or Dense, drops_by_token=by_token)
     policy = Policy(model, fused_loss=choose_ways(config, model, device))
     packing = choose_packing(config, params["packing"], model, mesh, device)
     if worker.rank == 0:
@@ -72,6 +74,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         sequences_per_forward=sequences_per_forward(
             config.per_device_train_batch_size, config.max_seq_length, device.type
         ),
+        drops_by_token=by_token,
         plan=plan,
         num_steps=plan.total_steps(config.max_steps, config.num_train_epochs),
         validation=validation,

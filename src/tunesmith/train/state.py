@@ -26,6 +26,7 @@ class Training:
     Attributes:
         job: its settings hold what was chosen where the user's leave a choice.
         sequences_per_forward: of a microbatch, those that are run at once.
+        drops_by_token: whether dropout follows from each token's row and place; that of older runs doesn't.
         validation: None where nothing is held out.
     """
 
@@ -36,6 +37,7 @@ class Training:
     checkpointer: Checkpointer
     sequences: Sequences
     sequences_per_forward: int
+    drops_by_token: bool
     plan: BatchPlan
     num_steps: int
     validation: Sequences | None

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tunesmith.data.batches import Counts, Sequences, microbatch_seed
+from tunesmith.data.draws import Draws
+from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.objectives.base import LOSS
 from tunesmith.parallel.replicate import sum_gradients
 from tunesmith.train.learner import Learner, Tally, read_scalars
@@ -47,6 +49,7 @@ def take_step(training: Training, step: int) -> StepResult:
         step,
         config.seed,
         training.sequences_per_forward,
+        training.drops_by_token,
     )
     norm = clip_gradients(training.model, config.max_grad_norm)
     # A GPU is still at work: what doesn't need its results is done before the step's one wait for them.
@@ -89,10 +92,12 @@ def accumulate_gradients(
     step: int,
     seed: int,
     sequences_per_forward: int,
+    drops_by_token: bool = True,
 ) -> Gradients:
     """Run this rank's share of the step's microbatches; leave the global batch's gradient on the weights.
 
-    Of a microbatch `sequences_per_forward` are run at once.
+    Of a microbatch `sequences_per_forward` are run at once. With `drops_by_token` nothing that a row drops depends on
+    how many these are; only what isn't a row for each token, as attention's probabilities, is drawn for them together.
 
     The gradient is that of the objective's mean over the whole global batch. Nothing here waits for a GPU: while it
     computes one microbatch, the host collates the next. Collective.
@@ -105,9 +110,11 @@ def accumulate_gradients(
     # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
     # they would cost every worker more memory than the model.
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
+    draws = Draws(seed, step) if drops_by_token else None
     data_wait_s = 0.0
     for i, number in enumerate(numbers):
-        torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
+        if not drops_by_token:
+            torch.manual_seed(microbatch_seed(seed, step, len(microbatches) if number is None else number))
         whole = None if number is None else microbatches[number]
         parts = split_microbatch(whole, microbatches, sequences_per_forward, is_sharded)
         for j, rows in enumerate(parts):
@@ -115,10 +122,13 @@ def accumulate_gradients(
                 is_last = i == len(numbers) - 1 and j == len(parts) - 1
                 model.set_requires_gradient_sync(trains_all or is_last)
             start = time.perf_counter()
-            batch = learner.collate(sequences, rows)
+            batch = learner.collate(sequences, rows, draws)
             data_wait_s += time.perf_counter() - start
-            output = learner.loss(batch, counts)
-            (output.loss_sum / max(1, tally.denominators[LOSS])).backward()
+            if draws is not None:
+                torch.manual_seed(draws.seed_for(np.empty(0, np.int64) if rows is None else rows))
+            with drawing_from(batch.draw_keys_BT):
+                output = learner.loss(batch, counts)
+                (output.loss_sum / max(1, tally.denominators[LOSS])).backward()
             tally.add(output)
             # Or its graph, spread over the heap, would break up the room that the next one's activations need.
             del output

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # As wide as the numbers whose bits they multiply.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # A token has so many words for each layer.
 _WORDS_PER_LAYER = 2**20
+# The number of the first layer that is dropout and nothing else; adapted layers are counted from 0.
+_FIRST_ALONE = 2**20
 
 # SplitMix64's finalizer (Stafford's mix 13): a shift, and what the bits are multiplied with after it.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -100,12 +103,19 @@ def find_dropout(values: Tensor, share: float, layer: Tensor, packs: bool) -> Dr
 
     Else a mask is drawn, with `packs` as bits.
     """
-    keys_BT = _microbatch.keys_BT
-    if keys_BT is not None and values.shape[:-1] in (keys_BT.shape, (keys_BT.numel(),)):
-        return TokenDropout(keys_BT, layer)
+    by_token = _find_by_token(values, layer)
+    if by_token is not None:
+        return by_token
     if packs and not torch.compiler.is_compiling():
         return KeptDropout(_draw_packed(values, share))
     return KeptDropout(torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - share))
+
+
+def _find_by_token(values: Tensor, layer: Tensor) -> TokenDropout | None:
+    keys_BT = _microbatch.keys_BT
+    if keys_BT is not None and values.shape[:-1] in (keys_BT.shape, (keys_BT.numel(),)):
+        return TokenDropout(keys_BT, layer)
+    return None
 
 
 def drop(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -121,6 +131,43 @@ def drop(values: Tensor, kept: Tensor | None) -> Tensor:
 def add_dropped(total: Tensor, values: Tensor, kept: Tensor) -> None:
     """Add to `total` those of `values` that are `kept`."""
     total += drop(values, kept)
+
+
+def install_dropout(model: nn.Module) -> None:
+    """Let torch's own dropout layers in `model` drop by token, where they are given a row for each."""
+    layers: list[Any] = [m for m in model.modules() if type(m) is nn.Dropout and m.p > 0]
+    for number, layer in enumerate(layers, start=_FIRST_ALONE):
+        layer.forward = _DropoutLayer(layer, torch.tensor(number, device="cpu")).forward
+
+
+@dataclass
+class _DropoutLayer:
+    layer: Any
+    number: Tensor
+
+    def forward(self, values: Tensor) -> Tensor:
+        dropout = _find_by_token(values, self.number) if self.layer.training else None
+        if dropout is None:
+            output: Tensor = type(self.layer).forward(self.layer, values)
+        else:
+            output = _Dropped.apply(values, dropout, self.layer.p)
+        return output
+
+
+class _Dropped(torch.autograd.Function):
+    """The values that are kept, divided by their share, of which the backward pass needs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dropout: TokenDropout, share: float) -> Tensor:
+        ctx.save_for_backward(*dropout)
+        ctx.share = share
+        kept_ND = dropout.draw(values.flatten(0, -2), share)
+        return drop(values, kept_ND.view_as(values)).mul_(1 / (1 - share))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        kept_ND = TokenDropout(*ctx.saved_tensors).draw(gradient.flatten(0, -2), ctx.share)
+        return drop(gradient, kept_ND.view_as(gradient)).mul_(1 / (1 - ctx.share)), None, None
 
 
 def _draw_packed(values: Tensor, share: float) -> Tensor:

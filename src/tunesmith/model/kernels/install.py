@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.dropout import install_dropout
 from tunesmith.model.kernels.elementwise import fuse_elementwise
 from tunesmith.model.kernels.lora_linear import fuse_adapters
 from tunesmith.model.kernels.loss import CPU_LOGITS, GPU_LOGITS, LogitsAtATime
@@ -22,7 +23,7 @@ class Kernels:
         attention: transformers' name of the function that attends within examples; a dry run has one of its own.
         logits: how many of them the fused loss holds at a time; a loss that isn't told goes by its device.
         keeps_cheap_results: whether what is cheaper to compute twice than to keep is kept all the same.
-        packs_masks: whether dropout's masks are kept as bits, else as bools.
+        packs_masks: whether those masks of dropout that are kept are so as bits, else as bools.
         torch_norms: whether norms are torch's own.
         fuses_adapters: whether adapted layers are computed with their adapters at once.
         fuses_elementwise: whether norms and gated layers are computed in fewer passes.
@@ -59,3 +60,4 @@ def install_kernels(model: nn.Module, kernels: Kernels) -> None:
     if kernels.fuses_elementwise:
         fuse_elementwise(model, results, kernels.torch_norms)
     install_token_rows(model)
+    install_dropout(model)

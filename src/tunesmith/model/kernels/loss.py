@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.data.batches import Batch
 from tunesmith.model.head import find_head
 from tunesmith.model.kernels.attention import compute_logits
+from tunesmith.model.kernels.dropout import drawing_at
 
 
 class LogitsAtATime(NamedTuple):
@@ -72,7 +73,8 @@ def _run(
         return hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
 
     def narrow_logits(hidden_BTD: Tensor) -> Tensor:
-        logits_1NV: Tensor = forward(narrow(hidden_BTD).unsqueeze(0))
+        with drawing_at(batch.positions_N):
+            logits_1NV: Tensor = forward(narrow(hidden_BTD).unsqueeze(0))
         return logits_1NV
 
     def compute_loss(hidden_BTD: Tensor) -> Tensor:
