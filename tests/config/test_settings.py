@@ -107,6 +107,7 @@ ARRIVALS: dict[str, tuple[str, Any, Any]] = {
     "save_steps": ("0", 0, 0),
     "save_total_limit": ("1", 1, 1),
     "logging_steps": ("1", 1, 1),
+    "profile": ("3", 3, 3),
     "report_to": ("wandb, mlflow", ["wandb", "mlflow"], ["wandb", "mlflow"]),
     "use_wandb": ("true", True, True),
 }

@@ -111,6 +111,7 @@ EFFECTS = {
     "save_steps": f"{HERE}::test_checkpoints_come_and_stay_as_asked_for",
     "save_total_limit": f"{HERE}::test_checkpoints_come_and_stay_as_asked_for",
     "logging_steps": f"{HERE}::test_metrics_come_as_often_as_asked_for",
+    "profile": "test_profiling::test_the_steps_asked_for_are_in_the_trace_and_cost_no_digit",
     "report_to": "test_trackers::test_a_run_is_logged_where_report_to_says",
     "use_wandb": "test_trackers::test_use_wandb_adds_wandb",
 }

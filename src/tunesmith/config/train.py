@@ -265,6 +265,13 @@ class TrainConfig(AdapterSettings, HFDatasetConfig):
         2, "Newest checkpoints to keep; the best is kept besides.", group="output", scope="run", ge=1
     )
     logging_steps: int = setting(10, "Steps between lines of metrics.", group="output", scope="run", ge=1)
+    profile: int = setting(
+        0,
+        "Steps, after an attempt's first two, that torch's profiler records into profile/ of the run folder; 0 is none.",
+        group="output",
+        scope="run",
+        ge=0,
+    )
     report_to: Trackers = setting(
         ["tensorboard"],
         "Where metrics are logged besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, as a,b; the last three "

@@ -6,7 +6,7 @@
   results/{model_name}/
     ray_results/TorchTrainer_{run_name}/
       params.json  metrics.jsonl  lease.json  checkpoint_00000100/
-      evaluation/checkpoint_00000100/  prior_adapter/
+      evaluation/checkpoint_00000100/  prior_adapter/  profile/
     final/  hf_format/
   tensorboard_logs/{model_name}/{run_name}/
 """
@@ -92,6 +92,10 @@ class RunDir:
     def prior_path(self) -> Path:
         """The adapter that the run went on from, as it was then."""
         return self.path / "prior_adapter"
+
+    @property
+    def profile_path(self) -> Path:
+        return self.path / "profile"
 
     @property
     def loss_curve_path(self) -> Path:

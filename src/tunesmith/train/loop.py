@@ -15,6 +15,7 @@ from tunesmith.train.decisions import (
     is_logged,
     is_saved,
 )
+from tunesmith.train.profiling import open_profiler
 from tunesmith.train.saving import publish, restore
 from tunesmith.train.set_up import set_up, tear_down
 from tunesmith.train.step import find_rows, measure, take_step
@@ -31,6 +32,7 @@ def train(job: TrainJob, worker: Worker) -> None:
     config, num_steps = training.config, training.num_steps
     progress = restore(training)
     first_step = progress.step + 1
+    profiler = open_profiler(job, worker, progress.step, num_steps)
     log = open_log(job, worker, progress.step)
     try:
         log.event(progress.step, "start", training.describe())
@@ -39,6 +41,7 @@ def train(job: TrainJob, worker: Worker) -> None:
         ending = find_ending(progress, num_steps, config)
         while ending is None:
             step = progress.step + 1
+            profiler.announce(step)
             result = take_step(training, step)
             if not result.is_finite:
                 ending = explain_divergence(step, result.loss, result.grad_norm, find_rows(training, step))
@@ -62,6 +65,7 @@ def train(job: TrainJob, worker: Worker) -> None:
         tear_down(training)
     finally:
         log.close()
+        profiler.close()
 
 
 def open_log(job: TrainJob, worker: Worker, start_step: int) -> MetricsLog | NoLog:

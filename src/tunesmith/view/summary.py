@@ -67,6 +67,8 @@ def _places(run_dir: RunDir) -> Iterator[tuple[str, Path]]:
     yield "run folder", run_dir.path
     if run_dir.loss_curve_path.is_file():
         yield "loss curve", run_dir.loss_curve_path
+    if run_dir.profile_path.is_dir():
+        yield "profile", run_dir.profile_path
 
 
 def _describe_state(points: Sequence[Point]) -> Text:
