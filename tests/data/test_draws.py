@@ -54,13 +54,14 @@ def test_an_example_has_the_same_keys_in_any_batch(
     assert packed.collate(packs).draw_keys_BT is None
 
 
-def test_no_two_tokens_of_a_step_have_the_same_key() -> None:
+def test_tokens_of_a_step_share_keys_no_oftener_than_by_chance() -> None:
     rows, places = np.meshgrid(np.arange(-1, 400), np.arange(500), indexing="ij")
     keys = DRAWS.token_keys(rows, places)
     assert keys.shape == rows.shape
-    assert len(np.unique(keys)) == rows.size
+    # Of 200,500 numbers of 32 bits 5 are expected to be there twice.
+    assert len(np.unique(keys)) > rows.size - 20
     # Each bit is as often one as zero, whatever the number that is counted up.
-    bits = np.unpackbits(keys.view(np.uint8).reshape(*rows.shape, 8), axis=2)
+    bits = np.unpackbits(keys.view(np.uint8).reshape(*rows.shape, 4), axis=2)
     for axis, num in ((0, 401), (1, 500)):
         assert abs(bits.mean(axis=axis) - 0.5).max() < 6 * 0.5 / num**0.5
 
@@ -70,7 +71,7 @@ def test_keys_are_sent_with_the_batch(model_of: Callable[[str], Path], rows: Pat
     batch = Sequences(tokens, True, 0).collate(np.arange(2), DRAWS)
     sent = batch.to(torch.device("meta")).draw_keys_BT
     assert sent is not None
-    assert (sent.device.type, sent.shape, sent.dtype) == ("meta", batch.input_ids_BT.shape, torch.int64)
+    assert (sent.device.type, sent.shape, sent.dtype) == ("meta", batch.input_ids_BT.shape, torch.int32)
 
 
 def test_torch_is_seeded_by_the_rows_that_are_run_at_once() -> None:

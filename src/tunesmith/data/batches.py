@@ -278,7 +278,7 @@ def empty_batch(pad_token_id: int) -> Batch:
     places_12 = torch.arange(2).unsqueeze(0)
     none_0 = torch.empty(0, dtype=torch.int64)
     starts = torch.tensor([0, 2], dtype=torch.int32)
-    return Batch(ids_12, places_12, none_0, none_0, starts, 2, draw_keys_BT=places_12)
+    return Batch(ids_12, places_12, none_0, none_0, starts, 2, draw_keys_BT=places_12.int())
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -23,9 +23,9 @@ class Draws:
     step: int
 
     def token_keys(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return a key for each token, int64, from the numbers of their rows and their places in these."""
+        """Return a key for each token, int32, from the numbers of their rows and their places in these."""
         (key,) = np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)
-        return _mix(_mix(key, rows), places).view(np.int64)
+        return _mix(_mix(key, rows), places).astype(np.uint32).view(np.int32)
 
     def seed_for(self, rows: np.ndarray) -> int:
         """Return torch's seed for what runs these rows at once, and isn't drawn by token."""

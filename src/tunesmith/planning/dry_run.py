@@ -146,7 +146,7 @@ def run_microbatch(
     attend_with(model, kernels.attention)
     head = model.get_output_embeddings()
     batch = make_batch(num_tokens, example_tokens, is_flat=kernels.attention.startswith(VARLEN))
-    keys_BT = batch.input_ids_BT if drops_by_token else None
+    keys_BT = batch.input_ids_BT.int() if drops_by_token else None
     live = LiveCounter([*model.parameters(), *model.buffers()])
     before_loss: list[int] = []
     blocks = find_decoder_blocks(model)

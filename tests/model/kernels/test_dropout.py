@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tunesmith.data.draws import Draws
-from tunesmith.model.kernels.dropout import TokenDropout, drawing_at, drawing_from
+from tunesmith.model.kernels.dropout import TokenDropout, drawing_at, drawing_from, make_layer_key
 from tunesmith.model.kernels.install import CPU, GPU, Kernels, install_kernels
 
 SHARES = (0.004, 0.1, 0.5, 0.95)
@@ -25,7 +25,7 @@ def make_keys(num_rows: int, num_tokens: int, step: int = 1) -> Tensor:
 
 def draw(keys_BT: Tensor, num_columns: int, share: float, layer: int = 0) -> Tensor:
     values_ND = torch.empty(keys_BT.numel(), num_columns)
-    return TokenDropout(keys_BT, torch.tensor(layer)).draw(values_ND, share)
+    return TokenDropout(keys_BT, make_layer_key(layer)).draw(values_ND, share)
 
 
 def assert_near(found: Tensor, expected: float, num_drawn: int, num_found: int = 1) -> None:
@@ -51,7 +51,7 @@ def test_what_is_dropped_here_says_nothing_of_what_is_dropped_there(share: float
     def assert_independent(some: Tensor, others: Tensor) -> None:
         assert_near((some & others).double().mean(), (1 - share) ** 2, some.numel())
 
-    for gap in (1, 2, 3, 4, 8, 64):  # the four draws of a word, and words
+    for gap in (1, 2, 3, 4, 8, 64):
         assert_independent(kept_BTD[..., gap:], kept_BTD[..., :-gap])
     assert_independent(kept_BTD[:, 1:], kept_BTD[:, :-1])
     assert_independent(kept_BTD[1:], kept_BTD[:-1])
@@ -62,12 +62,25 @@ def test_what_is_dropped_here_says_nothing_of_what_is_dropped_there(share: float
         assert_independent(kept_BTD, draw(make_keys(30, 60, step), 400, share).view(30, 60, 400))
 
 
+def test_no_two_columns_tokens_or_layers_go_together() -> None:
+    keys_BT = make_keys(20, 30)
+    masks_LND = torch.stack([draw(keys_BT, 500, 0.1, layer) for layer in range(12)]).float()
+    scores_LND = (masks_LND - 0.9) / (0.1 * 0.9) ** 0.5
+    for along in range(3):
+        scores_XY = scores_LND.movedim(along, 0).flatten(1)
+        correlations_XX = (scores_XY @ scores_XY.T / scores_XY.shape[1] ** 0.5).fill_diagonal_(0)
+        assert correlations_XX.abs().max() < 6.5
+        assert abs(correlations_XX.std() - 1) < 0.15
+    # A random matrix of so many rows and columns: what follows from a few numbers has a larger norm.
+    norm = torch.linalg.matrix_norm(scores_LND[0], 2)
+    assert norm < 1.05 * (600**0.5 + 500**0.5)
+
+
 def test_every_bit_of_a_draw_is_balanced_and_goes_with_no_other() -> None:
-    # Shares of k / 16 look at the upper four bits only; of 2⁻¹⁶, at all of them.
     keys_BT = make_keys(50, 100)
     drawn_ND = sum(draw(keys_BT, 64, share).int() for share in [i / 256 for i in range(1, 256)])
     assert isinstance(drawn_ND, Tensor)
-    # Uniform over 256 values: χ² with 255 degrees of freedom, in each of a word's places.
+    # Uniform over 256 values: χ² with 255 degrees of freedom.
     for place in range(4):
         counts = torch.bincount(drawn_ND[:, place::4].flatten(), minlength=256).double()
         expected = counts.sum() / 256
@@ -75,7 +88,7 @@ def test_every_bit_of_a_draw_is_balanced_and_goes_with_no_other() -> None:
     bits_8ND = torch.stack([(drawn_ND >> bit) & 1 for bit in range(8)])
     for bit, other in itertools.combinations(range(8), 2):
         assert_near((bits_8ND[bit] ^ bits_8ND[other]).double().mean(), 0.5, drawn_ND.numel())
-    # Bits of neighbours in a word, too.
+    # Bits of neighbours, too.
     for bit, other in itertools.product(range(8), repeat=2):
         crossed = bits_8ND[bit, :, 1:] ^ bits_8ND[other, :, :-1]
         assert_near(crossed.double().mean(), 0.5, crossed.numel())
@@ -91,7 +104,7 @@ def test_compiled_and_plain_code_draw_the_same(num_columns: int) -> None:
     compiled = torch.compile(kept, backend="eager", dynamic=True, fullgraph=True)
     for num_tokens, layer in ((3, 0), (50, 7), (9, 2**20 + 3)):
         keys_BT = make_keys(2, num_tokens)
-        assert torch.equal(compiled(keys_BT, torch.tensor(layer)), kept(keys_BT, torch.tensor(layer)))
+        assert torch.equal(compiled(keys_BT, make_layer_key(layer)), kept(keys_BT, make_layer_key(layer)))
 
 
 class Net(nn.Module):
@@ -228,5 +241,5 @@ def test_nothing_but_keys_is_kept(kernels: Kernels) -> None:
     without.get_submodule("base_model.model").dropout.p = 0.0
     dropped_tanh = 4 * 5 * 20 * 8  # what the layer behind it takes is another tensor than what tanh keeps
     num_layers = 3
-    assert count_kept(adapted(), keys_BT) == count_kept(without, keys_BT) + dropped_tanh + 8 * num_layers
+    assert count_kept(adapted(), keys_BT) == count_kept(without, keys_BT) + dropped_tanh + 4 * num_layers
     assert count_kept(adapted(), None) > count_kept(adapted(), keys_BT)

@@ -2,8 +2,8 @@
 
 Neither its neighbours in the batch nor the device change it. The backward pass draws again.
 
-Shapes: B sequences, T tokens, N = B·T, or fewer where a layer takes fewer; D inputs, W words that each hold four
-draws; E a mask's bytes, one for 8 elements.
+Shapes: B sequences, T tokens, N = B·T, or fewer where a layer takes fewer; D inputs; E a mask's bytes, one for 8
+elements.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor, nn
 # As wide as the numbers whose bits they multiply.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# A token has so many words for each layer.
-_WORDS_PER_LAYER = 2**20
 # The number of the first layer that is dropout and nothing else; adapted layers are counted from 0.
 _FIRST_ALONE = 2**20
 
-# SplitMix64's finalizer (Stafford's mix 13): a shift, and what the bits are multiplied with after it.
+# SplitMix64: what it counts by, and its finalizer (Stafford's mix 13), a shift and what the bits are multiplied with.
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 _LAST_SHIFT = 31
 
@@ -57,9 +57,10 @@ def drawing_at(positions_N: Tensor) -> Iterator[None]:
 
 
 class TokenDropout(NamedTuple):
-    """Follows from the keys of tokens, and the number of the layer, a scalar: as one, blocks can share compiled code.
+    """Follows from the keys of tokens, int32, and of the layer, a scalar: as one, blocks can share compiled code.
 
-    The share is rounded to a multiple of 2⁻¹⁶.
+    Multiply-add hashing: the upper bits of (factor · key + offset) modulo 2³² tell, of which any two are independent.
+    Factors are odd, and random for each layer and column; offsets for each column.
     """
 
     keys_BT: Tensor
@@ -67,19 +68,13 @@ class TokenDropout(NamedTuple):
 
     def draw(self, values_ND: Tensor, share: float) -> Tensor:
         """Return which of the values are kept: bool, (N, D)."""
-        num_columns, device = values_ND.shape[1], values_ND.device
-        num_words, threshold = -(-num_columns // 4), round(share * 2**16)
-        first_N = self.keys_BT.flatten() + self.layer * _WORDS_PER_LAYER
-        words_NW = first_N.unsqueeze(1) + torch.arange(num_words, device=device)
-        for shift, factor in _ROUNDS:
-            words_NW.bitwise_xor_(_shift(words_NW, shift)).mul_(factor)
-        words_NW.bitwise_xor_(_shift(words_NW, _LAST_SHIFT))
-        if not torch.compiler.is_compiling():
-            return words_NW.view(torch.int16)[:, :num_columns] >= threshold - 2**15
-        # The same numbers, each by itself: a compiler makes one pass of it all.
-        columns_D = torch.arange(num_columns, device=device)
-        drawn_ND = (words_NW[:, columns_D // 4] >> (16 * (columns_D % 4))) & 0xFFFF
-        return (drawn_ND ^ 0x8000) >= threshold
+        # What compiled code computes anew costs it no pass.
+        make = _make_columns if torch.compiler.is_compiling() else _keep_columns
+        factors_D, offsets_D = make(values_ND.shape[1], values_ND.device)
+        drawn_ND = torch.addcmul(
+            offsets_D, self.keys_BT.flatten().unsqueeze(1), (factors_D ^ self.layer).bitwise_or(1)
+        )
+        return drawn_ND >= round(share * 2**32) - 2**31
 
 
 class KeptDropout(NamedTuple):
@@ -99,7 +94,7 @@ Dropout = TokenDropout | KeptDropout
 
 
 def find_dropout(values: Tensor, share: float, layer: Tensor, packs: bool) -> Dropout:
-    """Return what drops `share` of `values` in the layer of this number: by token, where they are a row for each token.
+    """Return what drops `share` of `values` in the layer of this key: by token, where they are a row for each token.
 
     Else a mask is drawn, with `packs` as bits.
     """
@@ -137,16 +132,16 @@ def install_dropout(model: nn.Module) -> None:
     """Let torch's own dropout layers in `model` drop by token, where they are given a row for each."""
     layers: list[Any] = [m for m in model.modules() if type(m) is nn.Dropout and m.p > 0]
     for number, layer in enumerate(layers, start=_FIRST_ALONE):
-        layer.forward = _DropoutLayer(layer, torch.tensor(number, device="cpu")).forward
+        layer.forward = _DropoutLayer(layer, make_layer_key(number)).forward
 
 
 @dataclass
 class _DropoutLayer:
     layer: Any
-    number: Tensor
+    key: Tensor
 
     def forward(self, values: Tensor) -> Tensor:
-        dropout = _find_by_token(values, self.number) if self.layer.training else None
+        dropout = _find_by_token(values, self.key) if self.layer.training else None
         if dropout is None:
             output: Tensor = type(self.layer).forward(self.layer, values)
         else:
@@ -183,9 +178,32 @@ def _draw_packed(values: Tensor, share: float) -> Tensor:
     return (kept_8E << _bits(values)).sum(0, dtype=torch.int8)
 
 
+def make_layer_key(number: int) -> Tensor:
+    """Return what the dropout of the layer of this number follows from, an int32 scalar on the CPU."""
+    return _hash(torch.tensor(number, device="cpu")).to(torch.int32)
+
+
+def _make_columns(num_columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the factors and offsets of columns, int32, (D)."""
+    columns_D = torch.arange(num_columns, device=device)
+    return _hash(2 * columns_D).to(torch.int32), _hash(2 * columns_D + 1).to(torch.int32)
+
+
+# Of the few widths that a model's layers have.
+_keep_columns = lru_cache(maxsize=64)(_make_columns)
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """Return what SplitMix64 makes of int64 numbers."""
+    words: Tensor = (numbers + 1) * _STRIDE
+    for num_bits, factor in _ROUNDS:
+        words = (words ^ _shift(words, num_bits)) * factor
+    return words ^ _shift(words, _LAST_SHIFT)
+
+
 def _shift(words: Tensor, num_bits: int) -> Tensor:
     """Shift to the right without the sign, which torch would let follow."""
-    return (words >> num_bits).bitwise_and_(2 ** (64 - num_bits) - 1)
+    return (words >> num_bits) & (2 ** (64 - num_bits) - 1)
 
 
 def _bits(values: Tensor) -> Tensor:

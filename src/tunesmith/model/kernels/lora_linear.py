@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.compat import reshape_own
 from tunesmith.model.adapters.lora import find_plain_adapter, find_token_rows
 from tunesmith.model.frozen_weights import FrozenWeight, weight_of
-from tunesmith.model.kernels.dropout import Dropout, add_dropped, drop, find_dropout
+from tunesmith.model.kernels.dropout import Dropout, add_dropped, drop, find_dropout, make_layer_key
 from tunesmith.model.kernels.recompute import CheapResults, Recipe
 
 
@@ -27,9 +27,8 @@ def fuse_adapters(model: nn.Module, results: CheapResults, packs_masks: bool) ->
     adapters = ((module, find_plain_adapter(module)) for module in model.modules())
     adapted = ((module, adapter) for module, adapter in adapters if adapter is not None)
     for i, (module, adapter) in enumerate(adapted):
-        number = torch.tensor(i, device="cpu")
         # Bound methods survive a copy of the model, and compiled code can be shared by layers.
-        module.forward = _AdaptedLinear(module, adapter, number, results, packs_masks).forward
+        module.forward = _AdaptedLinear(module, adapter, make_layer_key(i), results, packs_masks).forward
 
 
 def trains_plain_adapters_alone(model: nn.Module) -> bool:
@@ -55,7 +54,7 @@ class _AdaptedLinear:
 
     layer: Any
     adapter: str
-    number: Tensor
+    key: Tensor
     results: CheapResults
     packs_masks: bool
 
@@ -66,7 +65,7 @@ class _AdaptedLinear:
             return output
         module = layer.lora_dropout[name]
         share = module.p if layer.training and isinstance(module, nn.Dropout) else 0.0
-        dropout = find_dropout(inputs, share, self.number, self.packs_masks) if share else None
+        dropout = find_dropout(inputs, share, self.key, self.packs_masks) if share else None
         recipe, sources = self.results.find(inputs)
         outputs: Tensor = _LoraLinear.apply(
             inputs,
