@@ -25,6 +25,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapters.lora import add_adapters
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.model.kernels.install import CPU, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.model.load import load_model_config
@@ -58,7 +59,7 @@ def build_real_model(family: str, config: TrainConfig, dtype: torch.dtype) -> An
     return model.train()
 
 
-def count_saved_bytes(model: Any) -> int:
+def count_saved_bytes(model: Any, drops_by_token: bool) -> int:
     """Return the bytes that the model's forward keeps for its backward pass, up to the output layer."""
     starts = torch.arange(0, NUM_TOKENS + 1, EXAMPLE_TOKENS, dtype=torch.int32)
     ids_1T = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
@@ -74,11 +75,15 @@ def count_saved_bytes(model: Any) -> int:
         return tensor
 
     counted: list[int] = []
-    model.get_output_embeddings().register_forward_pre_hook(
+    handle = model.get_output_embeddings().register_forward_pre_hook(
         lambda *_: counted.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
     )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        drawing_from(position_ids_1T if drops_by_token else None),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         sum_cross_entropy(model, batch)
+    handle.remove()
     return counted[0]
 
 
@@ -95,12 +100,15 @@ def test_planned_activations_are_those_that_a_real_forward_keeps(
     if full_ft:
         real.to(dtype)  # as FSDP has it while it computes
     planned = build_planned_model(config, build_config(family, 300, **SHAPE), dtype)
-    microbatch = measure_microbatch(planned.model, NUM_TOKENS, EXAMPLE_TOKENS, planned_kernels("cpu"))
-    found = microbatch.recompute(SHAPE["num_hidden_layers"] if recompute else 0).activations
     hidden = NUM_TOKENS * SHAPE["hidden_size"] * dtype.itemsize
-    saved = count_saved_bytes(real)
-    # Besides what is kept, the output layer's input and what the last norm computed it from are alive.
-    assert saved <= found <= saved + 3 * hidden
+    for drops_by_token in (True, False):  # older runs keep masks
+        microbatch = measure_microbatch(
+            planned.model, NUM_TOKENS, EXAMPLE_TOKENS, planned_kernels("cpu"), drops_by_token
+        )
+        found = microbatch.recompute(SHAPE["num_hidden_layers"] if recompute else 0).activations
+        saved = count_saved_bytes(real, drops_by_token)
+        # Besides what is kept, the output layer's input and what the last norm computed it from are alive.
+        assert saved <= found <= saved + 3 * hidden
 
 
 @pytest.mark.parametrize("full_ft", [False, True])
