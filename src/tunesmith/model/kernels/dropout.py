@@ -195,10 +195,11 @@ _keep_columns = lru_cache(maxsize=64)(_make_columns)
 
 def _hash(numbers: Tensor) -> Tensor:
     """Return what SplitMix64 makes of int64 numbers."""
-    words: Tensor = (numbers + 1) * _STRIDE
+    words = (numbers + 1) * _STRIDE
     for num_bits, factor in _ROUNDS:
         words = (words ^ _shift(words, num_bits)) * factor
-    return words ^ _shift(words, _LAST_SHIFT)
+    mixed: Tensor = words ^ _shift(words, _LAST_SHIFT)
+    return mixed
 
 
 def _shift(words: Tensor, num_bits: int) -> Tensor:
