@@ -22,7 +22,7 @@ from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
 from tunesmith.data.prepare import open_prepared
 from tunesmith.model.files.state import read_weights
-from tunesmith.model.kernels.install import CPU
+from tunesmith.model.kernels.install import CPU, GPU
 from tunesmith.model.load import attention_of
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.runs.folder import RunDir
@@ -118,6 +118,7 @@ def test_the_fast_ways_train_as_the_plain_ones(
         monkeypatch.setattr(build, "fuses_loss", lambda *_: False)
         plain = replace(CPU, fuses_adapters=False, fuses_elementwise=False)
         assert_close(fast, gradient_of_step(config, sequences, microbatches, kernels=plain))
+        assert_close(fast, gradient_of_step(config, sequences, microbatches, kernels=GPU))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -273,8 +273,8 @@ class _Tile:
     hidden_st: Tensor
 
 
-# One row's, and of few windows: the layers follow one another.
-@lru_cache(maxsize=4)
+# One row's, with a window and without: the layers follow one another.
+@lru_cache(maxsize=2)
 def _cut_into_tiles(lengths: tuple[int, ...], window: int | None) -> list[_Tile]:
     ends = itertools.accumulate(lengths)
     starts = [end - length for end, length in zip(ends, lengths, strict=True) for _ in range(length)]

@@ -43,7 +43,11 @@ class _Norm:
     def forward(self, hidden: Tensor) -> Tensor:
         weight_D, eps = self.norm.weight, self.eps
         if self.is_torch_s:
-            return F.rms_norm(hidden, weight_D.shape, weight_D.to(hidden.dtype), eps)
+            return self.results.compute(
+                lambda hidden, weight_D: F.rms_norm(hidden, weight_D.shape, weight_D, eps),
+                hidden,
+                weight_D.to(hidden.dtype),
+            )
         if weight_D.requires_grad:
             normed: Tensor = type(self.norm).forward(self.norm, hidden)
             return normed
