@@ -21,6 +21,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.failures import explain_training
 from tunesmith.logs import log_to_file
 from tunesmith.model.chat_template import read_if_file
+from tunesmith.parallel.timeouts import GROUP_TIMEOUT
 from tunesmith.runs.folder import RunDir
 from tunesmith.runs.metrics_log import find_ending, newest_attempt
 from tunesmith.train.worker import TrainJob
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GROUP_TIMEOUT_S = 3600
 _START_TIMEOUT_S = 600
 # A node of the cloud's has to come up, and to load the image.
 _ELASTIC_START_TIMEOUT_S = 1800
@@ -90,7 +90,7 @@ def _make_trainer(job: TrainJob, allocation: Allocation, is_own_ray: bool) -> An
             storage_path=str(job.run.path.parent),
             failure_config=FailureConfig(max_failures=job.config.max_failures),
         ),
-        torch_config=TorchConfig(backend=backend, timeout_s=_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(backend=backend, timeout_s=int(GROUP_TIMEOUT.total_seconds())),
     )
 
 

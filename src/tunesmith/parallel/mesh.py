@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.parallel.collectives import sum_over_ranks
+from tunesmith.parallel.timeouts import GROUP_TIMEOUT
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import Batch
@@ -72,4 +73,4 @@ class Mesh:
 
 def build_mesh(rank: int, world_size: int) -> Mesh:
     """Return the mesh of a run: one axis, along which the weights are sharded where they are. Collective."""
-    return Mesh({SHARD: world_size}, rank, dist.new_group(backend="gloo"))
+    return Mesh({SHARD: world_size}, rank, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT))

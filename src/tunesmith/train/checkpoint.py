@@ -33,6 +33,7 @@ from tunesmith.model.adapters.prior import find_adapter
 from tunesmith.model.files.state import STATE_FOLDER, read_weights
 from tunesmith.model.files.tokenizer_files import pack_tokenizer, unpack_tokenizer
 from tunesmith.parallel.collectives import broadcast_objects
+from tunesmith.parallel.timeouts import GROUP_TIMEOUT
 from tunesmith.runs.folder import FORMAT_VERSION, STATE_FILE, Checkpoint, read_versioned_json
 from tunesmith.runs.lease import holds
 from tunesmith.train.stopping import EarlyStopping
@@ -82,7 +83,7 @@ class Checkpointer:
         self._optimizer = optimizer
         self._tokenizer_files = pack_tokenizer(tokenizer, job.config.model) if rank == 0 else {}
         # Its own group: the background write must not mix its messages with the loop's.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         (self._token,) = broadcast_objects([uuid.uuid4().hex[:8]], self._group)
         if rank == 0:
             job.run.discard_unfinished()  # of a group that a failure has ended
