@@ -30,8 +30,8 @@ ADDRESS = "127.0.0.1:6397"
         ([Node(8, 0)], {"num_workers": 3}, Allocation(3, False, 2)),
         ([Node(3, 0), Node(3, 0)], {"num_workers": 3}, Allocation(3, False, 1)),
         ([Node(4, 0), Node(2, 0)], {"num_workers": 3}, Allocation(3, False, 2)),
-        ([Node(0, 0), Node(32, 8), Node(32, 8)], {}, Allocation(16, True, 1)),
-        ([Node(32, 8)], {"num_workers": 4}, Allocation(4, True, 1)),
+        ([Node(0, 0), Node(32, 8), Node(32, 8)], {}, Allocation(16, True, 1, 0, 4)),
+        ([Node(32, 8)], {"num_workers": 4}, Allocation(4, True, 1, 0, 4)),
         ([Node(32, 8)], {"use_gpu": False, "num_workers": 4}, Allocation(4, False, 8)),
     ],
 )
@@ -39,11 +39,27 @@ def test_workers_get_what_fits(nodes: list[Node], settings: dict[str, object], e
     assert allocate(TrainConfig(**settings), nodes, "the cluster") == expected
 
 
-def test_gpus_by_default_are_all_the_cluster_has_and_threads_are_left_to_torch() -> None:
+def test_gpus_by_default_are_all_the_cluster_has() -> None:
     allocation = allocate(TrainConfig(), [Node(16, 2), Node(16, 2)], "the cluster")
     assert allocation.resources_per_worker == {"CPU": 1.0, "GPU": 1.0}
-    assert allocation.num_threads is None
     assert allocation.num_workers == 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_threads"),
+    [
+        ([Node(16, 2), Node(96, 8)], 8),
+        ([Node(4, 8)], 1),
+        ([Node(64, 0), Node(0, 1), Node(12, 1)], 12),  # one worker a CPU: none on the second
+    ],
+)
+def test_workers_on_gpus_take_their_share_of_the_cpus_and_ask_for_one(
+    nodes: list[Node], num_threads: int
+) -> None:
+    allocation = allocate(TrainConfig(num_workers=1), nodes, "the cluster")
+    assert allocation.num_threads == num_threads
+    assert allocation.resources_per_worker == {"CPU": 1.0, "GPU": 1.0}
+    assert allocation.num_cpus == 1
 
 
 @pytest.mark.parametrize("settings", [{"num_workers": 3}, {"use_gpu": True}])
@@ -55,9 +71,9 @@ def test_more_than_there_is_is_refused(settings: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("nodes", "settings", "expected"),
     [
-        ([Node(32, 8)], {"num_workers": 16}, Allocation(16, True, 1, 8)),
-        ([Node(32, 8)], {"num_workers": 4}, Allocation(4, True, 1)),
-        ([Node(32, 8)], {}, Allocation(8, True, 1)),
+        ([Node(32, 8)], {"num_workers": 16}, Allocation(16, True, 1, 8, 4)),
+        ([Node(32, 8)], {"num_workers": 4}, Allocation(4, True, 1, 0, 4)),
+        ([Node(32, 8)], {}, Allocation(8, True, 1, 0, 4)),
         ([Node(0, 0)], {"num_workers": 16, "use_gpu": True}, Allocation(16, True, 1, 16)),
         ([Node(4, 0)], {"num_workers": 6}, Allocation(6, False, 1, 2)),
     ],

@@ -26,6 +26,8 @@ class Allocation:
     cpus_per_worker: int
     num_awaited: int = 0
     """Workers that find no place before an elastic cluster has grown."""
+    cpus_beside_gpu: int | None = None
+    """Of a node's CPUs, the share of each of its GPUs, which nobody is asked for; None: there is no such node yet."""
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
@@ -38,8 +40,8 @@ class Allocation:
 
     @property
     def num_threads(self) -> int | None:
-        """CPU threads of a worker's products; None leaves torch's choice, where the GPU does the work."""
-        return None if self.use_gpu else self.cpus_per_worker
+        """CPU threads of a worker; None leaves torch's choice, which under Ray is one for each CPU that was asked for."""
+        return self.cpus_beside_gpu if self.use_gpu else self.cpus_per_worker
 
     def describe(self) -> str:
         """Return it in words."""
@@ -133,7 +135,10 @@ def allocate(config: TrainConfig, nodes: list[Node], place: str) -> Allocation:
             f"`num_workers` is {num_workers}, but {place} has {available} {unit}{'' if available == 1 else 's'}",
             f"ask for at most {available}, or leave `num_workers` out",
         )
-    if use_gpu or num_awaited:
+    if use_gpu:
+        shares = [max(1, node.cpus // node.gpus) for node in nodes if node.gpus and node.cpus]
+        return Allocation(num_workers, use_gpu, 1, num_awaited, min(shares, default=None))
+    if num_awaited:
         return Allocation(num_workers, use_gpu, 1, num_awaited)
     largest = max(node.cpus for node in nodes)
     fitting = [cpus for cpus in range(1, largest + 1) if sum(n.cpus // cpus for n in nodes) >= num_workers]
