@@ -120,3 +120,9 @@ def test_what_is_reshaped_may_be_changed_in_place() -> None:
     outputs.sum().backward()
     assert values.grad is not None
     assert torch.equal(values.grad, torch.full((2, 3), 3.0))
+
+
+def test_cuda_s_allocator_can_be_told_to_widen_its_segments() -> None:
+    compat.let_segments_grow()
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")

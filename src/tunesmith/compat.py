@@ -135,6 +135,19 @@ def set_most_variants(count: int) -> None:
     torch._dynamo.config.recompile_limit = count
 
 
+def let_segments_grow() -> None:
+    """Let CUDA's allocator widen the segments that it has, instead of leaving gaps between those of other sizes.
+
+    From now on: it may have begun. `_C._accelerator_setAllocatorSettings`: torch 2.13; the function of
+    `torch.cuda.memory`, which warns there: before.
+    """
+    import torch
+
+    unnamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    change = unnamed or torch.cuda.memory._set_allocator_settings
+    change("expandable_segments:True")
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return what tells a storage that lives from all others, without data too.
 

@@ -15,6 +15,7 @@ from tunesmith.machine import available_memory
 from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks
 from tunesmith.planning.memory import (
+    PROCESS_BYTES,
     Layout,
     Memory,
     PlannedModel,
@@ -35,13 +36,19 @@ SHARE_FOR_ALL = 0.8
 def find_room(device: torch.device, world_size: int) -> int:
     """Return the bytes of memory that each worker may fill: as many as the smallest of them has. Collective."""
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device).total_memory
+        found = _room_on_gpu(device)
     else:
         # torchrun's name, which Ray Train sets too.
         found = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     room = torch.tensor(found, device=device)
     dist.all_reduce(room, dist.ReduceOp.MIN)
     return int(room.item())
+
+
+def _room_on_gpu(device: torch.device) -> int:
+    """Return what is free or ours: the allocator's blocks, and the CUDA context, which a plan counts as well."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + torch.cuda.memory_reserved(device) + PROCESS_BYTES["cuda"])
 
 
 def choose_layout(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What a worker holds without a model. CPU: torch, transformers, peft and Ray, inferred from one run's peak.
 # GPU: assumed, for the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.
-_PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
+PROCESS_BYTES = {"cpu": 620 << 20, "cuda": 3 << 29}
 
 # Freed tensors that the allocator can't use again: so many bytes, or a share of what a microbatch holds if that is
 # more. CPU: fitted to two runs, whose peaks rose over their first steps, with and without recomputation.
@@ -186,7 +186,7 @@ def estimate_memory(
             _LEAST_HEAP_BYTES[device_type],
             int(_HEAP_SHARE[device_type] * max(live.loss_peak, live.backward_peak)),
         ),
-        process=_PROCESS_BYTES[device_type],
+        process=PROCESS_BYTES[device_type],
     )
 
 

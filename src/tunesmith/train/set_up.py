@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from tunesmith.compat import let_segments_grow
 from tunesmith.data.batches import BatchPlan, GlobalBatch, Sequences
 from tunesmith.data.epochs import plan_epochs
 from tunesmith.data.prepare import open_prepared
@@ -31,6 +33,9 @@ from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer
 from tunesmith.train.state import Training
 from tunesmith.train.worker import TrainJob, Worker
+
+# What a user sets of the allocator stays: torch's names for it, the second since 2.9.
+_ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 
 
 def set_up(job: TrainJob, worker: Worker) -> Training:
@@ -94,5 +99,7 @@ def prepare_process(num_threads: int | None, device: torch.device) -> None:
         torch.set_num_threads(num_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+            let_segments_grow()
     else:
         keep_freed_memory()
