@@ -17,6 +17,7 @@ from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.model.frozen_weights import Dense, FrozenWeight, store_weights
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
+from tunesmith.model.kernels.newer_flash import activate_newer_flash
 from tunesmith.model.load import attention_of, load_model, load_model_config, resolve_dtype
 from tunesmith.model.probe import attend_eagerly, attends_rightly, fuses_loss, use_varlen_attention
 from tunesmith.model.unread import UnreadWeights, load_unread
@@ -89,6 +90,7 @@ def choose_ways(config: TrainConfig, model: nn.Module, device: torch.device) -> 
         ModelError: the model doesn't allow the attention that the settings name.
     """
     dtype = resolve_dtype(config.dtype, device)
+    activate_newer_flash(device, model)
     if may_use_varlen(config.attn_implementation, attention_of(model)):
         uses_varlen = use_varlen_attention(model, device, dtype, config.max_seq_length)
         if not uses_varlen and config.attn_implementation == VARLEN:
