@@ -65,6 +65,14 @@ def two_workers() -> Iterator[WorkerGroup]:
 
 
 @pytest.fixture(scope="session")
+def four_workers() -> Iterator[WorkerGroup]:
+    """Four gloo processes of one thread each."""
+    group = WorkerGroup(4)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
 def alone() -> None:
     """This process is a gloo group of its own and computes with one thread."""
     import torch

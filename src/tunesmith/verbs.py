@@ -106,7 +106,8 @@ def run_plan(verb: Verb, words: list[str]) -> int:
     from tunesmith.view.plan import plan
 
     if "--gpu" in given:
-        workers = imagine_workers(config, given["--gpu"][-1])
+        per_node = given.get(_GPUS_PER_NODE.name, [_GPUS_OF_MOST_NODES])[-1]
+        workers = imagine_workers(config, given["--gpu"][-1], per_node)
     else:
         try:
             allocation = allocate(config, [this_machine()], "this machine")
@@ -241,6 +242,10 @@ _CLUSTER_OPTIONS = (
 _WAIT = Option("--wait", "follow a Ray job's log to its end, and end with its exit code")
 _ONCE = Option("--once", "print the run's state and end")
 _GPU = Option("--gpu", "plan for GPUs of this kind, as A100-80GB, whatever this machine has", "NAME")
+_GPUS_OF_MOST_NODES = "8"
+_GPUS_PER_NODE = Option(
+    "--gpus_per_node", f"with --gpu: GPUs of each node, {_GPUS_OF_MOST_NODES} by default", "NUMBER"
+)
 _HTML = Option("--html", "write a page for the browser besides, which needs nothing but itself", "PAGE")
 _FORMAT = Option("--format", "JSON schema (default) or reference page", "json|markdown")
 
@@ -287,7 +292,7 @@ VERBS = {
             "tell a run's memory, speed and hours before it starts, and what makes it fit",
             run_plan,
             TrainConfig,
-            (_GPU,),
+            (_GPU, _GPUS_PER_NODE),
             values_section=_RUN,
         ),
         Verb("watch RUN [--once]", "draw a run's progress from its folder", run_watch, options=(_ONCE,)),

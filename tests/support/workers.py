@@ -1,4 +1,4 @@
-"""Gloo processes that tests run functions in: spawned once a session, because their imports take long."""
+"""Gloo processes that tests run functions in: forked once a session from one that has imported what takes long."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+# What the training imports, and what it imports late.
+_PRELOADED = ["tunesmith.train.loop", "transformers.models.llama.modeling_llama", "peft"]
+
 
 class WorkerGroup:
     """`world_size` processes in a gloo group; `run(function, *arguments)` calls it on every rank."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []

@@ -357,7 +357,8 @@ def test_activations_are_recomputed_when_asked_for(base: Base, train_with: Calla
 
 
 @pytest.mark.parametrize(
-    ("asked", "is_sharded"), [("auto", False), ("no_shard", False), ("full_shard", True)]
+    ("asked", "is_sharded"),
+    [("auto", False), ("no_shard", False), ("full_shard", True), ("hybrid_shard", True)],
 )
 def test_weights_are_sharded_when_asked_for(
     asked: str, is_sharded: bool, base: Base, train_with: Callable[..., RunDir]

@@ -215,10 +215,11 @@ class TrainConfig(AdapterSettings, HFDatasetConfig):
         group="memory",
         scope="run",
     )
-    fsdp: Literal["auto", "full_shard", "no_shard"] = setting(
+    fsdp: Literal["auto", "full_shard", "hybrid_shard", "no_shard"] = setting(
         "auto",
-        "Weights on each worker: full_shard: a slice of all; no_shard (LoRA): the frozen ones whole; "
-        "auto: whole where they fill at most half of its memory.",
+        "Weights on each worker: full_shard: a slice of all; hybrid_shard: of each node's workers every one has a slice; "
+        "no_shard (LoRA): the frozen ones whole; auto: whole where they fill at most half of its memory, else "
+        "hybrid_shard where the nodes have equally many workers and memory allows it, else full_shard.",
         group="memory",
         scope="run",
     )

@@ -14,12 +14,15 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from tunesmith.compat import apply_to_tensors
 from tunesmith.errors import ResourceError
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.parallel.casting import Fill, cast_weights
+
+# How weights lie, as the setting `fsdp` names it: a slice of all on each worker, or of a node's workers on each of them.
+FULL, HYBRID, WHOLE = "full_shard", "hybrid_shard", "no_shard"
 
 # The first torch whose FSDP2 shards tensors of integers: earlier ones make parameters of them that ask for a gradient.
 _FIRST_WITH_BYTES = (2, 12)
@@ -33,7 +36,9 @@ def shard_model(
     reshard_after_forward: bool = True,
     fill: Fill | None = None,
 ) -> None:
-    """Shard `model` in place over `mesh`, block by block and then the rest; compute in `dtype`.
+    """Shard `model` in place over the last axis of `mesh`, block by block and then the rest; compute in `dtype`.
+
+    Along an axis before it, all hold the same.
 
     Frozen weights are kept in `dtype`, or in the bytes that they are stored as. Trained ones are kept in float32, as
     are their gradients; they are cast to `dtype` as they are gathered. Casts happen on the slice, so that no worker ever holds a
@@ -72,6 +77,24 @@ def shard_model(
             # gloo has no averaging; sums also keep the loss independent of the number of workers.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def name_sharding(model: nn.Module) -> str:
+    """Return how the weights lie, as the setting `fsdp` names it."""
+    if not isinstance(model, FSDPModule):
+        return WHOLE
+    num_axes = {p.device_mesh.ndim for p in model.parameters() if isinstance(p, DTensor)}
+    return HYBRID if 2 in num_axes else FULL
+
+
+def sync_gradients(model: FSDPModule, is_last: bool, trains_all: bool) -> None:
+    """Say before a microbatch whether its gradients are exchanged: the adapters' in the step's `is_last` alone.
+
+    Those of all weights can't wait: whole and in float32, they would cost every worker more memory than the model.
+    What a node's workers have added up can.
+    """
+    model.set_requires_gradient_sync(trains_all or is_last)
+    model.set_requires_all_reduce(is_last)
 
 
 def sharded_dim(shape: torch.Size, num_slices: int) -> int:

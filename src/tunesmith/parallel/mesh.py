@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.parallel.collectives import sum_over_ranks
+from tunesmith.parallel.nodes import explain_unequal, gather_places
 from tunesmith.parallel.timeouts import GROUP_TIMEOUT
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ class Mesh:
         axes: the ranks along each axis.
         rank: this one, in the whole group.
         group: all ranks; it works on the CPU, whatever the model's device: for values and decisions that all must share.
+        unequal_nodes: why nodes are no axis, of several; None where they are, or there is one.
     """
 
     axes: Mapping[str, int]
     rank: int
     group: dist.ProcessGroup
+    unequal_nodes: str | None = None
 
     @property
     def size(self) -> int:
@@ -45,6 +48,11 @@ class Mesh:
     @property
     def data_size(self) -> int:
         return self.axes.get(REPLICATE, 1) * self.axes.get(SHARD, 1)
+
+    @property
+    def num_nodes(self) -> int:
+        """The nodes that weights may be replicated over."""
+        return self.axes.get(REPLICATE, 1)
 
     @property
     def data_rank(self) -> int:
@@ -62,15 +70,25 @@ class Mesh:
         """Add up a tensor on the model's device over all ranks. Collective."""
         dist.all_reduce(tensor)
 
-    def lay_out_weights(self, device: torch.device) -> DeviceMesh:
-        """Return the ranks as FSDP takes them: those that share a data rank hold slices as all others do. Collective."""
-        replicas = self.axes.get(REPLICATE, 1)
-        if replicas == 1:
+    def lay_out_weights(self, device: torch.device, num_replicas: int) -> DeviceMesh:
+        """Return the ranks as FSDP takes them: along the last axis they hold slices, along one before it the same.
+
+        Those that share a data rank hold slices as all others do. Collective.
+        """
+        if num_replicas == 1:
             return init_device_mesh(device.type, (self.size,), mesh_dim_names=(SHARD,))
-        shape = (replicas, self.size // replicas)
+        shape = (num_replicas, self.size // num_replicas)
         return init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
 
 
 def build_mesh(rank: int, world_size: int) -> Mesh:
-    """Return the mesh of a run: one axis, along which the weights are sharded where they are. Collective."""
-    return Mesh({SHARD: world_size}, rank, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT))
+    """Return the mesh of a run: an axis of nodes, where several have equally many ranks, and one of the ranks of each.
+
+    Collective.
+    """
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    places = gather_places(rank, world_size, group)
+    unequal = explain_unequal(places)
+    num_nodes = 1 if unequal else world_size // places[0].num_local
+    axes = {SHARD: world_size} if num_nodes == 1 else {REPLICATE: num_nodes, SHARD: world_size // num_nodes}
+    return Mesh(axes, rank, group, unequal)

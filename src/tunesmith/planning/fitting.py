@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.config import TrainConfig
+from tunesmith.parallel.fsdp import FULL, HYBRID
 from tunesmith.planning.layout import plan_layout
 from tunesmith.planning.memory import Layout, Memory, PlannedModel
 from tunesmith.planning.workers import Workers
@@ -31,7 +32,9 @@ class Plan:
 
 def make_plan(model: PlannedModel, config: TrainConfig, workers: Workers) -> Plan:
     """Return what `model` needs with these settings."""
-    layout, memory = plan_layout(model, config, workers.device_type, workers.num, workers.memory)
+    layout, memory = plan_layout(
+        model, config, workers.device_type, workers.num, workers.memory, workers.num_equal_nodes
+    )
     return Plan(config, workers, layout, memory)
 
 
@@ -62,8 +65,8 @@ def _smaller_settings(config: TrainConfig, workers: Workers) -> Iterator[tuple[T
             gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
         )
         yield config, num_workers
-    if num_workers > 1 and not config.full_ft and config.fsdp != "full_shard":
-        config = change(fsdp="full_shard")
+    if num_workers > 1 and config.fsdp != FULL and (config.fsdp == HYBRID or not config.full_ft):
+        config = change(fsdp=FULL)
         yield config, num_workers
     while workers.imagined and num_workers < _MOST_TIMES_WORKERS * workers.num:
         num_workers *= 2

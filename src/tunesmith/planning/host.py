@@ -35,7 +35,8 @@ def estimate_host(
     elif layout.replicated:
         read = width * max(parameter.numel() for parameter in parameters)
     else:
-        read = width * max(numel_of_slice(parameter.shape, num_workers) for parameter in parameters)
+        num_slices = num_workers // layout.num_replicas
+        read = width * max(numel_of_slice(parameter.shape, num_slices) for parameter in parameters)
     trained, frozen = count_held(planned, layout, num_workers)
     # Weights, gradients and AdamW's two moments.
     offloaded = frozen + 16 * trained if config.cpu_offload else 0

@@ -14,6 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.machine import available_memory
 from tunesmith.model.files.weight_names import find_stacked
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks
+from tunesmith.parallel.fsdp import HYBRID
 from tunesmith.planning.memory import (
     PROCESS_BYTES,
     Layout,
@@ -52,29 +53,42 @@ def _room_on_gpu(device: torch.device) -> int:
 
 
 def choose_layout(
-    planned: PlannedModel, config: TrainConfig, device_type: str, num_workers: int, room: int
+    planned: PlannedModel,
+    config: TrainConfig,
+    device_type: str,
+    num_workers: int,
+    room: int,
+    num_nodes: int = 1,
 ) -> Layout:
     """Return the layout of a run whose workers have `room` bytes each; where the settings leave but one, at once.
+
+    Of several nodes all have equally many workers.
 
     A model that can't be run without data recomputes all its blocks on GPUs, where memory is what runs out.
     """
     num_blocks = len(find_decoder_blocks(planned.model)) or 1
     replicated = is_replicated(planned, config, device_type, room)
-    only, *others = _list_layouts(planned, config, device_type, replicated, num_blocks)
+    only, *others = _list_layouts(planned, config, device_type, replicated, num_blocks, num_nodes)
     if not others:
         return only
     try:
-        layout, _ = plan_layout(planned, config, device_type, num_workers, room)
+        layout, _ = plan_layout(planned, config, device_type, num_workers, room, num_nodes)
     except ModelError as error:
         logger.info("%s", error.message)
         asked = config.gradient_checkpointing
         num_recomputed = num_blocks if (device_type == "cuda" if asked is None else asked) else 0
-        return Layout(replicated, True, num_recomputed, num_blocks)
+        num_replicas = _list_replicas(config, replicated, num_nodes)[-1]
+        return Layout(replicated, True, num_recomputed, num_blocks, num_replicas)
     return layout
 
 
 def plan_layout(
-    planned: PlannedModel, config: TrainConfig, device_type: str, num_workers: int, room: int
+    planned: PlannedModel,
+    config: TrainConfig,
+    device_type: str,
+    num_workers: int,
+    room: int,
+    num_nodes: int = 1,
 ) -> tuple[Layout, Memory]:
     """Return the layout that takes the least time of those that fit, and what it needs of each worker.
 
@@ -85,7 +99,8 @@ def plan_layout(
     """
     microbatch = estimate_microbatch(planned, config, device_type)
     replicated = is_replicated(planned, config, device_type, room)
-    for layout in _list_layouts(planned, config, device_type, replicated, len(microbatch.savings)):
+    num_blocks = len(microbatch.savings)
+    for layout in _list_layouts(planned, config, device_type, replicated, num_blocks, num_nodes):
         memory = estimate_memory(planned, config, layout, microbatch, device_type, num_workers)
         if memory.total <= SHARE_FOR_ALL * room:
             break
@@ -93,9 +108,17 @@ def plan_layout(
 
 
 def _list_layouts(
-    planned: PlannedModel, config: TrainConfig, device_type: str, replicated: bool, num_blocks: int
+    planned: PlannedModel,
+    config: TrainConfig,
+    device_type: str,
+    replicated: bool,
+    num_blocks: int,
+    num_nodes: int,
 ) -> Iterator[Layout]:
-    """Yield the layouts that the settings allow, the fastest first: gathering again costs less than recomputing."""
+    """Yield the layouts that the settings allow, the fastest first.
+
+    Gathering again costs less than recomputing, which costs less than gathering from other nodes.
+    """
     fewest = num_blocks if config.gradient_checkpointing else 0
     most = 0 if config.gradient_checkpointing is False else num_blocks
     if (
@@ -104,10 +127,19 @@ def _list_layouts(
         and keeps_squares(planned, config, device_type)
     ):
         fewest = num_blocks
-    if not replicated and not config.cpu_offload:
-        yield Layout(replicated, False, fewest, num_blocks)
-    for num_recomputed in range(fewest, most + 1):
-        yield Layout(replicated, True, num_recomputed, num_blocks)
+    for num_replicas in _list_replicas(config, replicated, num_nodes):
+        if not replicated and not config.cpu_offload:
+            yield Layout(replicated, False, fewest, num_blocks, num_replicas)
+        for num_recomputed in range(fewest, most + 1):
+            yield Layout(replicated, True, num_recomputed, num_blocks, num_replicas)
+
+
+def _list_replicas(config: TrainConfig, replicated: bool, num_nodes: int) -> list[int]:
+    """Return how often the sharded weights may lie on the workers together, the fastest way first."""
+    if replicated or config.fsdp not in ("auto", HYBRID):
+        return [1]
+    # Within a node alone, they are gathered much faster.
+    return [num_nodes] if config.fsdp == HYBRID else sorted({num_nodes, 1}, reverse=True)
 
 
 def is_replicated(planned: PlannedModel, config: TrainConfig, device_type: str, room: int) -> bool:

@@ -72,12 +72,14 @@ class Layout:
         reshard_after_forward: whether a sharded block's gathered weights go after its forward pass, and come again for
             its backward pass.
         num_recomputed: of the `num_blocks` blocks, those that are recomputed: the first ones.
+        num_replicas: of sharded weights: equal groups of workers, each of which holds them all.
     """
 
     replicated: bool
     reshard_after_forward: bool
     num_recomputed: int
     num_blocks: int
+    num_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,11 @@ def estimate_memory(
 
 def count_held(planned: PlannedModel, layout: Layout, num_workers: int) -> tuple[int, int]:
     """Return what each worker holds of the weights: how many trained numbers, and how many bytes of frozen ones."""
+    num_slices = num_workers // layout.num_replicas
     trained = frozen = 0
     for parameter in planned.model.parameters():
         whole = parameter.numel()
-        held = whole if layout.replicated else numel_of_slice(parameter.shape, num_workers)
+        held = whole if layout.replicated else numel_of_slice(parameter.shape, num_slices)
         if parameter.requires_grad:
             trained += held
         elif whole:

@@ -25,6 +25,7 @@ class Workers:
         memory: bytes of each worker.
         flops: FLOP/s of each worker's products in `dtype`; None for a GPU that isn't known.
         imagined: whether they are elsewhere: more may be had, and their folders may be absent here.
+        most_of_node: a node has so many of them at most; None: all are on one.
     """
 
     num: int
@@ -34,6 +35,13 @@ class Workers:
     flops: float | None
     dtype: torch.dtype
     imagined: bool = False
+    most_of_node: int | None = None
+
+    @property
+    def num_equal_nodes(self) -> int:
+        """The nodes that they are on, if these have equally many, else 1: then nodes make no difference."""
+        per_node = min(self.num, self.most_of_node or self.num)
+        return 1 if self.num % per_node else self.num // per_node
 
 
 def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Workers:
@@ -47,12 +55,16 @@ def find_workers(config: TrainConfig, num_workers: int, use_gpu: bool) -> Worker
     return Workers(num_workers, "cpu", "CPU", available_memory() // num_workers, flops, dtype)
 
 
-def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
+def imagine_workers(config: TrainConfig, gpu: str, gpus_per_node: str = "8") -> Workers:
     """Return workers with one GPU each, of the kind `gpu`: `H100`, or with the size of its memory `A100-80GB`.
 
+    A node has `gpus_per_node` of them.
+
     Raises:
-        ConfigError: that GPU isn't known.
+        ConfigError: that GPU isn't known, or a node has no such number of them.
     """
+    if not gpus_per_node.isdecimal() or not int(gpus_per_node):
+        raise ConfigError(f"`--gpus_per_node` is `{gpus_per_node}`", "it must be a whole number from 1 on")
     name, _, size = gpu.upper().partition("-")
     gigabytes = size.removesuffix("GB")
     if name not in known_gpus() or (size and not gigabytes.isdecimal()):
@@ -65,7 +77,14 @@ def imagine_workers(config: TrainConfig, gpu: str) -> Workers:
     best = torch.float32 if name == "V100" else torch.bfloat16
     dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
     return Workers(
-        config.num_workers or 1, "cuda", gpu.upper(), memory, peak_flops(name), dtype, imagined=True
+        config.num_workers or 1,
+        "cuda",
+        gpu.upper(),
+        memory,
+        peak_flops(name),
+        dtype,
+        imagined=True,
+        most_of_node=int(gpus_per_node),
     )
 
 

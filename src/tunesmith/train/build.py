@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError
@@ -27,13 +26,19 @@ from tunesmith.parallel.activation_checkpointing import (
     recompute_first,
 )
 from tunesmith.parallel.collectives import holds_on_all_ranks
-from tunesmith.parallel.fsdp import shard_model
+from tunesmith.parallel.fsdp import FULL, HYBRID, WHOLE, name_sharding, shard_model
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.replicate import replicate_model
 from tunesmith.planning.layout import choose_layout, find_room
 from tunesmith.planning.memory import build_planned_model
 
 logger = logging.getLogger(__name__)
+
+_PLACED = {
+    WHOLE: "whole on each worker",
+    FULL: "sharded",
+    HYBRID: "sharded within each node",
+}
 
 
 def build_model(
@@ -52,7 +57,8 @@ def build_model(
     dtype = resolve_dtype(config.dtype, device)
     planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
     planned = replace(planned, drops_by_token=drops_by_token)
-    layout = choose_layout(planned, config, device.type, mesh.size, find_room(device, mesh.size))
+    room = find_room(device, mesh.size)
+    layout = choose_layout(planned, config, device.type, mesh.size, room, mesh.num_nodes)
     # A CPU's workers share the pages of what is as the files have it.
     stays_mapped = layout.replicated and device.type == "cpu" and not find_stacked(planned.model)
     by_slices = frozen_weight is Dense and not stays_mapped and not config.needs_weights
@@ -65,7 +71,9 @@ def build_model(
     if layout.replicated:
         replicate_model(model, device, dtype, fill)
     else:
-        ranks = mesh.lay_out_weights(device)
+        if mesh.unequal_nodes:
+            logger.info("the weights are sharded over all nodes: %s", mesh.unequal_nodes)
+        ranks = mesh.lay_out_weights(device, layout.num_replicas)
         shard_model(model, ranks, dtype, config.cpu_offload, layout.reshard_after_forward, fill)
     return model.train()
 
@@ -113,7 +121,7 @@ def describe_choices(model: nn.Module, fused_loss: bool, config: TrainConfig, de
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return (
         f"{dtype}, attention {attention_of(model)}, loss {'fused' if fused_loss else 'of whole logits'}, "
-        f"weights {'sharded' if isinstance(model, FSDPModule) else 'whole on each worker'}, "
+        f"weights {_PLACED[name_sharding(model)]}, "
         f"gradient checkpointing {describe_recomputation(*count_recomputed(model))}, "
         f"{'blocks compiled, ' if config.torch_compile else ''}{torch.get_num_threads()} CPU threads"
     )

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config import TrainConfig
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, ResourceError
 from tunesmith.model.attention_choice import EAGER, SDPA
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.parallel.activation_checkpointing import count_recomputed, describe_recomputation
+from tunesmith.parallel.fsdp import HYBRID, name_sharding
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.runs.folder import RunDir
 
@@ -36,23 +36,38 @@ class Choices:
 
 
 def keep_recorded(
-    config: TrainConfig, recorded: dict[str, Any] | None, num_workers: int, use_gpu: bool
+    config: TrainConfig, recorded: dict[str, Any] | None, mesh: Mesh, use_gpu: bool
 ) -> TrainConfig:
     """Return the settings with the dtype that the run was started in, where they leave it open.
 
-    And with where the weights lay, if the number of workers is the same: how gradients are added up follows. And with
-    SDPA or eager attention, if the run attends so on such devices: before there was a choice, models that cap their
-    scores attended with SDPA, and before `varlen` knew windows, models with those attended with either.
+    And with where the weights lay, if the number of workers is the same: how gradients are added up follows. (Not
+    within nodes that now have unequal numbers.) And with SDPA or eager attention, if the run attends so on such
+    devices: before there was a choice, models that cap their scores attended with SDPA, and before `varlen` knew
+    windows, models with those attended with either.
     `recorded` are the choices of the attempt before, None at a run's first.
     """
     if recorded is None:
         return config
     kept = {"dtype": recorded["dtype"]}
-    if recorded["num_workers"] == num_workers:
+    may_lie_so = recorded["fsdp"] != HYBRID or not mesh.unequal_nodes
+    if recorded["num_workers"] == mesh.size and may_lie_so:
         kept["fsdp"] = recorded["fsdp"]
     if recorded["attn_implementation"] in (SDPA, EAGER) and recorded["use_gpu"] == use_gpu:
         kept["attn_implementation"] = recorded["attn_implementation"]
     return config.model_copy(update={name: c for name, c in kept.items() if getattr(config, name) == "auto"})
+
+
+def check_sharding(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuse to shard the weights within nodes that can't hold the same.
+
+    Raises:
+        ResourceError: it names the setting.
+    """
+    if config.fsdp == HYBRID and mesh.unequal_nodes:
+        raise ResourceError(
+            f"`fsdp` is `{HYBRID}`, but {mesh.unequal_nodes}",
+            "ask for as many workers as fill whole nodes, or set `fsdp` to `full_shard`",
+        )
 
 
 def choose_packing(
@@ -92,7 +107,7 @@ def find_choices(config: TrainConfig, model: nn.Module, mesh: Mesh, device: torc
         dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         attn_implementation=attention_of(model),
         gradient_checkpointing=describe_recomputation(*count_recomputed(model)),
-        fsdp="full_shard" if isinstance(model, FSDPModule) else "no_shard",
+        fsdp=name_sharding(model),
         num_workers=mesh.size,
         use_gpu=device.type == "cuda",
     )

@@ -27,7 +27,13 @@ from tunesmith.planning.memory import sequences_per_forward
 from tunesmith.runs.identity import drops_by_token
 from tunesmith.train.build import build_model, choose_ways
 from tunesmith.train.checkpoint import Checkpointer
-from tunesmith.train.choices import choose_packing, find_choices, keep_recorded, record_choices
+from tunesmith.train.choices import (
+    check_sharding,
+    choose_packing,
+    find_choices,
+    keep_recorded,
+    record_choices,
+)
 from tunesmith.train.learner import Learner
 from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer
@@ -45,7 +51,8 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     mesh = build_mesh(worker.rank, worker.world_size)
     (params,) = broadcast_objects([job.run.read_params()], mesh.group)
     config = with_kept_adapter(job.config, job.run)
-    config = keep_recorded(config, params["resolved"], mesh.size, device.type == "cuda")
+    config = keep_recorded(config, params["resolved"], mesh, device.type == "cuda")
+    check_sharding(config, mesh)
     job = replace(job, config=config)
     if config.torch_compile:
         check_compiler(device)

@@ -17,6 +17,7 @@ from tunesmith.data.batches import Counts, Sequences, microbatch_seed
 from tunesmith.data.draws import Draws
 from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.objectives.base import LOSS
+from tunesmith.parallel.fsdp import sync_gradients
 from tunesmith.parallel.replicate import sum_gradients
 from tunesmith.train.learner import Learner, Tally, read_scalars
 from tunesmith.train.schedule import learning_rate, set_learning_rate
@@ -107,8 +108,6 @@ def accumulate_gradients(
     tally = learner.start_tally(counts)
     numbers = learner.share(len(microbatches))
     is_sharded = isinstance(model, FSDPModule)
-    # Adapters' gradients are exchanged once a step. Those of all weights can't wait: whole and in float32,
-    # they would cost every worker more memory than the model.
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
     draws = Draws(seed, step) if drops_by_token else None
     data_wait_s = 0.0
@@ -120,7 +119,7 @@ def accumulate_gradients(
         for j, rows in enumerate(parts):
             if isinstance(model, FSDPModule):
                 is_last = i == len(numbers) - 1 and j == len(parts) - 1
-                model.set_requires_gradient_sync(trains_all or is_last)
+                sync_gradients(model, is_last, trains_all)
             start = time.perf_counter()
             batch = learner.collate(sequences, rows, draws)
             data_wait_s += time.perf_counter() - start

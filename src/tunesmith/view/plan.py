@@ -126,7 +126,9 @@ def _print_memory(console: Console, planned: Plan) -> None:
     table.add_section()
     table.add_row("together", format_bytes(planned.memory.total))
     table.add_row(f"{workers.name} has", format_bytes(workers.memory))
-    placed = "sharded, gathered once a microbatch" if not layout.reshard_after_forward else "sharded"
+    placed = "sharded" if layout.num_replicas == 1 else f"sharded within each of {layout.num_replicas} nodes"
+    if not layout.reshard_after_forward:
+        placed += ", gathered once a microbatch"
     recomputed = describe_recomputation(layout.num_recomputed, layout.num_blocks)
     console.print(
         f"{planned.config.model.source}: {workers.num} × {workers.name}, "

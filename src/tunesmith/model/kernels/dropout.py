@@ -198,13 +198,12 @@ def _hash(numbers: Tensor) -> Tensor:
     words = (numbers + 1) * _STRIDE
     for num_bits, factor in _ROUNDS:
         words = (words ^ _shift(words, num_bits)) * factor
-    mixed: Tensor = words ^ _shift(words, _LAST_SHIFT)
-    return mixed
+    return words ^ _shift(words, _LAST_SHIFT)
 
 
 def _shift(words: Tensor, num_bits: int) -> Tensor:
     """Shift to the right without the sign, which torch would let follow."""
-    return (words >> num_bits) & (2 ** (64 - num_bits) - 1)
+    return (words >> num_bits).bitwise_and(2 ** (64 - num_bits) - 1)
 
 
 def _bits(values: Tensor) -> Tensor:
