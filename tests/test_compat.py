@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -97,6 +98,15 @@ def test_a_rank_knows_its_slice() -> None:
     whole = torch.arange(6.0).view(3, 2)
     sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
     assert compat.locate_slice(sharded) == ((3, 2), (0, 0))
+
+
+@pytest.mark.usefixtures("alone")
+def test_fsdp_tells_which_weights_it_leaves_gathered() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    for reshards in (False, True):
+        layer = fully_shard(torch.nn.Linear(2, 3), mesh=mesh, reshard_after_forward=reshards)
+        assert compat.stays_gathered(layer) != reshards
+    assert not compat.stays_gathered(fully_shard(torch.nn.ReLU(), mesh=mesh))
 
 
 def test_peft_takes_names_for_those_of_experts() -> None:

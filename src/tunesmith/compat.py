@@ -182,6 +182,15 @@ def locate_slice(sharded: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
 
 
+def stays_gathered(module: Any) -> bool:
+    """Return whether FSDP leaves a module's weights whole after its forward pass.
+
+    `_get_fsdp_state`, `_fsdp_param_group` and its `_reshard_after_forward`: torch 2.11, 2.13.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    return group is not None and not group._reshard_after_forward
+
+
 def trainer_without_cleaner() -> Any:
     """Return Ray's TorchTrainer without the process that gives back the workers' places when the controller dies.
 

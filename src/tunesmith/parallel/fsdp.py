@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from tunesmith.compat import apply_to_tensors
+from tunesmith.compat import apply_to_tensors, stays_gathered
 from tunesmith.errors import ResourceError
 from tunesmith.parallel.blocks import find_blocks
 from tunesmith.parallel.casting import Fill, cast_weights
@@ -67,7 +67,14 @@ def shard_model(
             offload_policy=offload,
             shard_placement_fn=place,
         )
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, shard_placement_fn=place)
+    fully_shard(
+        model,
+        mesh=mesh,
+        reshard_after_forward=False,
+        mp_policy=policy,
+        offload_policy=offload,
+        shard_placement_fn=place,
+    )
     cast_weights(model, dtype)
     if fill is not None:
         fill(model, torch.device("cpu" if cpu_offload else mesh.device_type))
@@ -91,10 +98,13 @@ def sync_gradients(model: FSDPModule, is_last: bool, trains_all: bool) -> None:
     """Say before a microbatch whether its gradients are exchanged: the adapters' in the step's `is_last` alone.
 
     Those of all weights can't wait: whole and in float32, they would cost every worker more memory than the model.
-    What a node's workers have added up can.
+    What a node's workers have added up can. Weights that stay gathered until the backward pass do so until the last.
     """
     model.set_requires_gradient_sync(trains_all or is_last)
     model.set_requires_all_reduce(is_last)
+    for module in model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, FSDPModule) and stays_gathered(module):
+            module.set_reshard_after_backward(is_last, recurse=False)
 
 
 def sharded_dim(shape: torch.Size, num_slices: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class Layout:
     Attributes:
         replicated: whether the weights lie whole on each worker; else they are sharded.
         reshard_after_forward: whether a sharded block's gathered weights go after its forward pass, and come again for
-            its backward pass.
+            its backward pass; else they stay for all microbatches of a step.
         num_recomputed: of the `num_blocks` blocks, those that are recomputed: the first ones.
         num_replicas: of sharded weights: equal groups of workers, each of which holds them all.
     """
@@ -170,6 +171,7 @@ def estimate_memory(
 ) -> Memory:
     """Return what each of `num_workers` workers holds at its peak."""
     trained, frozen = count_held(planned, layout, num_workers)
+    unsynced = 0 if layout.replicated else count_unsynced(planned, config, device_type)
     if config.cpu_offload and device_type == "cuda":
         trained = frozen = 0  # they lie in the host's memory
     live = microbatch.recompute(layout.num_recomputed)
@@ -179,7 +181,7 @@ def estimate_memory(
         if layout.replicated
         else _gathered_bytes(planned, config.full_ft, layout.reshard_after_forward),
         adapters=0 if config.full_ft else 4 * trained,
-        gradients=4 * trained,
+        gradients=4 * max(trained, unsynced),
         optimizer=8 * trained,
         activations=live.activations,
         logits=live.loss_peak - live.activations,
@@ -204,6 +206,19 @@ def count_held(planned: PlannedModel, layout: Layout, num_workers: int) -> tuple
         elif whole:
             frozen += held * (stored_bytes(parameter, planned.dtype) // whole)
     return trained, frozen
+
+
+def count_unsynced(planned: PlannedModel, config: TrainConfig, device_type: str) -> int:
+    """Return how many numbers the gradients have that FSDP keeps whole between two backward passes of a step.
+
+    Resumed on fewer workers, a run that had one such pass a step has several.
+    """
+    trained = [parameter.numel() for parameter in planned.model.parameters() if parameter.requires_grad]
+    trains_all = len(trained) == sum(1 for _ in planned.model.parameters())
+    batch_size = config.per_device_train_batch_size
+    at_once = sequences_per_forward(batch_size, config.max_seq_length, device_type)
+    num_passes = config.gradient_accumulation_steps * math.ceil(batch_size / at_once)
+    return 0 if trains_all or num_passes == 1 else sum(trained)
 
 
 def stored_bytes(parameter: Tensor, dtype: torch.dtype) -> int:

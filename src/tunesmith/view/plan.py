@@ -128,7 +128,7 @@ def _print_memory(console: Console, planned: Plan) -> None:
     table.add_row(f"{workers.name} has", format_bytes(workers.memory))
     placed = "sharded" if layout.num_replicas == 1 else f"sharded within each of {layout.num_replicas} nodes"
     if not layout.reshard_after_forward:
-        placed += ", gathered once a microbatch"
+        placed += ", gathered once a step"
     recomputed = describe_recomputation(layout.num_recomputed, layout.num_blocks)
     console.print(
         f"{planned.config.model.source}: {workers.num} × {workers.name}, "
