@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,12 @@ from support.tiny_models import build_config, save_model
 from support.tokenizers import build_tokenizer
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
+from tunesmith.data.batches import Batch, Counts
 from tunesmith.errors import ModelError
 from tunesmith.model.files.state import read_weights
 from tunesmith.model.load import load_model_config
+from tunesmith.objectives.base import LossOutput, TokenLogProbs
+from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.activation_checkpointing import count_recomputed, recompute_first
 from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning import layout
@@ -38,6 +42,7 @@ from tunesmith.planning.memory import (
 )
 from tunesmith.runs.folder import RunDir
 from tunesmith.train.build import build_model
+from tunesmith.train.shortage import factor_after_shortages, shortage_noted
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 3
@@ -237,6 +242,34 @@ def test_a_run_tells_what_it_runs_at_once_and_records_how_many_blocks_it_recompu
     # As runs of before recorded it.
     run.write_params({**run.read_params(), "resolved": {**resolved, "gradient_checkpointing": False}})
     assert set(losses(train_here(start(config.model_copy(update={"max_steps": 2}))))) == {1, 2}
+
+
+class RunsShort(SFT):
+    """As a GPU whose memory the plan didn't know well enough."""
+
+    def loss(self, batch: Batch, counts: Counts, policy: TokenLogProbs) -> LossOutput:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_attempt_after_a_shortage_counts_with_more(
+    deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(deep, rows, tmp_path, max_steps=1, eval_steps=0, **OPEN)
+    room = room_for(config, 0)
+    monkeypatch.setattr(layout, "available_memory", lambda: room)
+    job = start(config)
+    chosen = []
+    for objective in (RunsShort(), SFT()):
+        with suppress(torch.OutOfMemoryError), shortage_noted(job.run, rank=0):
+            train_here(replace(job, objective=objective))
+        chosen.append(job.run.read_params()["resolved"]["gradient_checkpointing"])
+    # Of a model as small as this, blocks are less than what is counted more.
+    assert chosen == ["off", "on"]
+    for rank in (1, 0, 1):  # of the same attempt, of a second, and both of it
+        with suppress(torch.OutOfMemoryError), shortage_noted(job.run, rank):
+            raise torch.OutOfMemoryError
+    assert factor_after_shortages(job.run) == pytest.approx(1.15**2)
 
 
 @pytest.mark.slow

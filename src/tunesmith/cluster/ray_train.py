@@ -163,9 +163,11 @@ def _train_on_worker(loop_config: dict[str, Any]) -> None:
     worker = RayWorker(job.run)
     with log_to_file(job.run.log_path(), rank=worker.rank):
         from tunesmith.train.loop import train
+        from tunesmith.train.shortage import shortage_noted
 
         try:
-            train(job, worker)
+            with shortage_noted(job.run, worker.rank):
+                train(job, worker)
         except BaseException:
             logger.exception("rank %d failed", worker.rank)
             raise

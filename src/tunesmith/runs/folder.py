@@ -81,6 +81,11 @@ class RunDir:
         return self.path / "stop_requested"
 
     @property
+    def shortages_path(self) -> Path:
+        """The ranks that ran out of a GPU's memory, one a line."""
+        return self.path / "out_of_memory"
+
+    @property
     def final_path(self) -> Path:
         return self._model_path / "final"
 

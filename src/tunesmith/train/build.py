@@ -48,16 +48,18 @@ def build_model(
     frozen_weight: type[FrozenWeight] = Dense,
     kernels: Kernels | None = None,
     drops_by_token: bool = True,
+    needed: float = 1.0,
 ) -> nn.Module:
     """Return the adapted (or fully trainable) model in training mode, placed on its workers. Collective.
 
     Frozen weights are stored as `frozen_weight` does. Without `kernels` the model computes as its device likes. What
-    isn't dropped `drops_by_token` keeps masks, for which there must be room.
+    isn't dropped `drops_by_token` keeps masks, for which there must be room. A layout counts with `needed` times the
+    memory that is planned.
     """
     dtype = resolve_dtype(config.dtype, device)
     planned = build_planned_model(config, load_model_config(config.model), dtype, frozen_weight)
     planned = replace(planned, drops_by_token=drops_by_token)
-    room = find_room(device, mesh.size)
+    room = int(find_room(device, mesh.size) / needed)
     layout = choose_layout(planned, config, device.type, mesh.size, room, mesh.num_nodes)
     # A CPU's workers share the pages of what is as the files have it.
     stays_mapped = layout.replicated and device.type == "cpu" and not find_stacked(planned.model)

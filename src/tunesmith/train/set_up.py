@@ -37,6 +37,7 @@ from tunesmith.train.choices import (
 from tunesmith.train.learner import Learner
 from tunesmith.train.meter import Meter
 from tunesmith.train.optimizer import build_optimizer
+from tunesmith.train.shortage import factor_after_shortages
 from tunesmith.train.state import Training
 from tunesmith.train.worker import TrainJob, Worker
 
@@ -49,7 +50,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     device = worker.device
     prepare_process(job.num_threads, device)
     mesh = build_mesh(worker.rank, worker.world_size)
-    (params,) = broadcast_objects([job.run.read_params()], mesh.group)
+    params, factor = broadcast_objects([job.run.read_params(), factor_after_shortages(job.run)], mesh.group)
     config = with_kept_adapter(job.config, job.run)
     config = keep_recorded(config, params["resolved"], mesh, device.type == "cuda")
     check_sharding(config, mesh)
@@ -58,8 +59,14 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         check_compiler(device)
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_run_tokenizer(config)
-    by_token = drops_by_token(params)
-    model = build_model(config, device, mesh, job.frozen_weight or Dense, drops_by_token=by_token)
+    model = build_model(
+        config,
+        device,
+        mesh,
+        job.frozen_weight or Dense,
+        drops_by_token=drops_by_token(params),
+        needed=factor,
+    )
     policy = Policy(model, fused_loss=choose_ways(config, model, device))
     packing = choose_packing(config, params["packing"], model, mesh, device)
     if worker.rank == 0:
@@ -86,7 +93,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         sequences_per_forward=sequences_per_forward(
             config.per_device_train_batch_size, config.max_seq_length, device.type
         ),
-        drops_by_token=by_token,
+        drops_by_token=drops_by_token(params),
         plan=plan,
         num_steps=plan.total_steps(config.max_steps, config.num_train_epochs),
         validation=validation,
