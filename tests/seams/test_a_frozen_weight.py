@@ -58,6 +58,9 @@ class Int8Rows(NamedTuple):
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.dequantize(gradient_NO.dtype)
 
+    def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
+        total_ND.addmm_(gradient_NO, self.dequantize(gradient_NO.dtype))
+
 
 @pytest.fixture(scope="module")
 def dequantized(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Path:

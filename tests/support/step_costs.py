@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from support.runs import small_config, start
 from tunesmith.model.kernels import attention
 from tunesmith.model.kernels.install import GPU, install_kernels
+from tunesmith.planning.shared_inputs import find_shared_inputs
 from tunesmith.train.optimizer import build_optimizer
 from tunesmith.train.set_up import set_up
 from tunesmith.train.state import Training
@@ -47,7 +48,7 @@ def on_meta(training: Training) -> Iterator[Training]:
     """Yield the training with its model on the meta device, where it goes the way of GPUs."""
     learner, model = training.learner, training.model.to(META)
     # torch's own norms go another way without data.
-    install_kernels(model, replace(GPU, torch_norms=False))
+    install_kernels(model, replace(GPU, torch_norms=False), find_shared_inputs(model))
     fused_devices = torch_optimizer._get_fused_kernels_supported_devices()
     with pytest.MonkeyPatch.context() as patch:
         # These go by the device, and know of GPUs and CPUs.

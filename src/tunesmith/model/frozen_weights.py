@@ -52,6 +52,9 @@ class FrozenWeight(Protocol):
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         """Return `gradient @ weight`, (N, D), in the dtype of the gradient."""
 
+    def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
+        """Add `gradient @ weight` to a total in the dtype of the gradient."""
+
 
 class Dense(NamedTuple):
     """A weight as the model has it."""
@@ -70,6 +73,10 @@ class Dense(NamedTuple):
 
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.weight_OD
+
+    def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
+        # Not `addmm_`, which counters of FLOP pass over.
+        torch.addmm(total_ND, gradient_NO, self.weight_OD, out=total_ND)
 
 
 class FrozenLinear(nn.Module):

@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tunesmith.compat import can_set_attention
-from tunesmith.data.batches import Batch
 from tunesmith.errors import ModelError
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.kernels.dropout import drawing_from
@@ -23,9 +21,9 @@ from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_fo
 from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks, recompute_all, recompute_none
 from tunesmith.planning.live_bytes import AnswersNo, LiveCounter
+from tunesmith.planning.made_up_batch import FEW_TOKENS, make_batch
+from tunesmith.planning.shared_inputs import find_shared_inputs
 from tunesmith.planning.stand_ins import name_stand_in
-
-_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def run_microbatch(
     """
     if fused is None:
         fused = fuses_loss_on_meta(model)
-    install_kernels(model, kernels)
+    install_kernels(model, kernels, find_shared_inputs(model))
     attend_with(model, kernels.attention)
     head = model.get_output_embeddings()
     batch = make_batch(num_tokens, example_tokens, is_flat=kernels.attention.startswith(VARLEN))
@@ -175,7 +173,7 @@ def fuses_loss_on_meta(model: Any) -> bool:
     """Return whether the loss of the meta model can be fused: what `fuses_loss` will find of the model with weights."""
     with AnswersNo():
         try:
-            return can_fuse_loss(model, make_batch(_FEW_TOKENS, _FEW_TOKENS, is_flat=True))
+            return can_fuse_loss(model, make_batch(FEW_TOKENS, FEW_TOKENS, is_flat=True))
         except (RuntimeError, NotImplementedError):  # it adds tensors of its own to its logits
             return False
 
@@ -236,15 +234,6 @@ def _blocks_replaced(model: nn.Module, before: list[nn.Module], after: list[nn.M
     finally:
         del held[:]
         held.extend(before)
-
-
-def make_batch(num_tokens: int, example_tokens: int, is_flat: bool, device_type: str = "meta") -> Batch:
-    """Return a batch, without data if that isn't told otherwise: one row that holds the examples, or a row for each."""
-    starts = [*range(0, num_tokens, example_tokens), num_tokens]
-    ids_N = torch.zeros(num_tokens, dtype=torch.int64, device=device_type)
-    ids_BT = ids_N.view(1 if is_flat else -1, num_tokens if is_flat else example_tokens)
-    # Every token but an example's first is a target; one more costs nothing.
-    return Batch(ids_BT, ids_BT, ids_N, ids_N, torch.tensor(starts, dtype=torch.int32), example_tokens)
 
 
 def _forget_gradient(parameter: Tensor) -> None:

@@ -31,6 +31,7 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.replicate import replicate_model
 from tunesmith.planning.layout import choose_layout, find_room
 from tunesmith.planning.memory import build_planned_model
+from tunesmith.planning.shared_inputs import find_shared_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def build_model(
     by_slices = frozen_weight is Dense and not stays_mapped and not config.needs_weights
     model, unread = _load_adapted(config, device, dtype, by_slices)
     store_weights(model, frozen_weight)
-    install_kernels(model, kernels or kernels_for(device.type))
+    install_kernels(model, kernels or kernels_for(device.type), find_shared_inputs(planned.model))
     if layout.num_recomputed:
         recompute_first(model, layout.num_recomputed)
     fill = unread.release(model) if unread else None

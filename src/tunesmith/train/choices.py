@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.errors import ModelError, ResourceError
 from tunesmith.model.attention_choice import EAGER, SDPA
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.install import Kernels, kernels_for
 from tunesmith.model.load import attention_of, resolve_dtype
 from tunesmith.model.probe import keeps_examples_apart
 from tunesmith.parallel.activation_checkpointing import count_recomputed, describe_recomputation
@@ -33,6 +34,7 @@ class Choices:
     fsdp: str
     num_workers: int
     use_gpu: bool
+    groups_adapters: bool
 
 
 def keep_recorded(
@@ -101,8 +103,21 @@ def choose_packing(
     return num_unfit == 0
 
 
-def find_choices(config: TrainConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> Choices:
-    """Return how the model that was built computes."""
+def choose_kernels(recorded: dict[str, Any] | None, device_type: str) -> Kernels:
+    """Return how the model computes: its adapters in groups only if they were so when the run was started.
+
+    `recorded` as for `keep_recorded`; before there were groups, nothing was.
+    """
+    kernels = kernels_for(device_type)
+    if recorded is None:
+        return kernels
+    return replace(kernels, groups_adapters=recorded.get("groups_adapters", False))
+
+
+def find_choices(
+    config: TrainConfig, model: nn.Module, mesh: Mesh, device: torch.device, kernels: Kernels
+) -> Choices:
+    """Return how the model that was built, with these kernels, computes."""
     return Choices(
         dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         attn_implementation=attention_of(model),
@@ -110,6 +125,7 @@ def find_choices(config: TrainConfig, model: nn.Module, mesh: Mesh, device: torc
         fsdp=name_sharding(model),
         num_workers=mesh.size,
         use_gpu=device.type == "cuda",
+        groups_adapters=kernels.groups_adapters,
     )
 
 

@@ -29,6 +29,7 @@ from tunesmith.train.build import build_model, choose_ways
 from tunesmith.train.checkpoint import Checkpointer
 from tunesmith.train.choices import (
     check_sharding,
+    choose_kernels,
     choose_packing,
     find_choices,
     keep_recorded,
@@ -59,18 +60,20 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         check_compiler(device)
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_run_tokenizer(config)
+    kernels = choose_kernels(params["resolved"], device.type)
     model = build_model(
         config,
         device,
         mesh,
         job.frozen_weight or Dense,
+        kernels,
         drops_by_token=drops_by_token(params),
         needed=factor,
     )
     policy = Policy(model, fused_loss=choose_ways(config, model, device))
     packing = choose_packing(config, params["packing"], model, mesh, device)
     if worker.rank == 0:
-        record_choices(job.run, packing, find_choices(config, model, mesh, device))
+        record_choices(job.run, packing, find_choices(config, model, mesh, device, kernels))
     if config.torch_compile:
         compile_blocks(model)
     attention = attention_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,6 +27,7 @@ class Kernels:
         packs_masks: whether those masks of dropout that are kept are so as bits, else as bools.
         torch_norms: whether norms are torch's own.
         fuses_adapters: whether adapted layers are computed with their adapters at once.
+        groups_adapters: whether adapted layers that share an input are computed together, with one dropout.
         fuses_elementwise: whether norms and gated layers are computed in fewer passes.
     """
 
@@ -35,6 +37,7 @@ class Kernels:
     packs_masks: bool
     torch_norms: bool
     fuses_adapters: bool = True
+    groups_adapters: bool = True
     fuses_elementwise: bool = True
 
 
@@ -50,14 +53,15 @@ def kernels_for(device_type: str) -> Kernels:
     return CPU if device_type == "cpu" else GPU
 
 
-def install_kernels(model: nn.Module, kernels: Kernels) -> None:
+def install_kernels(model: nn.Module, kernels: Kernels, shared_inputs: Iterable[Sequence[str]] = ()) -> None:
     """Let the layers of `model` compute as `kernels` says, in place of what they were told before.
 
-    Attention is the model's own until a probe has shown that ours is right.
+    `shared_inputs` are the names of adapted layers that are handed the same tensor (`find_shared_inputs`). Attention is the model's own until a probe has shown that ours is right.
     """
     results = CheapResults(kernels.keeps_cheap_results)
     if kernels.fuses_adapters:
-        fuse_adapters(model, results, kernels.packs_masks)
+        groups = shared_inputs if kernels.groups_adapters else ()
+        fuse_adapters(model, results, kernels.packs_masks, groups)
     if kernels.fuses_elementwise:
         fuse_elementwise(model, results, kernels.torch_norms)
     install_token_rows(model)
