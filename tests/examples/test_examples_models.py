@@ -81,13 +81,13 @@ def test_the_model_fits_the_gpus_and_the_memory_of_its_nodes(name: str, tmp_path
     resources = EXAMPLES[name]["resources"]
     instance, num_gpus = INSTANCES[resources["node_type"]], 8 * resources["nnodes"]
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
-    # Whole where they fill at most half of a GPU, as the training itself decides.
-    num_shares = 1 if weights <= SHARE_FOR_WEIGHTS * instance.gpu_gb * GB else num_gpus
+    # Whole where they fill at most half of a GPU, else shared by a node's, as the training itself decides.
+    num_shares = 1 if weights <= SHARE_FOR_WEIGHTS * instance.gpu_gb * GB else 8
     assert sizes_told(name) == (round(weights / GB, 1), round(weights / num_shares / GB, 1))
     assert needed_on_gpu(model, config, num_gpus) < 0.6 * instance.gpu_gb * GB
 
     planned = build_planned_model(config, CONFIGS[config.hf_model_id], torch.bfloat16)
-    layout = Layout(num_shares == 1, True, 0, model.config.num_hidden_layers)
+    layout = Layout(num_shares == 1, True, 0, model.config.num_hidden_layers, resources["nnodes"])
     needed = estimate_host(planned, CONFIGS[config.hf_model_id], config, layout, num_gpus)
     assert 8 * needed < 0.5 * gib(resources["limits"]["memory"]) * GIB
 

@@ -66,9 +66,10 @@ class Mesh:
         """Return the sums of the values over all ranks, in float64. Collective."""
         return sum_over_ranks(values, self.group)
 
-    def sum_in_place(self, tensor: Tensor) -> None:
-        """Add up a tensor on the model's device over all ranks. Collective."""
-        dist.all_reduce(tensor)
+    def start_sum(self, tensor: Tensor) -> dist.Work:
+        """Begin to add up a tensor on the model's device, in place, over all ranks. Collective."""
+        work: dist.Work = dist.all_reduce(tensor, async_op=True)
+        return work
 
     def lay_out_weights(self, device: torch.device, num_replicas: int) -> DeviceMesh:
         """Return the ranks as FSDP takes them: along the last axis they hold slices, along one before it the same.

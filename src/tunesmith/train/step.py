@@ -18,7 +18,7 @@ from tunesmith.data.draws import Draws
 from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.objectives.base import LOSS
 from tunesmith.parallel.fsdp import sync_gradients
-from tunesmith.parallel.replicate import sum_gradients
+from tunesmith.parallel.replicate import GradientSum
 from tunesmith.train.learner import Learner, Tally, read_scalars
 from tunesmith.train.schedule import learning_rate, set_learning_rate
 from tunesmith.train.state import StepResult, Training
@@ -108,6 +108,7 @@ def accumulate_gradients(
     tally = learner.start_tally(counts)
     numbers = learner.share(len(microbatches))
     is_sharded = isinstance(model, FSDPModule)
+    gradient_sum = None if is_sharded else GradientSum(model, learner.mesh)
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
     draws = Draws(seed, step) if drops_by_token else None
     data_wait_s = 0.0
@@ -117,9 +118,11 @@ def accumulate_gradients(
         whole = None if number is None else microbatches[number]
         parts = split_microbatch(whole, microbatches, sequences_per_forward, is_sharded)
         for j, rows in enumerate(parts):
+            is_last = i == len(numbers) - 1 and j == len(parts) - 1
             if isinstance(model, FSDPModule):
-                is_last = i == len(numbers) - 1 and j == len(parts) - 1
                 sync_gradients(model, is_last, trains_all)
+            elif gradient_sum and is_last:
+                gradient_sum.begin()
             start = time.perf_counter()
             batch = learner.collate(sequences, rows, draws)
             data_wait_s += time.perf_counter() - start
@@ -131,8 +134,8 @@ def accumulate_gradients(
             tally.add(output)
             # Or its graph, spread over the heap, would break up the room that the next one's activations need.
             del output
-    if not is_sharded:
-        sum_gradients(model, learner.mesh)
+    if gradient_sum:
+        gradient_sum.finish()
     return Gradients(counts, tally, data_wait_s)
 
 
