@@ -34,6 +34,7 @@ from tunesmith.planning.dry_run import measure_microbatch, planned_kernels
 from tunesmith.planning.fitting import find_fitting, make_plan
 from tunesmith.planning.layout import plan_layout
 from tunesmith.planning.memory import build_planned_model
+from tunesmith.planning.shared_inputs import find_shared_inputs
 from tunesmith.planning.workers import Workers, imagine_workers
 from tunesmith.runs.metrics_log import iterate_metrics
 from tunesmith.train.optimizer import build_optimizer
@@ -51,7 +52,8 @@ def build_real_model(family: str, config: TrainConfig, dtype: torch.dtype) -> An
     model.requires_grad_(config.full_ft)
     if not config.full_ft:
         model = add_adapters(model, config)
-    install_kernels(model, CPU)
+    planned = build_planned_model(config, build_config(family, 300, **SHAPE), dtype)
+    install_kernels(model, CPU, find_shared_inputs(planned.model))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     replicate_model(model, torch.device("cpu"), dtype)

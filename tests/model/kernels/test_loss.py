@@ -23,10 +23,17 @@ from transformers import (
     PretrainedConfig,
 )
 
+from support.step_costs import BytesMoved
 from support.tiny_models import FAMILIES
 from tunesmith.data.batches import Batch, empty_batch
 from tunesmith.model.kernels.loss import (
+    GPU_LOGITS,
     LogitsAtATime,
+    _cut_wide,
+    _LinearCrossEntropy,
+    _pick,
+    _slice_logits,
+    _Weights,
     can_fuse_loss,
     sum_cross_entropy,
     token_cross_entropies,
@@ -107,13 +114,15 @@ def check_against_transformers(model: nn.Module) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("at_a_time", [(1, 1), (700, 1), (1 << 12, 700), (1 << 24, 1 << 24)])
+@pytest.mark.parametrize(
+    "at_a_time", [(1, 1), (700, 1), (1 << 12, 700), (1 << 24, 1 << 24), (1 << 11, 1, 4, False)]
+)
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     family: str,
     trains_head: bool,
-    at_a_time: tuple[int, int],
+    at_a_time: tuple[Any, ...],
     model_of: Callable[[str], Path],
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
@@ -135,13 +144,13 @@ def test_the_fused_loss_and_its_gradients_are_the_plain_ones(
     assert empty.item() == 0
 
 
-@pytest.mark.parametrize("at_a_time", [(700, 1), (1 << 24, 1 << 24)])
+@pytest.mark.parametrize("at_a_time", [(700, 1), (1 << 24, 1 << 24), (1 << 11, 1, 4, False)])
 @pytest.mark.parametrize("head", ["frozen", "trained", "biased"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # whose head is tied to the embeddings, and isn't
 def test_each_token_weighs_its_gradient_by_its_own_value(
     family: str,
     head: str,
-    at_a_time: tuple[int, int],
+    at_a_time: tuple[Any, ...],
     model_of: Callable[[str], Path],
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_of(family))
@@ -239,3 +248,55 @@ def test_the_output_layer_sees_trained_positions_only(model_of: Callable[[str], 
         (1, len(batch.targets_N), model.config.vocab_size),
         (3, 20, model.config.vocab_size),
     ]
+
+
+def differentiate_logits(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, at_a_time: LogitsAtATime
+) -> list[torch.Tensor]:
+    """Return the loss of logits that are products, and its gradient by the hidden states."""
+    hidden_ND = hidden_ND.clone().requires_grad_()
+    loss = _LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, None, None, None, targets_N, len(hidden_ND), at_a_time
+    )
+    loss.sum().backward()
+    assert hidden_ND.grad is not None
+    return [loss.squeeze(), hidden_ND.grad]
+
+
+def test_gradients_narrowed_as_they_are_made_are_as_near_as_those_of_the_other_way() -> None:
+    """In bfloat16, of tokens that are all but certain too, whose own gradient is a difference of near numbers."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(37, 32, generator=generator).bfloat16()
+    weight_VD = torch.randn(300, 32, generator=generator).bfloat16()
+    logits_NV = hidden_ND @ weight_VD.T
+    targets_N = torch.where(torch.arange(37) % 2 == 0, logits_NV.argmax(1), torch.arange(37))
+    wide_NV = logits_NV.double().requires_grad_()
+    expected = F.cross_entropy(wide_NV, targets_N, reduction="sum")
+    expected.backward()
+    assert wide_NV.grad is not None
+    exact_ND = wide_NV.grad @ weight_VD.double()
+    errors = []
+    for ways in ((1 << 24, 1 << 24), (1 << 11, 1, 4, False)):
+        loss, gradient_ND = differentiate_logits(hidden_ND, weight_VD, targets_N, LogitsAtATime(*ways))
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+        errors.append(float((gradient_ND.double() - exact_ND).norm() / exact_ND.norm()))
+    assert errors[1] < 1.1 * errors[0] < 0.01
+
+
+def test_gpus_hold_whole_tiles_of_logits_and_pass_over_them_less_often() -> None:
+    vocab_size, num_tokens = 128_256, 8192
+    with torch.device("meta"):
+        head = _Weights(torch.empty(vocab_size, 64, dtype=torch.bfloat16), None, None, None)
+        hidden_ND = torch.empty(num_tokens, 64, dtype=torch.bfloat16)
+        targets_N = torch.empty(num_tokens, dtype=torch.int64)
+    moved = []
+    for at_a_time in (GPU_LOGITS, GPU_LOGITS._replace(in_cache=True)):
+        with BytesMoved() as bytes_moved:
+            slices = list(_slice_logits(hidden_ND, head, num_tokens, at_a_time))
+            for rows, logits_nV, wide_2wV in slices:
+                for part in _cut_wide(logits_nV, wide_2wV):
+                    _pick(logits_nV[part], targets_N[rows][part], wide_2wV, differentiate=True)
+        moved.append(bytes_moved.total / (num_tokens * vocab_size))
+        assert {len(logits_nV) for _, logits_nV, _ in slices} == {1024}
+    # Bytes a logit; what is changed in place, or picked from, counts as read whole.
+    assert moved == pytest.approx([34, 58], abs=0.5)

@@ -21,16 +21,23 @@ from tunesmith.model.kernels.dropout import drawing_at
 
 
 class LogitsAtATime(NamedTuple):
-    """How many logits the fused loss holds at once, and how many of those in float32."""
+    """How many logits the fused loss holds at once, and how many of those in float32.
+
+    Attributes:
+        tile: the rows that are held are a multiple of so many.
+        in_cache: whether float32 numbers stay in a cache, where one more pass over them costs nothing.
+    """
 
     most: int
     most_wide: int
+    tile: int = 1
+    in_cache: bool = True
 
 
 # What glibc's allocator keeps when it is freed (32 MiB), and what the caches hold.
 CPU_LOGITS = LogitsAtATime(1 << 24, 1 << 19)
-# What keeps it busy.
-GPU_LOGITS = LogitsAtATime(1 << 27, 1 << 27)
+# What keeps it busy, in whole tiles of its products.
+GPU_LOGITS = LogitsAtATime(1 << 27, 1 << 27, tile=128, in_cache=False)
 
 
 def sum_cross_entropy(
@@ -146,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = _Weights(weight_VD, bias_V, rows_RD, ids_R)
         gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, head)
         for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, most_targets, at_a_time):
-            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+            for part in _cut_wide(logits_nV, wide_2wV):
                 log_probs_n1 = _pick(logits_nV[part], targets_N[rows][part], wide_2wV, gradients.are_needed)
                 loss_sum -= log_probs_n1.sum()
             gradients.add(rows, logits_nV, hidden_ND, head)
@@ -192,7 +199,7 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients.make(needed, hidden_ND, head)
         for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, most_targets, at_a_time):
             losses_n1, targets_n = losses_1N1[0, rows], targets_N[rows]
-            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+            for part in _cut_wide(logits_nV, wide_2wV):
                 log_probs_n1 = _pick(logits_nV[part], targets_n[part], wide_2wV, gradients.are_needed)
                 torch.neg(log_probs_n1, out=losses_n1[part])
             gradients.add(rows, logits_nV, hidden_ND, head)
@@ -212,7 +219,7 @@ class _TokenLinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients.make(ctx.needs_input_grad, hidden_ND, head)
         for rows, logits_nV, wide_2wV in _slice_logits(hidden_ND, head, *ctx.sizes):
             targets_n, upstream_n1 = targets_N[rows], upstream_N1[rows]
-            for part in _cut(len(logits_nV), wide_2wV.shape[1]):
+            for part in _cut_wide(logits_nV, wide_2wV):
                 _pick(logits_nV[part], targets_n[part], wide_2wV, True, upstream_n1[part])
             gradients.add(rows, logits_nV, hidden_ND, head)
         of_inputs = (None if made is None else made.to(hidden_ND.dtype) for made in gradients)
@@ -272,15 +279,17 @@ class _Gradients(NamedTuple):
 
 def _slice_logits(
     hidden_ND: Tensor, head: _Weights, most_targets: int, at_a_time: LogitsAtATime
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield the logits slice by slice: the rows, their logits, and room for two float32 copies of some of them."""
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield the logits slice by slice: the rows, their logits, and room for two float32 copies of those in the cache."""
     weight_VD, bias_V, rows_RD, ids_R = head
-    most_logits, most_wide = at_a_time
-    size = min(max(1, most_logits // len(weight_VD)), most_targets)
+    most_logits, most_wide, tile, in_cache = at_a_time
+    size = min(max(1, most_logits // len(weight_VD) // tile) * tile, most_targets)
     # Of one size whatever N, and taken once: allocators would scatter what lives on between slices of many sizes.
     logits_sV = hidden_ND.new_empty(size, len(weight_VD))
-    wide_size = min(max(1, most_wide // len(weight_VD)), size)
-    wide_2wV = hidden_ND.new_empty((2, wide_size, len(weight_VD)), dtype=torch.float32)
+    wide_2wV = None
+    if in_cache:
+        wide_size = min(max(1, most_wide // len(weight_VD)), size)
+        wide_2wV = hidden_ND.new_empty((2, wide_size, len(weight_VD)), dtype=torch.float32)
     for rows in _cut(len(hidden_ND), size):
         logits_nV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_sV[: len(hidden_ND[rows])])
         if bias_V is not None:
@@ -293,7 +302,7 @@ def _slice_logits(
 def _pick(
     logits_nV: Tensor,
     targets_n: Tensor,
-    wide_2wV: Tensor,
+    wide_2wV: Tensor | None,
     differentiate: bool,
     upstream_n1: Tensor | None = None,
 ) -> Tensor:
@@ -302,6 +311,8 @@ def _pick(
     If asked to, put in the logits' place the gradient of the cross-entropy, times `upstream_n1`.
     """
     targets_n1 = targets_n.unsqueeze(1)
+    if wide_2wV is None:
+        return _pick_narrowing(logits_nV, targets_n1, differentiate, upstream_n1)
     wide_nV, log_probs_nV = wide_2wV[:, : len(logits_nV)]
     torch.log_softmax(wide_nV.copy_(logits_nV), 1, out=log_probs_nV)
     log_probs_n1: Tensor = log_probs_nV.gather(1, targets_n1)
@@ -312,6 +323,28 @@ def _pick(
             gradient_nV *= upstream_n1
         logits_nV.copy_(gradient_nV)
     return log_probs_n1
+
+
+def _pick_narrowing(
+    logits_nV: Tensor, targets_n1: Tensor, differentiate: bool, upstream_n1: Tensor | None
+) -> Tensor:
+    """Do as `_pick`, with gradients that are narrowed to the logits' dtype as they are made."""
+    log_probs_nV = torch.log_softmax(logits_nV, 1, dtype=torch.float32)
+    log_probs_n1: Tensor = log_probs_nV.gather(1, targets_n1)
+    if differentiate:
+        of_targets_n1 = log_probs_n1.expm1()
+        if upstream_n1 is None:
+            torch.exp(log_probs_nV, out=logits_nV)
+        else:
+            torch.mul(log_probs_nV.exp_(), upstream_n1, out=logits_nV)
+            of_targets_n1 *= upstream_n1
+        logits_nV.scatter_(1, targets_n1, of_targets_n1.to(logits_nV.dtype))
+    return log_probs_n1
+
+
+def _cut_wide(logits_nV: Tensor, wide_2wV: Tensor | None) -> Iterator[slice]:
+    """Yield slices of as many rows as there is room for in float32."""
+    return _cut(len(logits_nV), len(logits_nV) if wide_2wV is None else wide_2wV.shape[1])
 
 
 def _cut(num_rows: int, size: int) -> Iterator[slice]:
