@@ -30,7 +30,7 @@ from tunesmith.export.convert import export
 from tunesmith.model.adapters.lora import ADAPTER_WEIGHTS
 from tunesmith.model.files.state import read_weights
 from tunesmith.runs.folder import RunDir, open_run
-from tunesmith.runs.identity import locate_run
+from tunesmith.runs.identity import drops_by_token, locate_run
 from tunesmith.runs.templates import with_recorded_templates
 from tunesmith.runs.tuned import find_tuned
 from tunesmith.train.start import check_resumable
@@ -77,6 +77,7 @@ def test_an_unnamed_run_goes_on_under_the_same_command(project: Path) -> None:
 
     assert run.home == project / killed
     assert sorted(killed.glob("datasets/*/tokens-*")) == tokens
+    assert not drops_by_token(run.read_params())  # and so it dropped what it would have
     assert run.read_params()["model"]["fingerprint"] == recorded["model"]["fingerprint"]
     same_processor = processor() == json.loads((project / "made_on.json").read_text())
     tolerance = 0.0 if same_processor else 1e-6

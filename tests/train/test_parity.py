@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from support.gradients import assert_close, gradient_of_step, open_sequences
 from support.runs import losses, small_config, start, train_here, train_on_rank
@@ -81,6 +82,29 @@ def test_packed_examples_train_as_padded_ones_with_eager_attention(
 ) -> None:
     changes = {"lora_dropout": 0.2, "attn_implementation": "eager"}
     check_packed_equals_padded(small_config(model_of("mistral"), rows, tmp_path, **changes))
+
+
+def test_an_adapted_output_layer_drops_by_token(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
+    # It takes the trained positions alone.
+    changes = {"lora_dropout": 0.2, "lora_target_modules": ["v_proj", "lm_head"]}
+    check_packed_equals_padded(small_config(model_of("qwen3"), rows, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_layers_of_dropout_drop_by_token(use_dora: bool, rows: Path, tmp_path: Path) -> None:
+    """Those of a model, and of adapters that are no plain ones."""
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    shares = {"embd_pdrop": 0.2, "resid_pdrop": 0.2, "attn_pdrop": 0.0}
+    tokenizer = build_tokenizer("byte_bpe")
+    settings = GPT2Config(vocab_size=len(tokenizer), eos_token_id=0, **shape, **shares)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    config = small_config(tmp_path / "gpt2", rows, tmp_path, use_dora=use_dora, lora_dropout=0.2)
+    sequences = open_sequences(config, packing=False)
+    whole = gradient_of_step(config, sequences, [np.arange(6)], num_sequences=6)
+    assert_close(whole, gradient_of_step(config, sequences, [np.arange(6)], num_sequences=2))
+    other_step = gradient_of_step(config, sequences, [np.arange(6)], step=2)
+    assert abs(float(whole["loss"] - other_step["loss"])) > 1e-3
 
 
 def test_examples_that_were_cut_train_as_padded_ones(model_of: ModelOf, rows: Path, tmp_path: Path) -> None:
