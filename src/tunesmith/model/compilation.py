@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,15 +45,15 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Let torch compile the blocks of `model`, sharded or not, when they are first run.
+def compile_blocks(model: nn.Module, backend: Any = "inductor", dynamic: bool = True) -> None:
+    """Let torch compile the blocks of `model`, sharded or not, when they are first run; `backend` is torch.compile's.
 
     What they were run with before, such as short rows to try the attention with, isn't compiled.
     """
     set_most_variants(_MOST_VARIANTS)
     for block in find_blocks(model):
         # Not the module: what FSDP does before and after it stays outside. Lengths differ from row to row.
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend)
 
 
 def _missing(what: str, package: str) -> ResourceError:
