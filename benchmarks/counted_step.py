@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fusion import counting_backend
-from gpu import SHAPES
+from gpu_parts.shapes import SHAPES
 from torch import Tensor, nn
 from work import H100, Rates, WorkCounter, Works, add
 

@@ -1,7 +1,7 @@
 """The work that LoRA training must do, counted from shapes: what a share of the hardware's limit is taken of.
 
 A frozen weight of a block's linear layers costs 4 FLOP a token (2 forward, 2 for the gradient of its input), a
-trained one 6. The head, frozen, costs 4 for each *trained* token alone. Attention over an example of n tokens
+trained one 6. The head costs as much for each *trained* token alone. Attention over an example of n tokens
 costs 4·n²·W/2 forward in each layer (W: query heads × head size; half of n² is masked) and twice that backward.
 What is recomputed (checkpoints, attention scores), padded, or masked counts as no work.
 """
@@ -19,7 +19,8 @@ MATRIX_SIZE = 2048
 class Shape:
     """The weights that a token meets, by what it costs there.
 
-    frozen, adapters, head: numbers of weights. attention_width: query heads × head size.
+    frozen, adapters, head: numbers of weights; without adapters, those of the layers that are trained themselves.
+    attention_width: query heads × head size.
     """
 
     frozen: int
@@ -27,10 +28,11 @@ class Shape:
     head: int
     num_layers: int
     attention_width: int
+    trains_head: bool = False
 
 
 def measure_shape(model: Any) -> Shape:
-    """Return the shape of a dense model with adapters, sharded or not."""
+    """Return the shape of a dense model, sharded or not, with adapters or trained in full."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight
     embeddings = model.get_input_embeddings().weight
@@ -44,13 +46,14 @@ def measure_shape(model: Any) -> Shape:
             frozen += parameter.numel()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_size
-    return Shape(frozen, adapters, head.numel(), config.num_hidden_layers, width)
+    return Shape(frozen, adapters, head.numel(), config.num_hidden_layers, width, head.requires_grad)
 
 
 def count_flops(shape: Shape, lengths: Iterable[int], num_trained: int) -> float:
     """Return the FLOP of one step over examples of these lengths, in tokens, of which `num_trained` are trained."""
     lengths = list(lengths)
-    linear = sum(lengths) * (4 * shape.frozen + 6 * shape.adapters) + 4 * num_trained * shape.head
+    head = num_trained * (6 if shape.trains_head else 4) * shape.head
+    linear = sum(lengths) * (4 * shape.frozen + 6 * shape.adapters) + head
     forward = sum(4 * length**2 * shape.attention_width / 2 for length in lengths)
     return linear + 3 * shape.num_layers * forward
 

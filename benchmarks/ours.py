@@ -5,7 +5,6 @@ Between the steps it times bfloat16 matrix products: the limit that the steps ar
 
 from __future__ import annotations
 
-import copy
 import sys
 import tempfile
 import time
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import MATRIX_SIZE, count_flops, count_product_flops, measure_shape
-from in_process import lengths_of, make_job, plan_bytes, set_up_alone
+from flops import MATRIX_SIZE, count_flops, measure_shape
+from in_process import lengths_of, make_job, plan, set_up_alone, swap_tokens, time_products
 from turn import Figures, Task, age_s, read_task
 
 from tunesmith.compat import has_bfloat16_instructions
 from tunesmith.config import TrainConfig
 from tunesmith.data import batches
 from tunesmith.data.batches import Sequences
-from tunesmith.data.prepare import open_prepared
 from tunesmith.model.kernels import install
 from tunesmith.planning import memory
 from tunesmith.train import build, set_up, validation
@@ -30,7 +28,10 @@ from tunesmith.train.state import Training
 from tunesmith.train.step import take_step
 from tunesmith.train.validation import evaluate
 
+_CPU = torch.device("cpu")
 _PRODUCTS = 3
+# A processor without instructions for bfloat16 takes a minute for a large one.
+_MATRIX_SIZE = MATRIX_SIZE if has_bfloat16_instructions() else 256
 
 # What makes training fast, by name: the settings and the replaced parts that leave it out.
 LEVERS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
@@ -101,10 +102,10 @@ def main() -> None:
         config = make_config(task, task.train, home, "train", **changes)
         job = make_job(config, num_threads=task.num_threads)
         held_out = make_job(make_config(task, task.held_out, home, "held-out"))
-        ours = set_up_alone(job, torch.device("cpu"))
+        ours = set_up_alone(job, _CPU)
         held_out_rows = swap_tokens(ours.sequences, held_out.prepared_path)
         figures = _run(ours, held_out_rows, task)
-        figures.planned_bytes = plan_bytes(config, torch.device("cpu"))
+        figures.planned_bytes = plan(config, _CPU).memory.total
         figures.answer()
 
 
@@ -116,20 +117,13 @@ def leave_out(lever: str) -> dict[str, Any]:
     return settings
 
 
-def swap_tokens(sequences: Sequences, prepared_path: Path) -> Sequences:
-    """Return the training set of another prepared folder, taken just as these sequences are."""
-    other = copy.copy(sequences)
-    other.tokens = open_prepared(prepared_path).train
-    return other
-
-
 def _run(ours: Training, held_out: Sequences, task: Task) -> Figures:
     figures = Figures(start_s=age_s())
     figures.held_out_trained_tokens = int(held_out.tokens.num_trained.sum())
     figures.loss_before = evaluate(ours, held_out)["eval_loss"]
     print(ours.describe(), file=sys.stderr)
     shape = measure_shape(ours.model)
-    figures.product_flops_per_s += time_products()
+    figures.product_flops_per_s += time_products(_MATRIX_SIZE, _PRODUCTS, _CPU)
     for number in range(1, task.num_steps + 1):
         start = time.perf_counter()
         result = take_step(ours, number)
@@ -142,22 +136,8 @@ def _run(ours: Training, held_out: Sequences, task: Task) -> Figures:
         figures.flops.append(count_flops(shape, lengths, result.counts.trained_tokens))
         if figures.is_halfway(task):
             figures.loss_after = evaluate(ours, held_out)["eval_loss"]
-        figures.product_flops_per_s += time_products()
+        figures.product_flops_per_s += time_products(_MATRIX_SIZE, _PRODUCTS, _CPU)
     return figures
-
-
-def time_products() -> list[float]:
-    """Return the FLOP/s of some bfloat16 products of square matrices."""
-    # A processor without instructions for bfloat16 takes a minute for a large one.
-    size = MATRIX_SIZE if has_bfloat16_instructions() else 256
-    a, b = torch.ones(2, size, size, dtype=torch.bfloat16).normal_()
-    product = a @ b
-    speeds = []
-    for _ in range(_PRODUCTS):
-        start = time.perf_counter()
-        torch.mm(a, b, out=product)
-        speeds.append(count_product_flops(size) / (time.perf_counter() - start))
-    return speeds
 
 
 if __name__ == "__main__":

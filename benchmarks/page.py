@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpu_parts.page import tabulate_gpu
+from tables import table
 from turn import FOLDER, Figures
 
 from tunesmith.atomic_files import write_text
@@ -129,7 +131,7 @@ def tabulate_training(cpu: Results) -> str:
         f"{describe_machine(cpu)}. Medians over {len(turns[_OURS])} turn(s) of {task['num_steps']} steps, batch "
         f"{task['batch_size']}, at most {task['max_length']} tokens, LoRA r={task['lora_rank']} "
         f"α={task['lora_alpha']}; the matrix products ran at {limit / 1e9:,.0f} GFLOP/s.\n\n"
-        f"{_table(head, rows)}\n\n![tokens per second and peak memory](performance.svg)"
+        f"{table(head, rows)}\n\n![tokens per second and peak memory](performance.svg)"
     )
 
 
@@ -145,7 +147,7 @@ def tabulate_levers(cpu: Results) -> str:
         for name in turns
         if name != "default"
     ]
-    return _table(["without", "× tokens/s", "× peak memory"], rows)
+    return table(["without", "× tokens/s", "× peak memory"], rows)
 
 
 def describe_machine(cpu: Results) -> str:
@@ -253,7 +255,7 @@ GOALS = [
 def tabulate_goals(cpu: Results) -> str:
     """Return the table of the goals whose parts were measured."""
     rows = [goal.row(cpu) for goal in GOALS if goal.part in cpu]
-    return _table(["what", "measured", "goal", ""], rows)
+    return table(["what", "measured", "goal", ""], rows)
 
 
 def tabulate_large_data(cpu: Results) -> str:
@@ -271,33 +273,7 @@ def tabulate_large_data(cpu: Results) -> str:
         for one in cpu["large-data"]
     ]
     head = ["rows", "file", "time", "a row", "peak memory", "above imports", "a tokenizing process"]
-    return _table(head, rows)
-
-
-def tabulate_gpu(gpu: Results) -> str:
-    """Return the table of the runs on a GPU."""
-    rows = [
-        [
-            f"{one['shape']}, {one['rows']} × {one['max_length']} × {one['accumulation']}",
-            f"{median(one['tokens_per_s']):,.0f} ({min(one['tokens_per_s']):,.0f}–{max(one['tokens_per_s']):,.0f})",
-            "" if one["mfu"] is None else f"{one['mfu']:.0%}",
-            f"{one['peak_bytes'] / 2**30:.1f} GiB",
-            f"{one['planned_bytes'] / one['peak_bytes'] - 1:+.0%}",
-            f"{one['loss_difference']:.2%}",
-        ]
-        for one in gpu["runs"]
-    ]
-    head = [
-        "shape, rows × tokens × accumulation",
-        "tokens/s",
-        "MFU",
-        "peak memory",
-        "plan",
-        "loss beside the CPU's",
-    ]
-    chosen = "\n".join(f"- {one['shape']}: {one['chosen']}" for one in gpu["runs"])
-    versions = ", ".join(f"{name} {number}" for name, number in gpu["versions"].items())
-    return f"{gpu['device']}; {versions}\n\n{_table(head, rows)}\n\n{chosen}"
+    return table(head, rows)
 
 
 def tabulate_roofline(counted: Results) -> str:
@@ -310,12 +286,7 @@ def tabulate_roofline(counted: Results) -> str:
         pairs = zip(changed, first, strict=True)
         rows.append([name, *(f"{ms:.0f} ({ms - before:+.0f})".replace("-", "−") for ms, before in pairs)])
     head = ["with", "ms", "ms, blocks compiled"]
-    return f"{counted['last_line']}. Rates: {counted['rates']}.\n\n{_table(head, rows)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+    return f"{counted['last_line']}. Rates: {counted['rates']}.\n\n{table(head, rows)}"
 
 
 def draw(turns: Mapping[str, Sequence[Figures]], path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from counted_step import Step, count_step
-from gpu import SHAPES
+from gpu_parts.shapes import SHAPES
 from work import H100, H100_FLASH_3, Works, total
 
 from tunesmith.atomic_files import write_json

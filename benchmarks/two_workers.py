@@ -9,15 +9,14 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
-from in_process import make_job
+from in_process import make_job, set_up_in_group
 from ours import make_config
 from turn import Task, answer, read_task
 
-from tunesmith.train.set_up import set_up, tear_down
+from tunesmith.train.set_up import tear_down
 from tunesmith.train.step import take_step
-from tunesmith.train.worker import ProcessWorker, TrainJob
+from tunesmith.train.worker import TrainJob
 
 _MICROBATCHES = 4
 _STEPS = 3
@@ -51,14 +50,12 @@ def _measure(task: Task, num_workers: int) -> float:
 
 def _work(rank: int, num_workers: int, folder: Path, job: TrainJob) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    store = dist.FileStore(str(folder / "store"), num_workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
-    training = set_up(job, ProcessWorker(rank, num_workers, torch.device("cpu"), job.run))
+    training = set_up_in_group(rank, num_workers, folder, job, torch.device("cpu"))
     speeds = []
     for step in range(1, _STEPS + 1):
         start = time.perf_counter()
         result = take_step(training, step)
-        speeds.append(result.tokens / (time.perf_counter() - start))
+        speeds.append(result.counts.tokens / (time.perf_counter() - start))
     if rank == 0:
         (folder / "speed").write_text(str(statistics.median(speeds[1:])))
     tear_down(training)

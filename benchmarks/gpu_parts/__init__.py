@@ -1,0 +1,1 @@
+"""The parts of `gpu.py`. Each yields what it measures, one by one, as a name and the work that gives its figures."""
