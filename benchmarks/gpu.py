@@ -16,7 +16,6 @@ are written to a folder (16 GB for 8B) and loaded from it as any model's are.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ from gpu_parts.environment import list_versions, look_around, name_of
 from gpu_parts.parity import compare_with_cpu
 from gpu_parts.shapes import SHAPES
 from gpu_parts.speed import leave_levers_out, lengthen_rows, train_compiled, train_in_full, train_lora
+from in_process import synchronize
 
 from tunesmith.atomic_files import write_json
 
@@ -48,6 +48,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Work]]] = {
     "context": lengthen_rows,
 }
 _SET_UP = "set-up"
+# Of the time: what is begun takes some.
+_SPARED = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ class Recorder:
     results: dict[str, Any]
     left_out: frozenset[str]
     end: float
+    device: torch.device
 
     def run(self, part: str, rows: Iterator[Work]) -> None:
         """Measure what a part yields; what the file has of it already stays."""
         kept = self.results["parts"].setdefault(part, {})
+        if _SET_UP in kept:
+            return
         try:
             for name, work in rows:
-                if self.is_over():
+                if self.is_over() or self.is_broken():
                     return
                 if name not in kept and name not in self.left_out:
                     print(f"{part}: {name}", file=sys.stderr, flush=True)
@@ -74,6 +79,14 @@ class Recorder:
 
     def is_over(self) -> bool:
         return time.time() >= self.end
+
+    def is_broken(self) -> bool:
+        """Return whether a kernel has failed such that this process can't use the GPU any more."""
+        try:
+            synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
 
     def errors(self) -> list[str]:
         """Return what went wrong, a line each."""
@@ -99,27 +112,25 @@ class Recorder:
 
 
 def _describe(error: Exception) -> Figures:
-    """Return the error without what it holds alive: a training's tensors."""
+    """Return what is told of an error, and let go of what it holds alive: a training's tensors."""
     lines = traceback.format_exception(error)
-    told = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": "".join(lines)[-3000:]}
-    error.__traceback__ = None
-    gc.collect()
-    return told
+    traceback.clear_frames(error.__traceback__)
+    return {"error": f"{type(error).__name__}: {error}"[:500], "traceback": "".join(lines)[-3000:]}
 
 
 def main() -> None:
     words = _parse()
-    device = torch.device(words.device)
-    results = _begin(words, device)
+    device = torch.device(words.device, 0 if words.device == "cuda" else None)
     begun = time.time() if words.begun is None else words.begun
-    recorder = Recorder(words.results, results, frozenset(words.leave_out), begun + 0.9 * 60 * words.minutes)
+    end = begun + (1 - _SPARED) * 60 * words.minutes
+    recorder = Recorder(words.results, _begin(words, device), frozenset(words.leave_out), end, device)
     with tempfile.TemporaryDirectory() as name:
         bench = _make_bench(words, device, Path(name))
         for part in words.only:
             if part not in words.leave_out:
                 recorder.run(part, PARTS[part](bench))
-            if _is_broken(device) and not recorder.is_over():
-                _start_anew(words, begun)
+    if recorder.is_broken() and not recorder.is_over():
+        _start_anew(begun)
     errors = recorder.errors()
     print(f"written: {words.results}", *errors, sep="\n")
     sys.exit(1 if errors else 0)
@@ -156,17 +167,7 @@ def _make_bench(words: argparse.Namespace, device: torch.device, folder: Path) -
     )
 
 
-def _is_broken(device: torch.device) -> bool:
-    """Return whether a kernel has failed such that this process can't use the GPU any more."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
-def _start_anew(words: argparse.Namespace, begun: float) -> None:
+def _start_anew(begun: float) -> None:
     """Replace this process by one that goes on with what isn't measured yet."""
     others = [word for word in sys.argv[1:] if not word.startswith("--begun")]
     os.execv(sys.executable, [sys.executable, sys.argv[0], *others, f"--begun={begun}"])
@@ -180,7 +181,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a microbatch")
     parser.add_argument("--accumulation", type=int, default=4, help="microbatches of a step")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after the first")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--devices", type=int, help="devices to shard over; by default all")
     parser.add_argument(
         "--only", type=_split_parts, default=[*PARTS], help=f"parts to run, of {', '.join(PARTS)}"

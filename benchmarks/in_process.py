@@ -34,10 +34,15 @@ def make_job(config: TrainConfig, num_workers: int = 1, num_threads: int | None 
 
 
 def set_up_alone(job: TrainJob, device: torch.device) -> Training:
-    """Return the training of a group of one, which is made where there is none yet."""
+    """Return the training of a group of one."""
+    stay_alone()
+    return set_up(job, ProcessWorker(0, 1, device, job.run))
+
+
+def stay_alone() -> None:
+    """Make a group of one, where there is no group yet."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
-    return set_up(job, ProcessWorker(0, 1, device, job.run))
 
 
 def set_up_in_group(

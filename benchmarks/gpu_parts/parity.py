@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from in_process import make_job, set_up_alone, set_up_in_group
+from in_process import make_job, set_up_alone, set_up_in_group, stay_alone
 
 from gpu_parts.bench import Bench, Figures, Work, make_config
 from gpu_parts.shapes import WIDE_HEADS, WINDOWED, mixed_lengths, write_model, write_rows
@@ -61,12 +61,12 @@ def compare_with_cpu(bench: Bench) -> Iterator[Work]:
 
 def _sum_over_group(bench: Bench) -> Figures:
     """Add up over a group of one: whether NCCL starts at all."""
-    with bench.training(_config(bench, "all_reduce", Case(), "float32")):
-        ones = torch.ones(1024, device=bench.device)
-        dist.all_reduce(ones)
-        backend = dist.get_backend(dist.group.WORLD)
-        total = float(ones.sum())
-    return {"backend": backend, **({} if total == 1024 else {"error": f"1,024 ones add up to {total}"})}
+    stay_alone()
+    ones = torch.ones(1024, device=bench.device)
+    dist.all_reduce(ones)
+    total = float(ones.sum())
+    told = {"backend": dist.get_backend_config(), "sum": total}
+    return told if total == len(ones) else {**told, "error": f"{len(ones)} ones add up to {total}"}
 
 
 def _compare(bench: Bench, name: str, case: Case, found: dict[str, Figures]) -> Figures:

@@ -20,7 +20,7 @@ def profile_step(bench: Bench, training: Training) -> Figures:
     """Return the operations of one step that took longest: on the GPU its kernels, else the CPU's own."""
     on_gpu = bench.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         take_step(training, 1)
         synchronize(bench.device)
 

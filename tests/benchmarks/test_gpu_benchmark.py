@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.paths import REPOSITORY
 
@@ -27,6 +28,7 @@ from gpu_parts.speed import flip_each
 from tunesmith.model.kernels.install import GPU, kernels_for
 
 BENCHMARKS = REPOSITORY / "benchmarks"
+CPU = torch.device("cpu")
 
 # On a bare machine, whose packages bring their own along.
 RUN_ALONE = """
@@ -98,7 +100,7 @@ def wheels() -> set[str]:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> gpu.Recorder:
-    return gpu.Recorder(tmp_path / "gpu.json", {"parts": {}}, frozenset({"unwanted"}), time.time() + 60)
+    return gpu.Recorder(tmp_path / "gpu.json", {"parts": {}}, frozenset({"unwanted"}), time.time() + 60, CPU)
 
 
 def test_what_fails_is_recorded_and_the_next_goes_on(recorder: gpu.Recorder) -> None:
@@ -121,9 +123,9 @@ def test_what_fails_is_recorded_and_the_next_goes_on(recorder: gpu.Recorder) -> 
 
 def test_nothing_is_begun_when_the_time_is_over_and_nothing_is_measured_twice(tmp_path: Path) -> None:
     kept = {"parts": {"numbers": {"first": {"value": 1}}}}
-    recorder = gpu.Recorder(tmp_path / "gpu.json", kept, frozenset(), time.time() + 60)
+    recorder = gpu.Recorder(tmp_path / "gpu.json", kept, frozenset(), time.time() + 60, CPU)
     recorder.run("numbers", iter([("first", lambda: {"value": 2}), ("second", lambda: {"value": 2})]))
-    late = gpu.Recorder(recorder.path, kept, frozenset(), time.time())
+    late = gpu.Recorder(recorder.path, kept, frozenset(), time.time(), CPU)
     late.run("numbers", iter([("third", lambda: {"value": 3})]))
     rows = json.loads(recorder.path.read_text())["parts"]["numbers"]
     assert {name: figures["value"] for name, figures in rows.items()} == {"first": 1, "second": 2}
