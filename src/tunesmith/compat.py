@@ -138,14 +138,11 @@ def set_most_variants(count: int) -> None:
 def let_segments_grow() -> None:
     """Let CUDA's allocator widen the segments that it has, instead of leaving gaps between those of other sizes.
 
-    From now on: it may have begun. `_C._accelerator_setAllocatorSettings`: torch 2.13; the function of
-    `torch.cuda.memory`, which warns there: before.
+    From now on: it may have begun. `_C._accelerator_setAllocatorSettings`: torch 2.11 and 2.13.
     """
     import torch
 
-    unnamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    change = unnamed or torch.cuda.memory._set_allocator_settings
-    change("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
