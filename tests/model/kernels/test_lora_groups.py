@@ -165,6 +165,14 @@ def test_an_input_that_was_changed_in_between_is_multiplied_as_it_is_then() -> N
     assert not torch.allclose(before, after)
 
 
+def test_what_was_computed_without_a_graph_is_not_taken_where_there_is_one() -> None:
+    net = grouped(adapted()).get_submodule("base_model.model")
+    values = make_values(5, WIDTH)
+    with torch.no_grad():
+        net.q(values)
+    assert net.k(values).requires_grad
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_evaluation_gives_the_same(context: Callable[[], Any]) -> None:
     theirs = adapted(lora_dropout=0.5).eval()

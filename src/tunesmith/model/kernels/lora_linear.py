@@ -69,6 +69,7 @@ class _Handed:
         self._group: list[_AdaptedLinear] = []
         self._inputs: Tensor | None = None
         self._num_changes = 0
+        self._has_graph = False
         self._outputs: list[Tensor | None] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handed:
@@ -77,13 +78,14 @@ class _Handed:
 
     def put(self, group: list[_AdaptedLinear], inputs: Tensor, outputs: Sequence[Tensor]) -> None:
         self._group, self._inputs, self._num_changes = group, inputs, _count_changes(inputs)
-        self._outputs = [None, *outputs[1:]]
+        self._has_graph, self._outputs = torch.is_grad_enabled(), [None, *outputs[1:]]
 
     def take(self, group: list[_AdaptedLinear], place: int, inputs: Tensor) -> Tensor | None:
         """Return what is there for the layer at `place`, if it is of these very inputs; with the last all is let go of."""
         if inputs is not self._inputs or group is not self._group:
             return None
-        output = self._outputs[place] if _count_changes(inputs) == self._num_changes else None
+        is_same = _count_changes(inputs) == self._num_changes and torch.is_grad_enabled() == self._has_graph
+        output = self._outputs[place] if is_same else None
         self._outputs[place] = None
         if all(other is None for other in self._outputs):
             self._group, self._inputs, self._outputs = [], None, []
