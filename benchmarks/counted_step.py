@@ -26,6 +26,7 @@ from tunesmith.model.kernels.install import GPU, Kernels, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.planning.dry_run import attend_with, make_batch
 from tunesmith.planning.memory import build_planned_model
+from tunesmith.planning.shared_inputs import find_shared_inputs
 from tunesmith.train.optimizer import build_optimizer
 from tunesmith.train.step import clip_gradients
 
@@ -60,7 +61,7 @@ def count_step(step: Step) -> Works:
 def _count_shallow(step: Step, num_blocks: int, counter: WorkCounter, backend: Any) -> Works:
     """Return the work of the step with so many blocks, compiled by `backend` if there is one."""
     model: Any = build_model(step, num_blocks)
-    install_kernels(model, step.kernels)
+    install_kernels(model, step.kernels, find_shared_inputs(model))
     attend_with(model, VARLEN)
     batch = make_batch(step.num_tokens, step.max_length, is_flat=True)
     if backend is not None:

@@ -55,6 +55,9 @@ class Int8Rows(NamedTuple):
     def linear(self, inputs_ND: Tensor, bias_O: Tensor | None = None) -> Tensor:
         return F.linear(inputs_ND, self.dequantize(inputs_ND.dtype), bias_O)
 
+    def add_linear(self, total_NO: Tensor, inputs_ND: Tensor) -> None:
+        total_NO.addmm_(inputs_ND, self.dequantize(inputs_ND.dtype).T)
+
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.dequantize(gradient_NO.dtype)
 

@@ -49,6 +49,9 @@ class FrozenWeight(Protocol):
     def linear(self, inputs_ND: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return `inputs @ weight.T + bias`, (N, O), in the dtype of the inputs."""
 
+    def add_linear(self, total_NO: Tensor, inputs_ND: Tensor) -> None:
+        """Add `inputs @ weight.T` to a total in the dtype of the inputs."""
+
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         """Return `gradient @ weight`, (N, D), in the dtype of the gradient."""
 
@@ -71,11 +74,14 @@ class Dense(NamedTuple):
     def linear(self, inputs_ND: Tensor, bias_O: Tensor | None = None) -> Tensor:
         return F.linear(inputs_ND, self.weight_OD, bias_O)
 
+    def add_linear(self, total_NO: Tensor, inputs_ND: Tensor) -> None:
+        # Not `addmm_`, which counters of FLOP pass over.
+        torch.addmm(total_NO, inputs_ND, self.weight_OD.T, out=total_NO)
+
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.weight_OD
 
     def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
-        # Not `addmm_`, which counters of FLOP pass over.
         torch.addmm(total_ND, gradient_NO, self.weight_OD, out=total_ND)
 
 

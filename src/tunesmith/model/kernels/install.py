@@ -28,6 +28,8 @@ class Kernels:
         torch_norms: whether norms are torch's own.
         fuses_adapters: whether adapted layers are computed with their adapters at once.
         groups_adapters: whether adapted layers that share an input are computed together, with one dropout.
+        adapters_first: whether a layer's weight is multiplied into what its adapter gives, and not the other way: a pass
+            less over the results, that products which keep a device busy hide.
         fuses_elementwise: whether norms and gated layers are computed in fewer passes.
     """
 
@@ -38,6 +40,7 @@ class Kernels:
     torch_norms: bool
     fuses_adapters: bool = True
     groups_adapters: bool = True
+    adapters_first: bool = False
     fuses_elementwise: bool = True
 
 
@@ -45,7 +48,9 @@ CPU = Kernels(VARLEN, CPU_LOGITS, keeps_cheap_results=False, packs_masks=True, t
 
 # Its products leave less time for anything else; what computing again costs there is not measured, but an 8B model
 # keeps 25 GB of a row of 8,192 tokens for it, not 37.
-GPU = Kernels(VARLEN, GPU_LOGITS, keeps_cheap_results=False, packs_masks=False, torch_norms=True)
+GPU = Kernels(
+    VARLEN, GPU_LOGITS, keeps_cheap_results=False, packs_masks=False, torch_norms=True, adapters_first=True
+)
 
 
 def kernels_for(device_type: str) -> Kernels:
@@ -61,7 +66,7 @@ def install_kernels(model: nn.Module, kernels: Kernels, shared_inputs: Iterable[
     results = CheapResults(kernels.keeps_cheap_results)
     if kernels.fuses_adapters:
         groups = shared_inputs if kernels.groups_adapters else ()
-        fuse_adapters(model, results, kernels.packs_masks, groups)
+        fuse_adapters(model, results, kernels.packs_masks, groups, kernels.adapters_first)
     if kernels.fuses_elementwise:
         fuse_elementwise(model, results, kernels.torch_norms)
     install_token_rows(model)

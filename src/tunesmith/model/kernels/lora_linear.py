@@ -22,13 +22,18 @@ from tunesmith.model.kernels.recompute import CheapResults, Recipe
 
 
 def fuse_adapters(
-    model: nn.Module, results: CheapResults, packs_masks: bool, groups: Iterable[Sequence[str]] = ()
+    model: nn.Module,
+    results: CheapResults,
+    packs_masks: bool,
+    groups: Iterable[Sequence[str]] = (),
+    adapters_first: bool = False,
 ) -> None:
     """Let every adapted linear layer of `model` compute with its adapter at once, in the dtype of its input.
 
     What their dropout drops follows from their number among them. `packs_masks`: masks that don't are kept as bits,
     else as bools. `groups` are the names of layers that are handed the same tensor, in the order in which they are
-    called: they are computed together, with one dropout, the first one's.
+    called: they are computed together, with one dropout, the first one's. `adapters_first`: the weight is multiplied
+    into what the adapter gives.
     """
     handed = _Handed()
     fused: dict[str, _AdaptedLinear] = {}
@@ -36,7 +41,7 @@ def fuse_adapters(
         adapter = find_plain_adapter(module)
         if adapter is not None:
             key = make_layer_key(len(fused))
-            fused[name] = _AdaptedLinear(module, adapter, key, results, packs_masks, handed)
+            fused[name] = _AdaptedLinear(module, adapter, key, results, packs_masks, adapters_first, handed)
             # Bound methods survive a copy of the model, and compiled code can be shared by layers.
             module.forward = fused[name].forward
     for names in groups:
@@ -104,6 +109,7 @@ class _AdaptedLinear:
     key: Tensor
     results: CheapResults
     packs_masks: bool
+    adapters_first: bool
     handed: _Handed
     group: list[_AdaptedLinear] = field(default_factory=list)
     place: int = 0
@@ -153,6 +159,7 @@ class _AdaptedLinear:
             [layer.scaling[name] / (1 - share) for layer, name in zip(layers, names, strict=True)],
             dropout,
             share,
+            self.adapters_first,
             *(layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)),
             *(layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)),
         )
@@ -173,6 +180,7 @@ class _LoraLinears(torch.autograd.Function):
         scalings: list[float],
         dropout: Dropout | None,
         share: float,
+        adapters_first: bool,
         *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs_ND = inputs.flatten(0, -2)
@@ -185,7 +193,11 @@ class _LoraLinears(torch.autograd.Function):
         for weight, bias_O, scaling, inner_RN, b_OR in zip(
             weights, biases, scalings, inner_SN.split(ranks), matrices_OR, strict=True
         ):
-            outputs_NO = weight.linear(inputs_ND, bias_O).addmm_(inner_RN.T, b_OR.T, alpha=scaling)
+            if adapters_first:
+                outputs_NO = _multiply(inner_RN.T, b_OR.T, scaling, bias_O)
+                weight.add_linear(outputs_NO, inputs_ND)
+            else:
+                outputs_NO = weight.linear(inputs_ND, bias_O).addmm_(inner_RN.T, b_OR.T, alpha=scaling)
             # No view: models add to what their layers return.
             outputs.append(reshape_own(outputs_NO, (*inputs.shape[:-1], len(b_OR))))
         stored = [tensor for weight in weights for tensor in weight]
@@ -194,20 +206,21 @@ class _LoraLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kinds, ctx.recipe, ctx.scalings = [type(weight) for weight in weights], recipe, scalings
         ctx.dropout, ctx.num_drawn, ctx.share = type(dropout), len(drawn), share
+        ctx.adapters_first = adapters_first
         ctx.dtype = adapters[0].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(gradient is None for gradient in gradients):
-            return (None,) * (8 + 2 * len(gradients))
+            return (None,) * (9 + 2 * len(gradients))
         a_SD, inner_SN, *tensors = ctx.saved_tensors
         drawn, tensors = tensors[: ctx.num_drawn], tensors[ctx.num_drawn :]
         matrices_OR, tensors = tensors[: len(gradients)], tensors[len(gradients) :]
         inners_RN = inner_SN.split([b_OR.shape[1] for b_OR in matrices_OR])
         gradients_RN: list[Tensor] = []
         gradients_b: list[Tensor | None] = []
-        gradient_ND: Tensor | None = None
+        upstream: list[tuple[FrozenWeight, Tensor]] = []
         for gradient, kind, scaling, inner_RN, b_OR in zip(
             gradients, ctx.kinds, ctx.scalings, inners_RN, matrices_OR, strict=True
         ):
@@ -220,10 +233,7 @@ class _LoraLinears(torch.autograd.Function):
             gradient_NO = gradient.flatten(0, -2)
             gradients_RN.append((b_OR.T @ gradient_NO.T).mul_(scaling))
             gradients_b.append((inner_RN @ gradient_NO).mul_(scaling).T.to(ctx.dtype))
-            if gradient_ND is not None:
-                weight.add_input_gradient(gradient_ND, gradient_NO)
-            elif ctx.needs_input_grad[0]:
-                gradient_ND = weight.input_gradient(gradient_NO)
+            upstream.append((weight, gradient_NO))
         gradient_SN = _stack(gradients_RN)
         inputs = ctx.recipe.compute(*tensors) if ctx.recipe else tensors[0]
         inputs_ND = inputs.flatten(0, -2)
@@ -235,13 +245,41 @@ class _LoraLinears(torch.autograd.Function):
                 gradients, gradient_a_SD.split([len(inner) for inner in inners_RN]), strict=True
             )
         ]
-        if gradient_ND is not None:
-            if kept is None:
-                gradient_ND.addmm_(gradient_SN.T, a_SD)
-            else:
-                add_dropped(gradient_ND, gradient_SN.T @ a_SD, kept)
-            gradient_ND = gradient_ND.view_as(inputs)
-        return gradient_ND, *[None] * 7, *gradients_a, *gradients_b
+        gradient_inputs = None
+        if ctx.needs_input_grad[0]:
+            gradient_ND = _add_up(upstream, gradient_SN, a_SD, kept, ctx.adapters_first)
+            gradient_inputs = gradient_ND.view_as(inputs)
+        return gradient_inputs, *[None] * 8, *gradients_a, *gradients_b
+
+
+def _add_up(
+    upstream: list[tuple[FrozenWeight, Tensor]],
+    gradient_SN: Tensor,
+    a_SD: Tensor,
+    kept: Tensor | None,
+    adapters_first: bool,
+) -> Tensor:
+    """Return the gradient of the inputs, (N, D): what comes through the weights, and through the adapters."""
+    if adapters_first:
+        total_ND = drop(gradient_SN.T @ a_SD, kept)
+        for weight, gradient_NO in upstream:
+            weight.add_input_gradient(total_ND, gradient_NO)
+        return total_ND
+    (first, gradient_NO), *others = upstream
+    total_ND = first.input_gradient(gradient_NO)
+    for weight, gradient_NO in others:
+        weight.add_input_gradient(total_ND, gradient_NO)
+    if kept is None:
+        return total_ND.addmm_(gradient_SN.T, a_SD)
+    add_dropped(total_ND, gradient_SN.T @ a_SD, kept)
+    return total_ND
+
+
+def _multiply(left: Tensor, right: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """Return scaling · left @ right + bias."""
+    if bias is None:
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+    return torch.addmm(bias, left, right, alpha=scaling)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
