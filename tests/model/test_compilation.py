@@ -100,13 +100,14 @@ def test_a_run_compiles_when_asked_to(deep: Path, rows: Path, tmp_path: Path) ->
     assert counters["stats"]["unique_graphs"] > 0
 
 
-def test_attention_on_gpus_stays_in_the_graph() -> None:
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_on_gpus_stays_in_the_graph(window: int | None) -> None:
     # Its kernels run nowhere else; tensors without data show what is traced.
     attend = torch.compile(_attend_on_gpu, backend="eager", fullgraph=True, dynamic=True)
     for longest, num_starts in ((9, 4), (10, 5), (12, 6), (13, 5)):
         states = [torch.empty(1, num_heads, 64, 16, device="meta") for num_heads in (4, 2, 2)]
         starts = torch.empty(num_starts, dtype=torch.int32, device="meta")
-        assert attend(*states, 0.25, starts, longest).shape == (1, 64, 4, 16)
+        assert attend(*states, 0.25, starts, longest, window).shape == (1, 64, 4, 16)
     assert counters["stats"]["unique_graphs"] <= 2
 
 

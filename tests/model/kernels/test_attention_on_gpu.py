@@ -121,9 +121,3 @@ def test_it_asks_for_what_cpus_compute(
     heads_first = [made.transpose(1, 2) for made in states]
     expected = _attend_on_cpu(*heads_first, WIDTH**-0.5, STARTS, max(LENGTHS), window)
     torch.testing.assert_close(found, expected)
-
-
-def test_a_compiler_holds_it_in_one_graph() -> None:
-    states = make_states(6, 2, "meta", torch.bfloat16)
-    compiled = torch.compile(attend_on_gpu, backend="eager", fullgraph=True)
-    assert compiled(states, 7).shape == (1, sum(LENGTHS), 6, WIDTH)
