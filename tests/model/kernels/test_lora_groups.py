@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.step_costs import BytesMoved
+from support.step_costs import IN_PLACE_PRODUCTS, BytesMoved
 from tunesmith.model.kernels.install import CPU, GPU, Kernels, install_kernels
 
 WIDTH = 12
@@ -307,7 +307,7 @@ def test_a_group_moves_and_keeps_fewer_bytes_for_the_same_products(dropout: floa
             return tensor
 
         values = hidden.tanh()
-        with FlopCounterMode(display=False) as flops, BytesMoved() as moved:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops, BytesMoved() as moved:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 output = model(values)
             output.backward()
