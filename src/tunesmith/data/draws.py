@@ -23,7 +23,10 @@ class Draws:
     step: int
 
     def token_keys(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return a key for each token, int32, from the numbers of their rows and their places in these."""
+        """Return a key for each token, int32, from the numbers of their rows and their places in these.
+
+        A row that a step has twice, as weights of data sets may ask for, has the same keys both times.
+        """
         (key,) = np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)
         return _mix(_mix(key, rows), places).astype(np.uint32).view(np.int32)
 
