@@ -51,6 +51,14 @@ def test_compiled_functions_may_have_more_variants() -> None:
         assert torch._dynamo.config.recompile_limit == 9
 
 
+def test_what_torch_cant_compile_is_told_by_one_error() -> None:
+    def fail(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise OSError("no compiler")
+
+    with pytest.raises(compat.compilation_error(), match="no compiler"):
+        torch.compile(torch.sin, backend=fail)(torch.zeros(1))
+
+
 def test_storages_without_data_are_told_apart_and_views_share_theirs() -> None:
     first, second = (torch.empty(4, device="meta") for _ in range(2))
     key = compat.storage_key(first.untyped_storage())

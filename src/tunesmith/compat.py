@@ -145,6 +145,16 @@ def let_segments_grow() -> None:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
+def compilation_error() -> type[Exception]:
+    """Return what torch.compile raises where it can't trace or compile a function.
+
+    `torch._dynamo.exc.TorchDynamoException`: torch 2.13.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return what tells a storage that lives from all others, without data too.
 

@@ -77,7 +77,8 @@ class TrainConfig(AdapterSettings, HFDatasetConfig):
 
     torch_compile: bool = setting(
         False,
-        "Compile the model's blocks before the first step, which takes a C++ compiler and up to minutes.",
+        "Compile the model's blocks at the first step, which takes a C++ compiler and up to minutes; kept in "
+        "{home}/compiled for later starts. Blocks that torch can't compile run plainly, with a warning.",
         group="model",
         scope="run",
     )

@@ -3,6 +3,7 @@
 {home}/
   logs/fine_tune.log
   datasets/{fingerprint}/
+  compiled/
   results/{model_name}/
     ray_results/TorchTrainer_{run_name}/
       params.json  metrics.jsonl  lease.json  checkpoint_00000100/
@@ -109,6 +110,11 @@ class RunDir:
     @property
     def datasets_path(self) -> Path:
         return self.home / "datasets"
+
+    @property
+    def compiled_path(self) -> Path:
+        """What torch compiled for the workers."""
+        return self.home / "compiled"
 
     @property
     def tensorboard_path(self) -> Path:

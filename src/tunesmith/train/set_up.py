@@ -16,7 +16,7 @@ from tunesmith.machine import keep_freed_memory
 from tunesmith.model.adapters.new_tokens import load_run_tokenizer
 from tunesmith.model.adapters.prior import with_kept_adapter
 from tunesmith.model.attention_choice import is_flash
-from tunesmith.model.compilation import check_compiler, compile_blocks
+from tunesmith.model.compilation import check_compiler, compile_blocks, keep_compiled
 from tunesmith.model.frozen_weights import Dense
 from tunesmith.model.kernels.attention import VARLEN
 from tunesmith.model.load import attention_of
@@ -58,6 +58,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
     job = replace(job, config=config)
     if config.torch_compile:
         check_compiler(device)
+        keep_compiled(job.run.compiled_path)
     prepared = open_prepared(job.prepared_path)
     tokenizer = load_run_tokenizer(config)
     kernels = choose_kernels(params["resolved"], device.type)
