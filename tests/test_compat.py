@@ -81,6 +81,7 @@ def test_every_parameter_and_buffer_is_changed_once() -> None:
 
 
 def test_ray_trains_without_its_cleaner_of_places() -> None:
+    pytest.importorskip("ray")
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 

@@ -112,6 +112,8 @@ class Bench:
             yield training
         finally:
             tear_down(training)
+            if config.torch_compile:
+                torch.compiler.reset()
 
     def free(self) -> None:
         """Give back what nothing holds any more."""
@@ -120,13 +122,17 @@ class Bench:
             torch.cuda.empty_cache()
 
     def measure(self, config: TrainConfig) -> Figures:
-        """Return what some steps took, and what was planned."""
-        planned = plan(config, self.device)
-        told = {"planned_bytes": planned.memory.total, "planned": asdict(planned.memory)}
-        if not planned.fits:
-            return {**told, "fits": False}
+        """Return what some steps took beside what was planned, or only that, where the plan says that they don't fit."""
+        planned = self.plan(config)
+        if not planned["fits"]:
+            return planned
         with self.training(config) as training:
-            return {**self.measure_steps(training), **told}
+            return {**self.measure_steps(training), **planned}
+
+    def plan(self, config: TrainConfig) -> Figures:
+        planned = plan(config, self.device)
+        memory = planned.memory
+        return {"fits": planned.fits, "planned_bytes": memory.total, "planned": asdict(memory)}
 
     def measure_steps(self, training: Training) -> Figures:
         """Return what the steps of a training took; the first isn't counted."""

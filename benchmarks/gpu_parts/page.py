@@ -108,7 +108,7 @@ def _percent(one: Figures, name: str, digits: int = 2) -> str:
 
 
 def _fault(one: Figures) -> str:
-    if one.get("fits") is False:
+    if one.get("fits") is False and "tokens_per_s" not in one:
         return "doesn't fit"
     return str(one.get("error") or one.get("absent") or "").split("\n")[0][:80].replace("|", "/")
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from in_process import make_job, plan, swap_tokens
+from in_process import make_job, swap_tokens
 
 from gpu_parts.bench import Bench, Figures, Work
 from gpu_parts.environment import flash_implementations
@@ -29,12 +29,12 @@ def train_lora(bench: Bench) -> Iterator[Work]:
     """Measure the shape with rows of one example, with rows of several, and where the time of a step goes."""
     shape = bench.scale.shape
     config = _lora(bench, "lora", shape)
-    planned = plan(config, bench.device).memory.total
+    planned = bench.plan(config)
     with bench.training(config) as training:
-        yield "rows of one example", lambda: {**bench.measure_steps(training), "planned_bytes": planned}
+        yield "rows of one example", lambda: {**bench.measure_steps(training), **planned}
         yield "profile", lambda: profile_step(bench, training)
         mixed = _take_mixed_rows(bench, training)
-        yield "rows of several examples", lambda: {**bench.measure_steps(mixed), "planned_bytes": planned}
+        yield "rows of several examples", lambda: {**bench.measure_steps(mixed), **planned}
 
 
 def train_compiled(bench: Bench) -> Iterator[Work]:
