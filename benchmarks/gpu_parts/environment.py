@@ -21,7 +21,7 @@ from tunesmith.machine import available_memory, usable_cpus
 
 _LIBRARIES = (
     "torch", "triton", "transformers", "peft", "tokenizers", "huggingface-hub", "pyarrow", "pydantic", "numpy",
-    "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4",
+    "flash-attn", "flash-attn-3", "flash-attn-4",
 )  # fmt: skip
 _REPEATS = 10
 
