@@ -25,8 +25,8 @@ def estimate_host(
 ) -> int:
     """Return the bytes of its node's memory that each worker needs at its peak, which may be while it loads.
 
-    Weights are read by slices, each of which is on its GPU before the next is read; those that can't be, whole. What is
-    mapped isn't counted: the node gives it up when it must.
+    Weights are read by slices, each of which is on its GPU before the next is read; those that can't be, whole. Later a
+    copy of what checkpoints hold is kept. What is mapped isn't counted: the node gives it up when it must.
     """
     parameters = [*planned.model.parameters()]
     width = planned.stored_dtype.itemsize
@@ -40,4 +40,5 @@ def estimate_host(
     trained, frozen = count_held(planned, layout, num_workers)
     # Weights, gradients and AdamW's two moments.
     offloaded = frozen + 16 * trained if config.cpu_offload else 0
-    return _PROCESS_BYTES + read + offloaded
+    saved = 12 * trained  # but the gradients
+    return _PROCESS_BYTES + max(read, saved) + offloaded

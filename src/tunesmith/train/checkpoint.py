@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -76,11 +78,14 @@ class Checkpointer:
         model: nn.Module,
         optimizer: Optimizer,
         tokenizer: PreTrainedTokenizerFast,
+        stager: DefaultStager | None = None,
     ) -> None:
+        """`stager` copies the state into memory that it keeps until the end; without one, each save takes its own."""
         self._job = job
         self._rank = rank
         self._model = model
         self._optimizer = optimizer
+        self._stager = stager
         self._tokenizer_files = pack_tokenizer(tokenizer, job.config.model) if rank == 0 else {}
         # Its own group: the background write must not mix its messages with the loop's.
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
@@ -115,14 +120,24 @@ class Checkpointer:
         """
         self.wait()
         folder = self._job.run.unfinished_path(progress.step, self._token)
-        writing = dcp.async_save(
-            self._tensors(), checkpoint_id=folder / STATE_FOLDER, process_group=self._group
-        )
-        assert isinstance(writing, Future)
-        self._writing = writing
+        writing = self._writing = self._start_writing(folder / STATE_FOLDER)
         if self._rank == 0:
             self._folder = folder
             self._outcome = _then(writing, lambda: self._publish(folder, progress))
+
+    def _start_writing(self, folder: Path) -> Future[Any]:
+        start = partial(dcp.async_save, self._tensors(), checkpoint_id=folder, process_group=self._group)
+        try:
+            writing = start(async_stager=self._stager)
+        except (RuntimeError, AssertionError) as error:
+            # Nothing has been said to other ranks yet.
+            if self._stager is None:
+                raise
+            logger.warning("memory for saves can't be kept: %s", _cause(error))
+            self._stager = None
+            writing = start()
+        assert isinstance(writing, Future)
+        return writing
 
     def wait(self) -> None:
         """Block until this rank's share of the last save is written (rank 0: published) or has failed."""
@@ -132,7 +147,9 @@ class Checkpointer:
         self._writing = None
 
     def close(self) -> None:
-        """Give back the process group; the last save must have been waited for."""
+        """Give back the process group and the memory of saves; the last one must have been waited for."""
+        if self._stager is not None:
+            self._stager.close()
         dist.destroy_process_group(self._group)
 
     def take_outcome(self) -> Checkpoint | CheckpointError | None:
@@ -187,6 +204,16 @@ class Checkpointer:
         folder.rename(published)
         run.discard_checkpoints(config.save_total_limit)
         return Checkpoint(published, progress.step, progress.eval_loss)
+
+
+def build_stager(device_type: str) -> DefaultStager | None:
+    """Return what GPUs copy a save's state with: into pinned memory, which is taken once. CPUs have none to spare."""
+    if device_type != "cuda":
+        return None
+    options = StagingOptions(
+        use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
+    )
+    return DefaultStager(options)
 
 
 def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoint]:

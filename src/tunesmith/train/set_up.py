@@ -26,7 +26,7 @@ from tunesmith.parallel.mesh import build_mesh
 from tunesmith.planning.memory import sequences_per_forward
 from tunesmith.runs.identity import drops_by_token
 from tunesmith.train.build import build_model, choose_ways
-from tunesmith.train.checkpoint import Checkpointer
+from tunesmith.train.checkpoint import Checkpointer, build_stager
 from tunesmith.train.choices import (
     check_sharding,
     choose_kernels,
@@ -92,7 +92,7 @@ def set_up(job: TrainJob, worker: Worker) -> Training:
         worker=worker,
         learner=Learner(policy, job.objective, mesh, device),
         optimizer=optimizer,
-        checkpointer=Checkpointer(job, worker.rank, model, optimizer, tokenizer),
+        checkpointer=Checkpointer(job, worker.rank, model, optimizer, tokenizer, build_stager(device.type)),
         sequences=sequences,
         sequences_per_forward=sequences_per_forward(
             config.per_device_train_batch_size, config.max_seq_length, device.type
