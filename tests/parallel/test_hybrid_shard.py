@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor
 from support.gradients import assert_close, gradient_of_step, open_sequences
 from support.runs import last_event, losses, small_config, start, train_here, train_on_rank
 from support.tiny_models import build_config
-from support.workers import WorkerGroup
+from support.workers import WorkerGroup, on_nodes_of_two
 from tunesmith.cli import main
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import Sequences
@@ -34,19 +33,8 @@ from tunesmith.train.choices import check_sharding, keep_recorded
 
 pytestmark = pytest.mark.usefixtures("alone")
 
-TWO_NODES = {"LOCAL_WORLD_SIZE": "2"}
 # Seven for four ranks: two each, and one runs an empty one.
 MICROBATCHES = [np.array([row]) for row in range(7)]
-
-
-def on_nodes(rank: int, world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function where the ranks stand two by two on nodes."""
-    os.environ.update(TWO_NODES)
-    try:
-        return function(rank, world_size, *arguments)
-    finally:
-        for name in TWO_NODES:
-            del os.environ[name]
 
 
 def differentiate(rank: int, world_size: int, config: TrainConfig, rows: Sequences) -> dict[str, Tensor]:
@@ -67,7 +55,7 @@ def test_two_nodes_of_two_compute_what_one_rank_does(
     config = small_config(model_of("llama"), rows, tmp_path, fsdp="hybrid_shard", lora_dropout=0, **changes)
     sequences = open_sequences(config, packing=True)
     expected = gradient_of_step(config, sequences, MICROBATCHES)
-    for found in four_workers.run(on_nodes, differentiate, config, sequences):
+    for found in four_workers.run(on_nodes_of_two, differentiate, config, sequences):
         assert_close(found, expected)
 
 
@@ -97,7 +85,7 @@ def test_a_run_on_two_nodes_goes_as_any_other_and_goes_on_as_any_other(
     one = train_here(start(configure("one"), num_workers=1))
     (full, *_) = four_workers.run(train_on_rank, start(configure("full", fsdp="full_shard")))
     hybrid_job = start(configure("hybrid", fsdp="hybrid_shard"))
-    (hybrid, *_) = four_workers.run(on_nodes, train_on_rank, hybrid_job)
+    (hybrid, *_) = four_workers.run(on_nodes_of_two, train_on_rank, hybrid_job)
     assert full.read_params()["resolved"]["fsdp"] == "full_shard"
     assert hybrid.read_params()["resolved"]["fsdp"] == "hybrid_shard"
     assert "weights sharded within each node" in last_event(hybrid, "start")["message"]

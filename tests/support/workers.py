@@ -51,6 +51,15 @@ class WorkerGroup:
         self._folder.cleanup()
 
 
+def on_nodes_of_two(rank: int, world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function where the ranks stand two by two on nodes, as torchrun says it."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    try:
+        return function(rank, world_size, *arguments)
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
 def _serve(rank: int, world_size: int, store: Path, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
