@@ -208,12 +208,17 @@ class Checkpointer:
 
 def build_stager(device_type: str) -> DefaultStager | None:
     """Return what GPUs copy a save's state with: into pinned memory, which is taken once. CPUs have none to spare."""
-    if device_type != "cuda":
+    if device_type != "cuda" or not keeps_staging(torch.__version__):
         return None
     options = StagingOptions(
         use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
     )
     return DefaultStager(options)
+
+
+def keeps_staging(torch_version: str) -> bool:
+    """Return whether a stager of this torch can be used again: torch 2.11 clears its own after each save."""
+    return tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 13)
 
 
 def _then(first: Future[Any], work: Callable[[], Checkpoint]) -> Future[Checkpoint]:
