@@ -85,6 +85,7 @@ def test_compiled_blocks_train_as_plain_ones(
     check_compiled_gradient(small_config(model_of("llama"), rows, tmp_path, lora_dropout=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,6 +105,7 @@ def test_traced_blocks_train_as_plain_ones(
     check_compiled_gradient(small_config(model_of("llama"), rows, tmp_path, lora_dropout=0, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"fsdp": "full_shard"}])
 def test_blocks_share_what_is_compiled_whatever_the_length(
     changes: dict[str, Any], deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +124,7 @@ def test_blocks_share_what_is_compiled_whatever_the_length(
     assert num_graphs[0] == num_graphs[1] < NUM_BLOCKS
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_run_compiles_when_asked_to_and_keeps_what_it_compiled(
     model_of: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +145,7 @@ def test_a_folder_for_compiled_code_that_the_environment_names_is_left(
     assert cache_dir() == str(tmp_path / "mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_from", [1, 2])
 def test_blocks_that_cant_be_compiled_run_plainly_with_one_warning(
     fails_from: int,
@@ -173,6 +177,7 @@ def test_blocks_that_cant_be_compiled_run_plainly_with_one_warning(
     assert len(graphs) == fails_from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_blocks_on_gpus_are_traced_whole_whatever_the_length(
     recomputes: bool, monkeypatch: pytest.MonkeyPatch
