@@ -22,6 +22,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.model.compilation import compile_blocks
 from tunesmith.model.kernels import attention
 from tunesmith.model.kernels.attention import VARLEN
+from tunesmith.model.kernels.dropout import drawing_from
 from tunesmith.model.kernels.install import GPU, Kernels, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.planning.dry_run import attend_with, make_batch
@@ -42,6 +43,7 @@ class Step:
     kernels: Kernels = GPU
     rates: Rates = H100
     is_compiled: bool = False
+    drops_by_token: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -68,8 +70,9 @@ def _count_shallow(step: Step, num_blocks: int, counter: WorkCounter, backend: A
         # The first block is compiled as the others are.
         model.enable_input_require_grads()
         compile_blocks(model, backend, dynamic=False)
+    keys_BT = batch.input_ids_BT.int() if step.drops_by_token else None  # else masks are drawn and kept
     counter.works = {}
-    with as_on_gpus(), counter:
+    with as_on_gpus(), drawing_from(keys_BT), counter:
         sum_cross_entropy(model, batch, fused=True, at_a_time=step.kernels.logits).backward()
         _update(model, _settings(step))
     return counter.works

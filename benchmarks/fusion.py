@@ -140,6 +140,11 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph)
         self.calls: dict[fx.Node, _Call] = {}
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.auto_functionalized_v2:
+            return None, *kwargs["_all_bases"]  # changed in place: of tensors without data nothing changes
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
         inputs = [self.calls[each] for each in n.all_input_nodes]
@@ -149,10 +154,20 @@ class _Recorder(fx.Interpreter):
             return output
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         func = n.target if n.op == "call_function" else None
+        if func is torch.ops.higher_order.auto_functionalized_v2:
+            func, args, kwargs = _in_place(*args, **kwargs)
         self.calls[n] = call = _Call(func, args, kwargs, output, inputs)
         for each in inputs:
             each.users.append(call)
         return output
+
+
+def _in_place(func: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the call that inductor makes of one that a graph holds without changes in place."""
+    bases = kwargs.pop("_all_bases")
+    named = {argument.name: kwargs.get(argument.name) for argument in func._schema.arguments}
+    named |= {name: bases[kwargs[f"_{name}_base_index"]] for name in named if f"_{name}_base_index" in kwargs}
+    return func, tuple(named.values()), {}
 
 
 @dataclass(eq=False)

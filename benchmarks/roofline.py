@@ -56,6 +56,7 @@ def list_levers(step: Step) -> Iterator[tuple[str, Step]]:
             changed: dict[str, Any] = {field.name: not value}
             yield f"`{field.name}={not value}`", replace(step, kernels=replace(GPU, **changed))
     yield "as few logits at a time as on a CPU", replace(step, kernels=replace(GPU, logits=CPU_LOGITS))
+    yield "dropout of masks that are kept", replace(step, drops_by_token=False)
     yield "without dropout", replace(step, dropout=0.0)
     yield "FlashAttention 3", replace(step, rates=H100_FLASH_3)
 

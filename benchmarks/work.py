@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tunesmith.planning.live_bytes import AnswersNo
 
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "add_product"}
 DRAWS = {"bernoulli", "bernoulli_", "random_", "uniform_", "rand", "rand_like"}
 _ATTENTION, _ATTENTION_BACKWARD = "_varlen_attn", "_varlen_attn_backward"
 # Its backward pass computes five products where the forward pass does two.
@@ -138,7 +138,11 @@ def measure_operation(
         )
         flops, rate = _BACKWARD_FACTOR * of_forward, rates.attention_backward
     num_draws = sum(tensor.numel() for tensor in _tensors(outputs)) if name in DRAWS else 0
-    return Work(max(flops / rate, num_bytes / rates.memory, num_draws / rates.draws), flops, float(num_bytes))
+    seconds = max(flops / rate, num_bytes / rates.memory, num_draws / rates.draws)
+    if name == "addmm" and args[0].dim() == 2:  # copied before to where the product is added to it
+        num_copied = 2 * count(args[0])
+        return Work(seconds + num_copied / rates.memory, flops, float(num_bytes + num_copied))
+    return Work(seconds, flops, float(num_bytes))
 
 
 def _count_attention_flops(
@@ -193,6 +197,4 @@ def _count_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         # What is named as an output comes by its name alone.
         is_read = not is_written or not (argument.kwarg_only or name in _OVERWRITES)
         num_bytes += (is_read + is_written) * sum(map(count, _tensors(value)))
-    if name == "addmm" and args[0].dim() == 2:
-        num_bytes += 2 * count(args[0])  # copied to where the product is added to it
     return num_bytes

@@ -30,9 +30,12 @@ from tunesmith.errors import ConfigError
 SCHEMA = json_schema(TrainConfig)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
-# YAML has no control characters but these, and `auto`, `none` and the like unset an optional setting.
+# YAML has no control characters but these, and `auto`, `none` and the like unset an optional setting. Dollars are
+# variables in paths.
 texts = st.text(
-    st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t"), min_size=1, max_size=12
+    st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t", exclude_characters="$"),
+    min_size=1,
+    max_size=12,
 )
 plain_texts = texts.filter(lambda text: text.strip().lower() not in ("", "auto", "none", "null"))
 # What has a grammar of its own, which the schema doesn't tell.

@@ -18,6 +18,7 @@ from support.runs import small_config
 from support.workers import WorkerGroup
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import Batch, Sequences
+from tunesmith.data.draws import Draws
 from tunesmith.model.load import load_model_config
 from tunesmith.model.policy import Policy
 from tunesmith.objectives.sft import SFT
@@ -46,10 +47,10 @@ class WatchedLearner(Learner):
 
     noted: list[int] = field(default_factory=list)
 
-    def collate(self, sequences: Sequences, rows: np.ndarray | None) -> Batch:
+    def collate(self, sequences: Sequences, rows: np.ndarray | None, draws: Draws | None = None) -> Batch:
         gc.collect()
         self.noted.append(count_live_bytes())
-        return super().collate(sequences, rows)
+        return super().collate(sequences, rows, draws)
 
 
 def keep_of_gradients(rank: int, world_size: int, config: TrainConfig, sequences: Sequences) -> int:

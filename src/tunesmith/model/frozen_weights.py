@@ -75,13 +75,13 @@ class Dense(NamedTuple):
         return F.linear(inputs_ND, self.weight_OD, bias_O)
 
     def add_linear(self, total_NO: Tensor, inputs_ND: Tensor) -> None:
-        total_NO.addmm_(inputs_ND, self.weight_OD.T)
+        add_product(total_NO, inputs_ND, self.weight_OD.T)
 
     def input_gradient(self, gradient_NO: Tensor) -> Tensor:
         return gradient_NO @ self.weight_OD
 
     def add_input_gradient(self, total_ND: Tensor, gradient_NO: Tensor) -> None:
-        total_ND.addmm_(gradient_NO, self.weight_OD)
+        add_product(total_ND, gradient_NO, self.weight_OD)
 
 
 class FrozenLinear(nn.Module):
@@ -103,6 +103,24 @@ class FrozenLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.kind.__name__}"
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to a total, in place in compiled code too, which copies what it is to add a product to."""
+    if torch.compiler.is_compiling():
+        _add_product(total, left, right)
+    else:
+        total.addmm_(left, right)
+
+
+@torch.library.custom_op("tunesmith::add_product", mutates_args={"total"})
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    total.addmm_(left, right)
+
+
+@_add_product.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """It makes no tensor."""
 
 
 def store_weights(model: nn.Module, kind: type[FrozenWeight]) -> None:

@@ -158,7 +158,7 @@ def run_microbatch(
             # Gradients are counted apart.
             handles.append(parameter.register_post_accumulate_grad_hook(_forget_gradient))
     try:
-        with live, drawing_from(keys_BT):
+        with drawing_from(keys_BT), live:
             loss = sum_cross_entropy(model, batch, fused=fused, at_a_time=kernels.logits)
             borders, loss_peak, live.peak = [*live.noted], live.peak, live.now
             loss.backward()

@@ -12,7 +12,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tunesmith.data.draws import Draws
-from tunesmith.model.kernels.dropout import TokenDropout, drawing_at, drawing_from, make_layer_key
+from tunesmith.model.kernels.dropout import (
+    TokenDropout,
+    drawing_at,
+    drawing_from,
+    make_column_keys,
+    make_layer_key,
+)
 from tunesmith.model.kernels.install import CPU, GPU, Kernels, install_kernels
 
 SHARES = (0.004, 0.1, 0.5, 0.95)
@@ -25,7 +31,9 @@ def make_keys(num_rows: int, num_tokens: int, step: int = 1) -> Tensor:
 
 def draw(keys_BT: Tensor, num_columns: int, share: float, layer: int = 0) -> Tensor:
     values_ND = torch.empty(keys_BT.numel(), num_columns)
-    return TokenDropout(keys_BT, make_layer_key(layer)).draw(values_ND, share)
+    return TokenDropout(keys_BT, make_column_keys(keys_BT.device), make_layer_key(layer)).draw(
+        values_ND, share
+    )
 
 
 def assert_near(found: Tensor, expected: float, num_drawn: int, num_found: int = 1) -> None:
@@ -98,7 +106,9 @@ def test_every_bit_of_a_draw_is_balanced_and_goes_with_no_other() -> None:
 def test_compiled_and_plain_code_draw_the_same(num_columns: int) -> None:
     def kept(keys_BT: Tensor, layer: Tensor) -> Tensor:
         values_ND = torch.empty(keys_BT.numel(), num_columns)
-        return TokenDropout(keys_BT, layer).draw(values_ND, 0.3)
+        return TokenDropout(keys_BT, columns_2W, layer).draw(values_ND, 0.3)
+
+    columns_2W = make_column_keys(torch.device("cpu"))
 
     torch._dynamo.reset()
     compiled = torch.compile(kept, backend="eager", dynamic=True, fullgraph=True)
@@ -231,7 +241,10 @@ def test_nothing_but_keys_is_kept(kernels: Kernels) -> None:
             ),
         ):
             output = model(VALUES_BTD.clone().requires_grad_())
-        held = [*model.parameters(), *(() if keys_BT is None else (keys_BT,))]
+        held = [
+            *model.parameters(),
+            *(() if keys_BT is None else (keys_BT, make_column_keys(keys_BT.device))),
+        ]
         for tensor in held:
             kept.pop(tensor.untyped_storage().data_ptr(), None)
         assert output.requires_grad

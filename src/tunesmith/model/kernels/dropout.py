@@ -20,6 +20,8 @@ from torch import Tensor, nn
 # As wide as the numbers whose bits they multiply.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# No layer's input is wider.
+_MOST_COLUMNS = 2**18
 # The number of the first layer that is dropout and nothing else; adapted layers are counted from 0.
 _FIRST_ALONE = 2**20
 
@@ -29,10 +31,17 @@ _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 _LAST_SHIFT = 31
 
 
+class _Keys(NamedTuple):
+    """What dropout follows from: of the microbatch's tokens, and of the columns of any layer, (2, W); int32."""
+
+    of_tokens_BT: Tensor
+    of_columns_2W: Tensor
+
+
 class _Microbatch:
     """What is trained on now. A context variable isn't seen by the threads that compute blocks again on GPUs."""
 
-    keys_BT: Tensor | None = None
+    keys: _Keys | None = None
 
 
 _microbatch = _Microbatch()
@@ -41,36 +50,45 @@ _microbatch = _Microbatch()
 @contextmanager
 def drawing_from(keys_BT: Tensor | None) -> Iterator[None]:
     """Let dropout follow from the tokens' keys, until the backward pass is done; None: from torch's generator."""
-    before, _microbatch.keys_BT = _microbatch.keys_BT, keys_BT
-    try:
+    # Made outside what is compiled, which would make them anew for each element.
+    keys = None if keys_BT is None else _Keys(keys_BT, make_column_keys(keys_BT.device))
+    with _drawing_from(keys):
         yield
-    finally:
-        _microbatch.keys_BT = before
 
 
 @contextmanager
 def drawing_at(positions_N: Tensor) -> Iterator[None]:
     """Let a layer that takes the tokens at these of the flattened positions, as (1, N, D), draw as these tokens do."""
-    keys_BT = _microbatch.keys_BT
-    with drawing_from(None if keys_BT is None else keys_BT.flatten()[positions_N].unsqueeze(0)):
+    keys = _microbatch.keys
+    if keys is not None:
+        keys = keys._replace(of_tokens_BT=keys.of_tokens_BT.flatten()[positions_N].unsqueeze(0))
+    with _drawing_from(keys):
         yield
 
 
+@contextmanager
+def _drawing_from(keys: _Keys | None) -> Iterator[None]:
+    before, _microbatch.keys = _microbatch.keys, keys
+    try:
+        yield
+    finally:
+        _microbatch.keys = before
+
+
 class TokenDropout(NamedTuple):
-    """Follows from the keys of tokens, int32, and of the layer, a scalar: as one, blocks can share compiled code.
+    """Follows from the keys of tokens, columns and the layer, a scalar: as one, blocks can share compiled code.
 
     Multiply-add hashing: the upper bits of (factor · key + offset) modulo 2³² tell, of which any two are independent.
     Factors are odd, and random for each layer and column; offsets for each column.
     """
 
     keys_BT: Tensor
+    columns_2W: Tensor
     layer: Tensor
 
     def draw(self, values_ND: Tensor, share: float) -> Tensor:
         """Return which of the values are kept: bool, (N, D)."""
-        # What compiled code computes anew costs it no pass.
-        make = _make_columns if torch.compiler.is_compiling() else _keep_columns
-        factors_D, offsets_D = make(values_ND.shape[1], values_ND.device)
+        factors_D, offsets_D = self.columns_2W[:, : values_ND.shape[1]]
         drawn_ND = torch.addcmul(
             offsets_D, self.keys_BT.flatten().unsqueeze(1), (factors_D ^ self.layer).bitwise_or(1)
         )
@@ -107,10 +125,13 @@ def find_dropout(values: Tensor, share: float, layer: Tensor, packs: bool) -> Dr
 
 
 def _find_by_token(values: Tensor, layer: Tensor) -> TokenDropout | None:
-    keys_BT = _microbatch.keys_BT
-    if keys_BT is not None and values.shape[:-1] in (keys_BT.shape, (keys_BT.numel(),)):
-        return TokenDropout(keys_BT, layer)
-    return None
+    keys = _microbatch.keys
+    if keys is None or values.shape[-1] > _MOST_COLUMNS:
+        return None
+    of_tokens_BT = keys.of_tokens_BT
+    if values.shape[:-1] not in (of_tokens_BT.shape, (of_tokens_BT.numel(),)):
+        return None
+    return TokenDropout(*keys, layer)
 
 
 def drop(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -183,14 +204,11 @@ def make_layer_key(number: int) -> Tensor:
     return _hash(torch.tensor(number, device="cpu")).to(torch.int32)
 
 
-def _make_columns(num_columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the factors and offsets of columns, int32, (D)."""
-    columns_D = torch.arange(num_columns, device=device)
-    return _hash(2 * columns_D).to(torch.int32), _hash(2 * columns_D + 1).to(torch.int32)
-
-
-# Of the few widths that a model's layers have.
-_keep_columns = lru_cache(maxsize=64)(_make_columns)
+@lru_cache(maxsize=8)
+def make_column_keys(device: torch.device) -> Tensor:
+    """Return what the dropout of columns follows from, int32, (2, W): a factor and an offset for each."""
+    numbers_2W = torch.arange(2 * _MOST_COLUMNS, device="cpu").view(2, -1)
+    return _hash(numbers_2W).to(torch.int32).to(device)
 
 
 def _hash(numbers: Tensor) -> Tensor:
