@@ -10,7 +10,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
+    import torch.distributed as dist
     from torch import Tensor, nn
 
 
@@ -153,6 +156,16 @@ def compilation_error() -> type[Exception]:
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let the ranks of a process group that is there wait for one another so long.
+
+    `torch.distributed.distributed_c10d._set_pg_timeout`: torch 2.11 and 2.13.
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timeout, group)
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

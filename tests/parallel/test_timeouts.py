@@ -43,3 +43,10 @@ def test_a_group_of_gloo_s_has_it() -> None:
     assert backend.options._timeout == GROUP_TIMEOUT
     others = dist.new_group(backend="gloo")._get_backend(torch.device("cpu"))
     assert others.options._timeout != GROUP_TIMEOUT
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_groups_that_weights_are_sharded_in_have_it() -> None:
+    ranks = build_mesh(0, 1).lay_out_weights(torch.device("cpu"), 1)
+    for group in ranks.get_all_groups():
+        assert group._get_backend(torch.device("cpu")).options._timeout == GROUP_TIMEOUT

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tunesmith.compat import set_group_timeout
 from tunesmith.parallel.collectives import sum_over_ranks
 from tunesmith.parallel.nodes import explain_unequal, gather_places
 from tunesmith.parallel.timeouts import GROUP_TIMEOUT
@@ -76,10 +77,13 @@ class Mesh:
 
         Those that share a data rank hold slices as all others do. Collective.
         """
-        if num_replicas == 1:
-            return init_device_mesh(device.type, (self.size,), mesh_dim_names=(SHARD,))
-        shape = (num_replicas, self.size // num_replicas)
-        return init_device_mesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
+        axes = {SHARD: self.size // num_replicas}
+        if num_replicas > 1:
+            axes = {REPLICATE: num_replicas, **axes}
+        ranks = init_device_mesh(device.type, (*axes.values(),), mesh_dim_names=(*axes,))
+        for group in ranks.get_all_groups():
+            set_group_timeout(group, GROUP_TIMEOUT)
+        return ranks
 
 
 def build_mesh(rank: int, world_size: int) -> Mesh:
