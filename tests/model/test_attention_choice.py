@@ -212,7 +212,7 @@ def test_a_run_that_was_begun_without_its_cap_goes_on_so_and_says_so(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_run_whose_windows_were_masked_goes_on_so(attention: str) -> None:
-    config = TrainConfig()
+    config, mesh = TrainConfig(), build_mesh(0, 1)
     recorded = {
         "dtype": "float32",
         "attn_implementation": attention,
@@ -220,10 +220,10 @@ def test_a_run_whose_windows_were_masked_goes_on_so(attention: str) -> None:
         "num_workers": 1,
         "use_gpu": False,
     }
-    assert keep_recorded(config, recorded, 1, use_gpu=False).attn_implementation == attention
-    assert keep_recorded(config, recorded, 1, use_gpu=True).attn_implementation == "auto"
+    assert keep_recorded(config, recorded, mesh, use_gpu=False).attn_implementation == attention
+    assert keep_recorded(config, recorded, mesh, use_gpu=True).attn_implementation == "auto"
     recorded["attn_implementation"] = "varlen"
-    assert keep_recorded(config, recorded, 1, use_gpu=False).attn_implementation == "auto"
+    assert keep_recorded(config, recorded, mesh, use_gpu=False).attn_implementation == "auto"
 
 
 def test_windows_that_a_model_only_masks_are_left_to_the_mask_with_a_warning(
