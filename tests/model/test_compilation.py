@@ -90,8 +90,8 @@ def test_compiled_blocks_train_as_plain_ones(
     "changes",
     [
         {"attn_implementation": "sdpa", "lora_target_modules": ["q_proj"]},
-        {"fsdp": "full_shard", "gradient_checkpointing": True},
-        {"full_ft": True},
+        pytest.param({"fsdp": "full_shard", "gradient_checkpointing": True}, marks=pytest.mark.long),
+        pytest.param({"full_ft": True}, marks=pytest.mark.long),
     ],
 )
 def test_traced_blocks_train_as_plain_ones(
@@ -106,7 +106,7 @@ def test_traced_blocks_train_as_plain_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"fsdp": "full_shard"}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"fsdp": "full_shard"}, marks=pytest.mark.long)])
 def test_blocks_share_what_is_compiled_whatever_the_length(
     changes: dict[str, Any], deep: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,6 +270,7 @@ def test_params_record_what_was_chosen_and_a_resumed_run_keeps_its_dtype(config:
         "gradient_checkpointing": "off",
         "num_workers": 1,
         "use_gpu": False,
+        "groups_adapters": True,
     }
     # As if another machine, which computes in bfloat16 by itself, went on.
     train_here(start(config.model_copy(update={"max_steps": 4, "dtype": "auto"})))

@@ -25,7 +25,7 @@ from tunesmith.data.batches import Batch
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapters.lora import add_adapters
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.dropout import drawing_from
+from tunesmith.model.kernels.dropout import drawing_from, make_column_keys
 from tunesmith.model.kernels.install import CPU, install_kernels
 from tunesmith.model.kernels.loss import sum_cross_entropy
 from tunesmith.model.load import load_model_config
@@ -68,7 +68,9 @@ def count_saved_bytes(model: Any, drops_by_token: bool) -> int:
     position_ids_1T = torch.arange(EXAMPLE_TOKENS).repeat(len(starts) - 1).unsqueeze(0)
     positions_N = torch.arange(NUM_TOKENS)
     batch = Batch(ids_1T, position_ids_1T, positions_N, ids_1T[0], starts, EXAMPLE_TOKENS)
-    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    # Keys of columns are made once for all models.
+    held = (*model.parameters(), *model.buffers(), make_column_keys(ids_1T.device))
+    known = {tensor.untyped_storage()._cdata for tensor in held}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
