@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tunesmith.compat import can_set_attention
 from tunesmith.errors import ModelError
 from tunesmith.model.kernels.attention import VARLEN
-from tunesmith.model.kernels.dropout import drawing_from
+from tunesmith.model.kernels.dropout import drawing_from, make_column_keys
 from tunesmith.model.kernels.install import Kernels, install_kernels, kernels_for
 from tunesmith.model.kernels.loss import can_fuse_loss, sum_cross_entropy
 from tunesmith.parallel.activation_checkpointing import find_decoder_blocks, recompute_all, recompute_none
@@ -145,7 +145,8 @@ def run_microbatch(
     head = model.get_output_embeddings()
     batch = make_batch(num_tokens, example_tokens, is_flat=kernels.attention.startswith(VARLEN))
     keys_BT = batch.input_ids_BT.int() if drops_by_token else None
-    live = LiveCounter([*model.parameters(), *model.buffers()])
+    column_keys = make_column_keys(batch.input_ids_BT.device)  # the same for all models
+    live = LiveCounter([*model.parameters(), *model.buffers(), column_keys])
     before_loss: list[int] = []
     blocks = find_decoder_blocks(model)
     handles = [
