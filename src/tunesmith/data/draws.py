@@ -28,7 +28,7 @@ class Draws:
         A row that a step has twice, as weights of data sets may ask for, has the same keys both times.
         """
         (key,) = np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)
-        return _mix(_mix(key, rows), places).astype(np.uint32).view(np.int32)
+        return as_keys(mix(mix(key, rows), places))
 
     def seed_for(self, rows: np.ndarray) -> int:
         """Return torch's seed for what runs these rows at once, and isn't drawn by token."""
@@ -37,9 +37,14 @@ class Draws:
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
-def _mix(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def mix(keys: np.ndarray | np.uint64, numbers: np.ndarray) -> np.ndarray:
     """Return, as uint64, what follows from each key and number, and looks random."""
     words = keys + (numbers.astype(np.uint64) + np.uint64(1)) * _STRIDE
     for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
         words = (words ^ (words >> shift)) * factor
     return np.asarray(words ^ (words >> _SHIFTS[-1]))
+
+
+def as_keys(words: np.ndarray) -> np.ndarray:
+    """Return the lower half of each word, as int32."""
+    return np.asarray(words.astype(np.uint32).view(np.int32))

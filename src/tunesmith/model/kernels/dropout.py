@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tunesmith.data.draws import as_keys, mix
 
 # As wide as the numbers whose bits they multiply.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,11 +27,6 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_COLUMNS = 2**18
 # The number of the first layer that is dropout and nothing else; adapted layers are counted from 0.
 _FIRST_ALONE = 2**20
-
-# SplitMix64: what it counts by, and its finalizer (Stafford's mix 13), a shift and what the bits are multiplied with.
-_STRIDE = 0x9E3779B97F4A7C15 - 2**64
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-_LAST_SHIFT = 31
 
 
 class _Keys(NamedTuple):
@@ -201,27 +199,17 @@ def _draw_packed(values: Tensor, share: float) -> Tensor:
 
 def make_layer_key(number: int) -> Tensor:
     """Return what the dropout of the layer of this number follows from, an int32 scalar on the CPU."""
-    return _hash(torch.tensor(number, device="cpu")).to(torch.int32)
+    return _make_keys(np.array([number]))[0]
 
 
 @lru_cache(maxsize=8)
 def make_column_keys(device: torch.device) -> Tensor:
     """Return what the dropout of columns follows from, int32, (2, W): a factor and an offset for each."""
-    numbers_2W = torch.arange(2 * _MOST_COLUMNS, device="cpu").view(2, -1)
-    return _hash(numbers_2W).to(torch.int32).to(device)
+    return _make_keys(np.arange(2 * _MOST_COLUMNS).reshape(2, -1)).to(device)
 
 
-def _hash(numbers: Tensor) -> Tensor:
-    """Return what SplitMix64 makes of int64 numbers."""
-    words = (numbers + 1) * _STRIDE
-    for num_bits, factor in _ROUNDS:
-        words = (words ^ _shift(words, num_bits)) * factor
-    return words ^ _shift(words, _LAST_SHIFT)
-
-
-def _shift(words: Tensor, num_bits: int) -> Tensor:
-    """Shift to the right without the sign, which torch would let follow."""
-    return (words >> num_bits).bitwise_and(2 ** (64 - num_bits) - 1)
+def _make_keys(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(as_keys(mix(np.uint64(0), numbers)))
 
 
 def _bits(values: Tensor) -> Tensor:
