@@ -8,7 +8,7 @@ import math
 import os
 import pty
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -415,17 +415,19 @@ def start_watching(run_dir: RunDir, output: int) -> subprocess.Popen[bytes]:
 def read_until(source: int, words: bytes, timeout_s: float = 60) -> bytes:
     """Read until `words` have come, or all there is when the other side has ended."""
     content, deadline = b"", time.monotonic() + timeout_s
-    while words not in content:
-        assert time.monotonic() < deadline, content
-        if not select.select([source], [], [], 1)[0]:
-            continue
-        try:
-            part = os.read(source, 65536)
-        except OSError:  # how Linux ends a pseudo-terminal
-            break
-        if not part:
-            break
-        content += part
+    with selectors.DefaultSelector() as selector:  # `select.select` refuses descriptors above 1,023
+        selector.register(source, selectors.EVENT_READ)
+        while words not in content:
+            assert time.monotonic() < deadline, content
+            if not selector.select(timeout=1):
+                continue
+            try:
+                part = os.read(source, 65536)
+            except OSError:  # how Linux ends a pseudo-terminal
+                break
+            if not part:
+                break
+            content += part
     return content
 
 
