@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,6 +82,16 @@ def alone() -> None:
     torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture(autouse=True)
+def groups_destroyed() -> Iterator[None]:
+    """No group of this process outlives the test that made it."""
+    yield
+    if "torch.distributed" in sys.modules:
+        from support.groups import destroy_groups
+
+        destroy_groups()
 
 
 @pytest.fixture(scope="session")

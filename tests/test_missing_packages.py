@@ -11,6 +11,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from support.exports import write_adapter
+from support.long import long_but
 from support.runs import small_config
 from tunesmith.api import convert, fine_tune
 from tunesmith.chart.package import package_zip
@@ -78,7 +79,7 @@ def without(package: str, head: Cluster, folder: Path, *path: Path) -> Iterator[
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["tunesmith", "peft"])
+@pytest.mark.parametrize("package", long_but(["tunesmith"], ["tunesmith", "peft"]))
 def test_a_training_says_what_its_workers_lack(
     package: str, head: Cluster, model_of: ModelOf, rows: Path, tmp_path: Path
 ) -> None:

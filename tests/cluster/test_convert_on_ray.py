@@ -175,7 +175,12 @@ def test_a_node_that_is_busy_is_waited_for_and_given_up(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, 1)]
+    ("number", "exit_code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.long),
+    ],
 )
 def test_whatever_ends_a_conversion_nothing_is_left_half_written(
     number: int, exit_code: int, cluster: Cluster, adapter: Path, model_of: ModelOf, tmp_path: Path
