@@ -1,6 +1,6 @@
 """`make bench-gpu`: parity with the CPU, speed and memory of real shapes with random weights, on GPUs.
 
-    PYTHONPATH=src python benchmarks/gpu.py [--minutes 10] [--only lora,levers] [--results FILE]
+    PYTHONPATH=src python benchmarks/gpu.py [--minutes 10] [--only lora levers] [--results FILE]
 
 Alone on a bare machine: no network, no Ray, no `make`. Beside torch, transformers and peft it needs pydantic and
 pyarrow; `make gpu-wheels` collects them elsewhere, and there
@@ -184,7 +184,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--devices", type=int, help="devices to shard over; by default all")
     parser.add_argument(
-        "--only", type=_split_parts, default=[*PARTS], help=f"parts to run, of {', '.join(PARTS)}"
+        "--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}"
     )
     parser.add_argument(
         "--leave_out",
@@ -205,14 +205,6 @@ def _parse() -> argparse.Namespace:
     if words.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is at hand; --device cpu --shape tiny shows that the program runs")
     return words
-
-
-def _split_parts(text: str) -> list[str]:
-    parts = text.split(",")
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    return parts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`make bench`: tunesmith beside its peers on this machine's CPU; the results go to docs/performance.md.
 
-    .venv/bin/python benchmarks/training.py [--data FILE] [--turns 3] [--steps 4] [--only training,start-up]
+    .venv/bin/python benchmarks/training.py [--data FILE] [--turns 3] [--steps 4] [--only training start-up]
 
 Every way runs in a process of its own, all of them in turn, several times. Nothing else should compute
 meanwhile. What was measured is written as soon as a part is done; parts that didn't run keep what they had.
@@ -268,17 +268,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=FOLDER / "results" / "cpu.json")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="the page to fill")
     parser.add_argument(
-        "--only", type=_split_parts, default=list(PARTS), help=f"parts to run, of {', '.join(PARTS)}"
+        "--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}"
     )
     return parser.parse_args()
-
-
-def _split_parts(text: str) -> list[str]:
-    parts = text.split(",")
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    return parts
 
 
 if __name__ == "__main__":
