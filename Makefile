@@ -41,7 +41,7 @@ help:
 	@echo "make types    mypy: under a minute"
 	@echo "make quick    the tests that need no torch: under a minute"
 	@echo "make check    lint, types, and all tests that aren't slow: 2 to 8 minutes"
-	@echo "make test     the whole test suite: under 30 minutes on 2 cores"
+	@echo "make test     the whole test suite: 20 to 60 minutes on 2 cores"
 	@echo "make test-long what \`make test\` leaves out of its tables: every family, every way to train: about 5 minutes"
 	@echo "make test-vllm vLLM's answers beside transformers', its server, and the example's notebook: about 9 minutes"
 	@echo "make test-trackers MLflow's server, Trackio and Weights & Biases, what they record: 1 to 2 minutes"

@@ -52,7 +52,7 @@ def list_levers(step: Step) -> Iterator[tuple[str, Step]]:
     yield AS_IT_IS, step
     for field in fields(GPU):
         value = getattr(GPU, field.name)
-        if isinstance(value, bool):
+        if isinstance(value, bool) and field.name != "packs_masks":  # a step keeps no masks
             changed: dict[str, Any] = {field.name: not value}
             yield f"`{field.name}={not value}`", replace(step, kernels=replace(GPU, **changed))
     yield "as few logits at a time as on a CPU", replace(step, kernels=replace(GPU, logits=CPU_LOGITS))
