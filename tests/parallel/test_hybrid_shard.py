@@ -21,7 +21,7 @@ from support.workers import WorkerGroup, on_nodes_of_two
 from tunesmith.cli import main
 from tunesmith.config import TrainConfig
 from tunesmith.data.batches import Sequences
-from tunesmith.errors import ResourceError
+from tunesmith.errors import ConfigError, ResourceError
 from tunesmith.model.files.state import read_weights
 from tunesmith.parallel.mesh import REPLICATE, SHARD, Mesh, build_mesh
 from tunesmith.parallel.nodes import Place, explain_unequal
@@ -180,3 +180,11 @@ def test_nodes_are_an_axis_where_each_has_equally_many_consecutive_ranks(
 def test_imagined_workers_are_on_nodes(num_workers: int, per_node: str, num_nodes: int) -> None:
     workers = imagine_workers(TrainConfig(num_workers=num_workers), "H100", per_node)
     assert workers.num_equal_nodes == num_nodes
+
+
+def test_a_plan_refuses_nodes_that_workers_do_not_fill() -> None:
+    config = TrainConfig(num_workers=12, fsdp="hybrid_shard")
+    with pytest.raises(ConfigError, match="12 workers don't fill nodes of 8"):
+        imagine_workers(config, "H100", "8")
+    assert imagine_workers(config, "H100", "4").num_equal_nodes == 3
+    assert imagine_workers(config, "H100", "16").num_equal_nodes == 1

@@ -11,6 +11,7 @@ from tunesmith.config import TrainConfig
 from tunesmith.errors import ConfigError
 from tunesmith.machine import available_memory
 from tunesmith.model.load import resolve_dtype
+from tunesmith.parallel.fsdp import HYBRID
 from tunesmith.planning.devices import known_gpus, memory_of_gpu, peak_flops
 
 _PRODUCT_SIZE = 1024
@@ -61,7 +62,7 @@ def imagine_workers(config: TrainConfig, gpu: str, gpus_per_node: str = "8") -> 
     A node has `gpus_per_node` of them.
 
     Raises:
-        ConfigError: that GPU isn't known, or a node has no such number of them.
+        ConfigError: that GPU isn't known, a node has no such number of them, or the weights can't be sharded within nodes.
     """
     if not gpus_per_node.isdecimal() or not int(gpus_per_node):
         raise ConfigError(f"`--gpus_per_node` is `{gpus_per_node}`", "it must be a whole number from 1 on")
@@ -76,7 +77,7 @@ def imagine_workers(config: TrainConfig, gpu: str, gpus_per_node: str = "8") -> 
     # Volta has no instructions for bfloat16.
     best = torch.float32 if name == "V100" else torch.bfloat16
     dtype = best if config.dtype == "auto" else getattr(torch, config.dtype)
-    return Workers(
+    workers = Workers(
         config.num_workers or 1,
         "cuda",
         gpu.upper(),
@@ -86,6 +87,12 @@ def imagine_workers(config: TrainConfig, gpu: str, gpus_per_node: str = "8") -> 
         imagined=True,
         most_of_node=int(gpus_per_node),
     )
+    if config.fsdp == HYBRID and workers.num_equal_nodes == 1 and workers.num > int(gpus_per_node):
+        raise ConfigError(
+            f"`fsdp` is `{HYBRID}`, but {workers.num} workers don't fill nodes of {gpus_per_node}",
+            "ask for as many workers as fill whole nodes, or set `fsdp` to `full_shard`",
+        )
+    return workers
 
 
 def _measure_products(dtype: torch.dtype) -> float:
